@@ -1,0 +1,252 @@
+"""Every experiment's contract: one command line, one folder of results.
+
+An experiment is a frozen dataclass that extends `Config`, its `PRESETS`, and `run(config) -> Results`.  `main` gives it
+
+    python -m experiments.<paper>.<table> --preset smoke|default|paper --seed N --output FOLDER --FIELD VALUE ...
+
+and FOLDER gets `config.json`, `metrics.jsonl`, `results.json`, `table.md`, figures, and `checkpoints/`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+from tabulate import tabulate
+from tqdm import tqdm
+
+from experiments import runtime
+from gendiff.checkpoint import Archive, CheckpointError
+from gendiff.metrics.rates import Estimate
+
+C = TypeVar("C", bound="Config")
+
+
+class Between(NamedTuple):
+    """The range of an option, both ends allowed: `Annotated[int, Between(1, 20)]`."""
+
+    low: float
+    high: float
+
+
+class ConfigError(ValueError):
+    """An option, or a folder of another configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of every experiment."""
+
+    preset: str = "default"
+    """smoke (seconds), default (minutes on two CPU cores) or paper (the paper's sizes, for an accelerator). The options
+    below change single fields of the preset."""
+    seed: Annotated[int, Between(0, 2**31 - 1)] = 0
+    """Seed of the first run; further runs use the next numbers."""
+    output: Path | None = None
+    """Folder for the results; a run that was stopped goes on from there. Default: results/<experiment>/<preset>-<seed>."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is not Annotated:
+                continue
+            value = getattr(self, name)
+            for limits in get_args(hint)[1:]:
+                if isinstance(limits, Between) and not limits.low <= value <= limits.high:
+                    option = "--" + name.replace("_", "-")
+                    raise ConfigError(f"{option}: expected {limits.low} to {limits.high}, given {value}")
+
+
+class Row(NamedTuple):
+    """One row of a table."""
+
+    name: str
+    metrics: dict[str, Estimate]
+    paper: dict[str, float] = {}  # noqa: RUF012 (immutable use)
+    """What the paper reports for this row, in the same units; empty where it reports nothing."""
+
+
+class Column(NamedTuple):
+    """How a metric is printed."""
+
+    metric: str
+    title: str
+    percent: bool = False
+    digits: int = 3
+
+
+class Results(NamedTuple):
+    """What an experiment's `run` returns."""
+
+    rows: list[Row]
+    folder: Path
+    table: str
+
+
+def parse(config: type[C], presets: Mapping[str, C], arguments: Sequence[str]) -> C:
+    """The configuration of a command line: a preset, and every field as an option."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="default")
+    preset = first.parse_known_args(arguments)[0].preset
+    if preset not in presets:
+        raise ConfigError(f"--preset: expected one of {', '.join(presets)}, given {preset}")
+    module = sys.modules[config.__module__]
+    return tyro.cli(config, default=presets[preset], args=list(arguments), description=module.__doc__)
+
+
+def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results]) -> None:
+    """The command line of an experiment.  Errors that a user can mend are one line and exit status 2."""
+    runtime.start()
+    try:
+        results = run(parse(config, presets, sys.argv[1:]))
+    except (ConfigError, CheckpointError, ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("GENDIFF_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(GENDIFF_TRACEBACK=1 shows where)", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(results.table)
+    print(f"\nResults, figures and checkpoints: {results.folder}")
+
+
+class Folder:
+    """The folder of one run: opened, checked against the configuration, and written to without half-written files."""
+
+    def __init__(self, experiment: str, config: Config) -> None:
+        self.experiment, self.config = experiment, config
+        self.path = config.output or Path("results") / experiment / f"{config.preset}-{config.seed}"
+        self.path.mkdir(parents=True, exist_ok=True)
+        fields = _jsonable(dataclasses.asdict(config) | {"output": None})
+        stored = self.path / "config.json"
+        if stored.exists():
+            self._compare(json.loads(stored.read_text()), fields)
+        elif any(self.path.iterdir()):
+            raise ConfigError(f"--output: expected an empty folder or one of this experiment, given {self.path}")
+        self.write("config.json", json.dumps(fields, indent=2) + "\n")
+        self.archive = Archive(self.path / "checkpoints")
+
+    def _compare(self, stored: dict, given: dict) -> None:
+        names = sorted({name for name in {*stored, *given} if stored.get(name) != given.get(name)})
+        if names:
+            changes = "; ".join(f"{name}: expected {stored.get(name)}, given {given.get(name)}" for name in names)
+            raise ConfigError(f"--output: {self.path} holds another configuration ({changes}): name another folder")
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a whole file or leaves the old one."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_text(text)
+            temporary.replace(self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OSError(
+                f"{self.path / name}: could not be written ({error.strerror}); checkpoints are kept"
+            ) from None
+
+    def log(self, **values: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(_jsonable(values)) + "\n")
+
+    def finish(self, rows: list[Row], columns: Sequence[Column], notes: str = "") -> Results:
+        """Writes results.json and table.md, and returns them."""
+        table = f"{_table(rows, columns)}\n\n{notes}".strip()
+        document = {
+            "experiment": self.experiment,
+            "commit": _commit(),
+            "device": runtime.device(),
+            "config": dataclasses.asdict(self.config),
+            "rows": [
+                {
+                    "name": row.name,
+                    "metrics": {name: estimate._asdict() for name, estimate in row.metrics.items()},
+                    "paper": row.paper,
+                }
+                for row in rows
+            ],
+        }
+        self.write("results.json", json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
+        self.write("table.md", f"# {self.experiment}, preset {self.config.preset}\n\n{table}\n")
+        return Results(rows, self.path, table)
+
+
+class Progress:
+    """One bar a phase, with rate and remaining time; every report also goes to metrics.jsonl."""
+
+    def __init__(self, folder: Folder, prefix: str = "") -> None:
+        self.folder, self.prefix, self.bar, self.phase = folder, prefix, None, ""
+
+    def __call__(self, phase: str, done: int, of: int, metrics: Mapping[str, float]) -> None:
+        self.folder.log(time=round(time.time(), 1), phase=self.prefix + phase, done=done, of=of, **metrics)
+        if phase != self.phase or self.bar is None:
+            self.close()
+            self.phase = phase
+            self.bar = tqdm(total=of, desc=self.prefix + phase, leave=True, mininterval=0.5, dynamic_ncols=True)
+        self.bar.update(min(done, of) - self.bar.n)
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
+        if done >= of:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the current bar."""
+        if self.bar is not None:
+            self.bar.close()
+        self.bar, self.phase = None, ""
+
+
+def _table(rows: list[Row], columns: Sequence[Column]) -> str:
+    """The Markdown table: value [low, high] for each metric, and the paper's numbers where there are any."""
+    papers = [column for column in columns if any(column.metric in row.paper for row in rows)]
+    head = ["row", *[column.title for column in columns], *[f"paper: {column.title}" for column in papers]]
+    body = [
+        [row.name]
+        + [_cell(row.metrics.get(column.metric), column) for column in columns]
+        + [_number(row.paper[column.metric], column) if column.metric in row.paper else "–" for column in papers]
+        for row in rows
+    ]
+    return markdown(head, body)
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of texts."""
+    return tabulate(body, head, tablefmt="pipe", disable_numparse=True)
+
+
+def _cell(estimate: Estimate | None, column: Column) -> str:
+    if estimate is None:
+        return "–"
+    text = _number(estimate.value, column)
+    if estimate.low == estimate.high:
+        return text
+    return f"{text} [{_number(estimate.low, column)}, {_number(estimate.high, column)}]"
+
+
+def _number(value: float, column: Column) -> str:
+    return f"{value * (100 if column.percent else 1):,.{column.digits}f}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _jsonable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _commit() -> str:
+    """The commit of the code, with "+changes" where the working tree differs from it."""
+    here = Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

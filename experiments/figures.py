@@ -1,0 +1,104 @@
+"""Figures of the experiments, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Writes a whole PNG or leaves the old one."""
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], limit: float, cells: int) -> None:
+    """Points (n, 2) of each model with those marked that the oracle rejects (2307.16463, Fig. 2).
+
+    Args:
+      panels: title -> (points, good).
+      limit: half-width of the board.
+      cells: along a side; the filled ones are shaded.
+    """
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.4 * lines), squeeze=False)
+    side = 2 * limit / cells
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, (points, good)) in zip(axes.flat, panels.items(), strict=False):
+        for i in range(cells):
+            for j in range(i % 2, cells, 2):
+                axis.add_patch(plt.Rectangle((i * side - limit, j * side - limit), side, side, color="#e9edf2", lw=0))
+        axis.scatter(*points[good].T, s=1, color=GOOD, lw=0)
+        axis.scatter(*points[~good].T, s=5, color=BAD, lw=0)
+        axis.set(xlim=(-1.25 * limit, 1.25 * limit), ylim=(-1.25 * limit, 1.25 * limit), xticks=[], yticks=[])
+        axis.set_aspect("equal")
+        axis.set_title(f"{title}\n{(~good).sum()} of {len(good)} off", fontsize=9)
+    _save(figure, path)
+
+
+def by_round(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float, float]]],
+    stars: Mapping[str, Mapping[int, float]],
+    lines: Mapping[str, float],
+    logarithmic: Sequence[str] = (),
+) -> None:
+    """Each quantity against the round, with intervals (2307.16463, Fig. 3).
+
+    Args:
+      curves: quantity -> (value, low, high) after rounds 0, 1 ..
+      stars: quantity -> {round: value of the model distilled after it}.
+      lines: quantity -> a horizontal line.
+      logarithmic: the quantities with a logarithmic axis.
+    """
+    figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
+    for axis, (quantity, points) in zip(axes.flat, curves.items(), strict=True):
+        value, low, high = np.array(points, float).T
+        low, high = np.where(np.isfinite(low), low, value), np.where(np.isfinite(high), high, value)
+        rounds = np.arange(len(value))
+        axis.errorbar(rounds, value, (np.maximum(value - low, 0), np.maximum(high - value, 0)), marker="o", color=GOOD,
+                      capsize=3, label="stacked")  # fmt: skip
+        if stars.get(quantity):
+            axis.plot(*zip(*stars[quantity].items(), strict=True), "*", ms=12, color=BAD, label="distilled")
+        if quantity in lines:
+            axis.axhline(lines[quantity], color=LINE, ls=":", label="best possible")
+        if quantity in logarithmic and (value > 0).any():
+            axis.set_yscale("log")
+        axis.set(xlabel="round", ylabel=quantity, xticks=rounds)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def calibration(path: Path, reports: Mapping[str, Any], alphas: Mapping[str, float]) -> None:
+    """Mean C against the noise level beside alpha, and reliability, for each classifier.
+
+    Args:
+      reports: title -> `gendiff.metrics.calibration.Calibration`.
+      alphas: title -> share of good samples that the classifier was made for.
+    """
+    figure, axes = plt.subplots(2, len(reports), figsize=(3.4 * len(reports), 6.4), squeeze=False)
+    for (above, below), (title, report) in zip(axes.T, reports.items(), strict=True):
+        times = np.asarray(report.times)
+        above.semilogx(times, report.mean, "o-", ms=3, color=GOOD, label="mean C")
+        above.axhline(alphas[title], color=LINE, ls=":", label=f"alpha = {alphas[title]:.4f}")
+        above.set(xlabel="noise level", title=title)
+        above.legend(fontsize=8)
+        below.plot([0, 1], [0, 1], color=LINE, ls=":")
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(times)))
+        for predicted, observed, time, colour in zip(report.predicted, report.observed, times, colours, strict=True):
+            below.plot(predicted, observed, "o-", ms=3, lw=1, color=colour, label=f"{time:.2g}")
+        below.set(xlabel="predicted C", ylabel="observed share of good", xlim=(0, 1), ylim=(0, 1))
+        below.legend(fontsize=6, title="noise level", title_fontsize=6)
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,164 @@
+"""Checkpoints: complete or absent, verified when read.  The only file that imports Orbax.
+
+Orbax writes into a temporary folder and renames it at the end, so a killed save leaves nothing that looks complete.  A
+checksum of every array stands in the checkpoint's metadata and is compared when it is read.
+"""
+
+import shutil
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+Tree = TypeVar("Tree")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; what had been written before is untouched."""
+
+
+def save(folder: Path, tree: Any, **notes: Any) -> None:
+    """Writes nested dicts of arrays (none of size 0) as a new checkpoint, with `notes` that JSON can hold."""
+    tree = jax.tree.map(np.asarray, tree)
+    try:
+        ocp.save(folder.absolute(), tree, custom_metadata={"checksums": _checksums(tree), **notes})
+    except Exception as error:  # Orbax and TensorStore raise many types; the cause stays attached
+        raise _unwritten(folder, error) from error
+
+
+def load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Reads what `save` wrote: nested dicts of NumPy arrays, and the notes."""
+    try:
+        with warnings.catch_warnings():  # Orbax warns that it takes shapes and sharding from the file, as we want
+            warnings.simplefilter("ignore", UserWarning)
+            tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
+            stored = ocp.metadata(folder.absolute()).custom_metadata
+    except Exception as error:
+        raise _unreadable(folder, error) from error
+    _verify(folder, tree, stored)
+    return tree, {name: value for name, value in stored.items() if name != "checksums"}
+
+
+class Checkpoints:
+    """The checkpoints of one training run, by step; the newest two are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _open(self) -> ocp.training.Checkpointer:
+        newest = ocp.training.preservation_policies.LatestN(2)
+        return ocp.training.Checkpointer(self.folder.absolute(), preservation_policy=newest)
+
+    def save(self, step: int, state: Any, data: Any = None) -> None:
+        """Writes a state (any pytree of arrays and keys), and the position of `data` if it has `get_state`."""
+        position = data.get_state() if hasattr(data, "get_state") else None
+        metadata = {"checksums": _checksums(state), "data": position}
+        try:
+            with self._open() as checkpointer:
+                checkpointer.save(step, state, custom_metadata=metadata)
+        except Exception as error:
+            raise _unwritten(self.folder / str(step), error) from error
+
+    def restore(self, state: Tree, data: Any = None) -> Tree:
+        """The newest checkpoint in the structure, types and sharding of `state`, or `state` itself if there is none."""
+        if not self.folder.exists():
+            return state
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        with self._open() as checkpointer:
+            latest = checkpointer.latest
+            if latest is None:
+                return state
+            folder = self.folder / str(latest.step)
+            try:
+                restored = checkpointer.load(latest.step, like)
+                stored = checkpointer.metadata(latest.step).custom_metadata
+            except Exception as error:
+                raise _unreadable(folder, error) from error
+        _verify(folder, restored, stored)
+        if stored and stored.get("data") is not None and hasattr(data, "set_state"):
+            data.set_state(stored["data"])
+        return restored
+
+
+class Archive:
+    """The results of an experiment's named phases, each computed once and kept in a folder.
+
+    `Archive(None)` keeps nothing, so that a method reads the same with and without.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        """Wall-clock time of each phase, from its first computation also when it was read; of a phase that was stopped
+        and resumed, the time since it was resumed."""
+
+    def once(self, name: str, compute: Callable[[], Tree], kind: Callable[..., Tree] = dict) -> Tree:
+        """`compute()`, or what it gave in an earlier run.
+
+        Args:
+          name: of the phase, such as "round-1/draws"; a folder below the archive's.
+          compute: gives a dict, or a NamedTuple of type `kind`, of (nested dicts of) arrays and numbers.
+        """
+        folder = None if self.folder is None else self.folder / name / "result"
+        if folder is not None and folder.exists():
+            fields, notes = load(folder)
+            self.seconds[name] = notes["seconds"]
+            return kind(**fields)
+        begun = time.perf_counter()
+        result: Any = jax.block_until_ready(compute())
+        self.seconds[name] = time.perf_counter() - begun
+        if self.folder is None or folder is None:
+            return result
+        fields = result if isinstance(result, dict) else result._asdict()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        save(folder, fields, seconds=self.seconds[name])
+        # The way to a result need not be kept once the result is.
+        shutil.rmtree(self.folder / name / "steps", ignore_errors=True)
+        return kind(**jax.tree.map(np.asarray, fields))
+
+    def steps(self, name: str) -> Checkpoints | None:
+        """Checkpoints for the training run of a phase; they go once the phase's result is stored."""
+        return None if self.folder is None else Checkpoints(self.folder / name / "steps")
+
+
+def _bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return np.ascontiguousarray(leaf).tobytes()
+
+
+def _checksums(tree: Any) -> list[int]:
+    # Nested dicts come back from a file with sorted keys, which is the order of `jax.tree.leaves`.
+    return [zlib.crc32(_bytes(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+def _verify(folder: Path, tree: Any, stored: Any) -> None:
+    if not stored or stored.get("checksums") != _checksums(tree):
+        raise CheckpointError(
+            f"checkpoint {folder}: expected the checksums it was written with, given other contents: the files are "
+            "damaged. Delete this folder and run the same command again; what is beside it is kept."
+        )
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {folder}: expected a complete checkpoint of this run, given one that cannot be read "
+        f"({_first_line(error)}). Delete this folder and run the same command again; what is beside it is kept."
+    )
+
+
+def _unwritten(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {folder}: could not be written ({_first_line(error)}). What was stored before is complete: "
+        "make room or mend the cause, and run the same command again."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,1 @@
+"""Data sets, one a file, each with a small embedded default."""

@@ -1,0 +1,19 @@
+"""Points uniform on the filled cells of a checkerboard, made on the spot."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gendiff.types import PRNGKey
+
+
+def draw(key: PRNGKey, n: int, cells: int = 4, half_width: float = 1.0) -> Float[Array, "n 2"]:
+    """n points uniform on the filled cells (column + row even) of the cells x cells board on [-half_width, half_width)^2.
+
+    Their density is 1 / area, with area about 2 half_width^2: the largest possible mean log-likelihood is -ln(area).
+    """
+    filled = jnp.array([(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0])
+    cell_key, place_key = jax.random.split(key)
+    corner = filled[jax.random.randint(cell_key, (n,), 0, len(filled))]
+    u = corner + jax.random.uniform(place_key, (n, 2))
+    return (2 * u / cells - 1) * half_width

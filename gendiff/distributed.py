@@ -1,0 +1,60 @@
+"""One mesh, one axis: batches are split over `data`, parameters are replicated.
+
+Compiled SPMD: a function is written for the whole batch, `jit` splits it over the mesh, and the collectives are the
+compiler's (one all-reduce in a training step, none in sampling).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A 1-D mesh of all devices, or of the given ones, with the axis `data`."""
+    devices = jax.devices() if devices is None else devices
+    # Explicit axes, the default, reject `alphas[t]` and concatenation with replicated arrays, which diffusion needs.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def split(mesh: jax.sharding.Mesh, axis: int = 0) -> jax.NamedSharding:
+    """Sharding of an array whose axis `axis` is the batch."""
+    return jax.NamedSharding(mesh, jax.P(*[None] * axis, "data"))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return jax.NamedSharding(mesh, jax.P())
+
+
+def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """A copy of `tree` on every device of the mesh; the copy may be donated, the original stays."""
+    return jax.device_put(tree, replicated(mesh), may_alias=False)
+
+
+def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
+    """Global arrays from this process's rows of a batch, split over `data`."""
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
+
+
+def chunked(
+    function: Callable[[Any], Any], inputs: Any, chunk: int = 1024, mesh: jax.sharding.Mesh | None = None
+) -> Any:
+    """`vmap(function)(inputs)`, in chunks that stay in the cache (or in memory), split over the devices of a mesh.
+
+    Args:
+      function: of one example.
+      inputs: a pytree of arrays with a common leading axis of n examples; results do not depend on chunks or devices.
+      chunk: examples at a time and device; n is padded to whole chunks with copies of the last example.
+    """
+    n = jax.tree.leaves(inputs)[0].shape[0]
+    devices = 1 if mesh is None else mesh.size
+    size = devices * min(chunk, -(-n // devices))
+    rows = jnp.minimum(jnp.arange(-(-n // size) * size), n - 1).reshape(-1, size)
+    chunks = jax.tree.map(lambda a: a[rows], inputs)
+    if mesh is not None:
+        chunks = jax.lax.with_sharding_constraint(chunks, split(mesh, axis=1))
+    outputs = jax.lax.map(jax.vmap(function), chunks)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], outputs)

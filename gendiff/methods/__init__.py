@@ -1,0 +1,1 @@
+"""Each paper's algorithm, readable beside its pseudo-code."""

@@ -1,0 +1,476 @@
+"""Gen-neG: guide a diffusion model away from what an oracle calls bad (2307.16463, Algorithm 1).
+
+    theta_0 <- a diffusion model of the data;  model_0 <- [theta_0; no classifiers]
+    for each round i:
+        draw from model_i, ask the oracle               `collect`         -> positives, negatives
+        alpha_i <- share of positives among all draws   `Synthetic.alpha`
+        phi_i <- weighted cross-entropy                 `fit_classifier`  -> C_i(x_t, t) = p(y = 1 | x_t)
+        model_{i+1} <- stack:   [theta; classifiers + (phi_i)]            `append`
+                       distill: [psi; no classifiers]   `distill`
+
+With the Bayes classifier the guided model is p(x | y = 1): each data point gains exactly -log(alpha_i) nats.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gendiff import distributed, guidance, losses, potential, sampling, training
+from gendiff.checkpoint import Archive
+from gendiff.denoiser import Denoiser, Model
+from gendiff.metrics.calibration import Calibration, calibrate
+from gendiff.oracles.oracle import Oracle, label
+from gendiff.potential import Logit
+from gendiff.process import Process
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+"""(phase, done, of, metrics): called as work goes on."""
+
+
+class Problem(NamedTuple):
+    """What is steered, and by whom.  Static: two equal problems share their compiled programs."""
+
+    process: Process
+    model: Model
+    """(theta, x, t) -> x_0."""
+    network: Logit
+    """(phi, x, t) -> scalar, the classifier's logit without its shift."""
+    oracle: Oracle
+    """Samples (n, *shape) -> Boolean (n,), True is good."""
+    shape: tuple[int, ...]
+    """Of one sample."""
+    kernel: Callable[[Process, Denoiser], sampling.Kernel]
+    """The sampler, the same for synthetic data and for evaluation: another one has another alpha."""
+    steps: int
+    weight: losses.Weight
+    """Of the denoising loss, for distillation and refitting."""
+    classifier_time: Callable[[PRNGKey], Time]
+    """Draws the noise levels that classifiers train on."""
+    chunk: int = 1024
+    """Samples at a time and device."""
+
+
+class Guided(NamedTuple):
+    """The current model: a denoiser's parameters and K >= 0 classifiers, stacked on axis 0 (None for K = 0)."""
+
+    theta: Params
+    classifiers: Params = None
+
+    @property
+    def count(self) -> int:
+        return 0 if self.classifiers is None else potential.leading_size(self.classifiers)
+
+
+class Synthetic(NamedTuple):
+    """Labelled samples of one model."""
+
+    positives: Samples
+    negatives: Samples
+    good: Any
+    """Number of good samples among all draws, before any selection."""
+    bad: Any
+
+    @property
+    def alpha(self) -> float:
+        """P(good) under the model, from all draws."""
+        return float(self.good) / (float(self.good) + float(self.bad))
+
+
+class ClassifierTraining(NamedTuple):
+    """How a classifier is trained."""
+
+    training: training.Settings
+    half: int = 256
+    """Half of the batch: so many positives and as many negatives."""
+    weighting: Literal["importance", "shift", "none"] = "importance"
+    """importance: eq. 12, weights 2 alpha and 2 (1 - alpha).  shift: unweighted, and log(alpha / (1 - alpha)) is added to
+    the logit when it guides; the same optimum.  none: without importance sampling, the paper's ablation."""
+    select: Literal["all", "balanced"] = "all"
+    """balanced: the paper's N of each class.  all: each half from its whole class; the same optimum, less variance."""
+    held_out: float = 0.1
+    """Share of each class that is kept for validation and calibration."""
+
+
+def logit(problem: Problem) -> Logit:
+    """The logit of a classifier {"net": phi, "shift": scalar}, shift the prior's log-odds or 0."""
+    return lambda classifier, x, t: problem.network(classifier["net"], x, t) + classifier["shift"]
+
+
+def denoiser(problem: Problem, guided: Guided, scale: float = 1.0) -> Denoiser:
+    """The guided denoiser, D + sigma^2 / alpha sum_k grad log C_k (eq. 8)."""
+    plain = partial(problem.model, guided.theta)
+    if guided.classifiers is None:
+        return plain
+    log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
+    return guidance.guide(problem.process, log_c, scale)(plain)
+
+
+def append(guided: Guided, classifier: Params) -> Guided:
+    """The model with one more classifier."""
+    if guided.classifiers is None:
+        return guided._replace(classifiers=potential.stacked(classifier))
+    joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), guided.classifiers, classifier)
+    return guided._replace(classifiers=joined)
+
+
+def draw(
+    problem: Problem, guided: Guided, key: PRNGKey, n: int, mesh: jax.sharding.Mesh | None = None, scale: float = 1.0
+) -> Samples:
+    """n samples of a model."""
+    return _draw(problem, n, mesh, guided, key, scale)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(problem: Problem, n: int, mesh: Any, guided: Guided, key: PRNGKey, scale: float) -> Samples:
+    kernel = problem.kernel(problem.process, denoiser(problem, guided, scale))
+    grid = problem.process.grid(problem.steps)
+    one = lambda key: sampling.sample(problem.process, kernel, grid, key, problem.shape)
+    return distributed.chunked(one, jax.random.split(key, n), problem.chunk, mesh)
+
+
+def collect(
+    problem: Problem,
+    guided: Guided,
+    key: PRNGKey,
+    per_class: int,
+    budget: int,
+    batch: int = 16384,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> Synthetic:
+    """Draws batches until both classes have `per_class` samples, or `budget` samples have been drawn.
+
+    Raises:
+      ValueError: the budget gave no sample of one class.
+    """
+    kept: dict[bool, list] = {True: [], False: []}
+    counts = {True: 0, False: 0}
+    while min(counts.values()) < per_class and sum(counts.values()) < budget:
+        drawn = sum(counts.values())
+        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, drawn), batch, mesh))
+        if not np.isfinite(samples).all():
+            raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
+        good = label(problem.oracle, samples)
+        for value in (True, False):
+            kept[value].append(samples[good == value])
+            counts[value] += len(kept[value][-1])
+        report(min(counts.values()), per_class)
+    for value, name in ((True, "positive"), (False, "negative")):
+        if counts[value] == 0:
+            raise ValueError(
+                f"genneg: no {name} within the draw budget: expected at least one sample that the oracle calls "
+                f"{'good' if value else 'bad'}, given 0 of {sum(counts.values())} draws (budget {budget})"
+            )
+    return Synthetic(np.concatenate(kept[True]), np.concatenate(kept[False]), counts[True], counts[False])
+
+
+def _not_finite(samples: np.ndarray) -> str:
+    bad = (~np.isfinite(samples)).reshape(len(samples), -1).any(1).sum()
+    return f"NaN or infinity in {bad} of {len(samples)} samples"
+
+
+def split(synthetic: Synthetic, settings: ClassifierTraining, key: PRNGKey) -> tuple[Synthetic, Synthetic]:
+    """Shuffles, selects, and splits into a training set and a held-out set; counts (so alpha) stay those of all draws.
+
+    With select = "balanced" what the selection leaves over goes to the held-out set.
+    """
+    parts: tuple[list, list] = ([], [])
+    smaller = min(len(synthetic.positives), len(synthetic.negatives))
+    for i, samples in enumerate((synthetic.positives, synthetic.negatives)):
+        size = smaller if settings.select == "balanced" else len(samples)
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(samples)))
+        held = max(1, int(settings.held_out * size))
+        if size - held < 1:
+            raise ValueError(f"genneg: expected at least 2 samples of each class, given {len(samples)}")
+        parts[0].append(samples[order[held:size]])
+        parts[1].append(np.concatenate([samples[order[:held]], samples[order[size:]]]))
+    train, held_out = (synthetic._replace(positives=pair[0], negatives=pair[1]) for pair in parts)
+    return train, held_out
+
+
+def classifier_loss(problem: Problem, shift: Scalar | float) -> losses.Loss:
+    """Cross-entropy of `network + shift`, an example is (x_0, label, weight)."""
+    process = problem.process._replace(sample_time=problem.classifier_time)
+    return losses.cross_entropy(process, lambda phi, x, t: problem.network(phi, x, t) + shift)
+
+
+def fit_classifier(
+    problem: Problem,
+    train: Synthetic,
+    held_out: Synthetic,
+    start: Params,
+    settings: ClassifierTraining,
+    key: PRNGKey,
+    host: training.Host = training.Host(),  # noqa: B008 (immutable)
+    density: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Params:
+    """phi with the least held-out loss (eq. 12), as {"net": phi, "shift": scalar}.
+
+    Args:
+      train, held_out: from `split`.
+      start: phi to begin from.
+      density: how often each of the positives and negatives of `train` is to be drawn, relative to the others, where
+        they are not plain samples of one model (replay).
+    """
+    prior = float(np.log(train.alpha / (1 - train.alpha)))
+    importance = settings.weighting == "importance"
+    positive, negative = (2 * train.alpha, 2 * (1 - train.alpha)) if importance else (1.0, 1.0)
+    # Under importance weights the network learns log q1/q0 on top of the prior's log-odds: it starts calibrated.
+    shift = prior if importance else 0.0
+    context = {
+        "pools": (train.positives, train.negatives),
+        "cumulative": None if density is None else tuple(np.cumsum(each, dtype=np.float64) for each in density),
+        "held_out": (held_out.positives[:HELD_OUT], held_out.negatives[:HELD_OUT]),
+        "weights": (positive, negative),
+        "shift": shift,
+        "key": jax.random.fold_in(key, 2**31 - 1),
+    }
+    context = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.asarray(a, jnp.float32), context)
+
+    def task(context: dict) -> training.Task:
+        loss = classifier_loss(problem, context["shift"])
+
+        def draw_batch(key: PRNGKey) -> tuple:
+            halves = []
+            for i, pool in enumerate(context["pools"]):
+                row_key = jax.random.fold_in(key, i)
+                if context["cumulative"] is None:
+                    rows = jax.random.randint(row_key, (settings.half,), 0, len(pool))
+                else:
+                    edges = context["cumulative"][i]
+                    rows = jnp.searchsorted(edges, edges[-1] * jax.random.uniform(row_key, (settings.half,)))
+                halves.append(pool[jnp.minimum(rows, len(pool) - 1)])
+            return labelled(halves, context["weights"])
+
+        def validate(phi: Params) -> Scalar:
+            pools = context["held_out"]
+            scales = [(len(pools[0]) + len(pools[1])) / (2 * len(pool)) for pool in pools]
+            weights = [weight * scale for weight, scale in zip(context["weights"], scales, strict=True)]
+            return losses.mean(loss)(phi, context["key"], labelled(pools, weights))
+
+        return training.Task(loss, draw_batch, validate)
+
+    state = training.train(key, start, task, context, settings.training, host)
+    return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else prior)}
+
+
+HELD_OUT = 8192
+"""Held-out samples of each class that a validation uses; calibration uses all."""
+
+
+def labelled(pools: Any, weights: Any) -> tuple[Array, Array, Array]:
+    """A batch (x_0, label, weight) of positives and negatives."""
+    sizes = [len(pool) for pool in pools]
+    labels = jnp.repeat(jnp.array([1.0, 0.0]), np.array(sizes), total_repeat_length=sum(sizes))
+    return jnp.concatenate(list(pools)), labels, jnp.where(labels == 1, weights[0], weights[1])
+
+
+def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: PRNGKey, times: Array) -> Calibration:
+    """Calibration of one classifier on the held-out part of the samples that it was made for."""
+
+    def probability(x: Sample, t: Time) -> Scalar:
+        return jax.nn.sigmoid(logit(problem)(classifier, x, t))
+
+    positives, negatives = jnp.asarray(held_out.positives), jnp.asarray(held_out.negatives)
+    return calibrate(problem.process, probability, positives, negatives, held_out.alpha, key, times)
+
+
+def distill(
+    problem: Problem,
+    teacher: Guided,
+    x0: Samples,
+    start: Params,
+    batch: int,
+    settings: training.Settings,
+    key: PRNGKey,
+    host: training.Host = training.Host(),  # noqa: B008 (immutable)
+) -> Params:
+    """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
+
+    Args:
+      x0: the points that are noised; good samples of the teacher.
+      start: psi to begin from, usually theta.
+    """
+
+    def task(context: tuple[Samples, Guided]) -> training.Task:
+        points, teacher = context
+        loss = losses.distillation(problem.process, problem.model, denoiser(problem, teacher), problem.weight)
+        return training.Task(loss, lambda key: training.minibatch(key, points, batch))
+
+    return training.train(key, start, task, (jnp.asarray(x0), teacher), settings, host).best
+
+
+def refit(
+    problem: Problem,
+    accepted: Samples,
+    start: Params,
+    batch: int,
+    settings: training.Settings,
+    key: PRNGKey,
+    host: training.Host = training.Host(),  # noqa: B008 (immutable)
+) -> Params:
+    """Rejection, then refit: the denoising loss on samples that the oracle accepts.  No classifier, no guidance."""
+
+    def task(points: Samples) -> training.Task:
+        loss = losses.denoising(problem.process, problem.model, problem.weight)
+        return training.Task(loss, lambda key: training.minibatch(key, points, batch))
+
+    return training.train(key, start, task, jnp.asarray(accepted), settings, host).best
+
+
+class Round(NamedTuple):
+    """What one round made."""
+
+    number: int
+    """1, 2 .. R."""
+    guided: Guided
+    """The model after this round."""
+    classifier: Params
+    train: Synthetic
+    held_out: Synthetic
+
+
+class Rounds(NamedTuple):
+    """How the rounds go."""
+
+    count: int
+    per_class: int
+    """N, the samples of each class that a round wants."""
+    budget: int
+    """The most samples that a round may draw for them."""
+    classifier: ClassifierTraining
+    mode: Literal["stack", "distill"] = "stack"
+    student: training.Settings | None = None
+    """How a round's student is trained, in mode "distill"."""
+    student_batch: int = 1024
+    batch: int = 16384
+    """Samples drawn at a time."""
+
+
+def run(
+    problem: Problem,
+    theta: Params,
+    initial_classifier: Callable[[PRNGKey], Params],
+    settings: Rounds,
+    key: PRNGKey,
+    archive: Archive = Archive(None),  # noqa: B008 (immutable)
+    mesh: jax.sharding.Mesh | None = None,
+    report: Report = lambda phase, done, of, metrics: None,
+) -> Iterator[Round]:
+    """Algorithm 1: yields each round as it ends.  Phases that the archive holds are not run again.
+
+    Args:
+      theta: parameters of the model that was trained on data.
+      initial_classifier: key -> phi.
+      mesh: the devices that sample; classifiers and students train on one.
+      report: called as work goes on.
+    """
+    guided = Guided(theta)
+    for number in range(1, settings.count + 1):
+        name = f"round-{number}"
+        draw_key, split_key, start_key, fit_key, student_key = jax.random.split(jax.random.fold_in(key, number), 5)
+        synthetic = archive.once(
+            f"{name}/draws",
+            lambda guided=guided, key=draw_key, name=name: collect(
+                problem,
+                guided,
+                key,
+                settings.per_class,
+                settings.budget,
+                settings.batch,
+                mesh=mesh,
+                report=lambda done, of: report(f"{name} draws", done, of, {}),
+            ),
+            Synthetic,
+        )
+        train, held_out = split(synthetic, settings.classifier, split_key)
+        classifier = archive.once(
+            f"{name}/classifier",
+            lambda name=name, train=train, held_out=held_out, start_key=start_key, key=fit_key: fit_classifier(
+                problem,
+                train,
+                held_out,
+                initial_classifier(start_key),
+                settings.classifier,
+                key,
+                host(archive, report, f"{name} classifier", f"{name}/classifier", settings.classifier.training.steps),
+            ),
+        )
+        guided = append(guided, classifier)
+        if settings.mode == "distill":
+            if settings.student is None:
+                raise ValueError("genneg: student: expected training settings in mode 'distill', given None")
+            psi = archive.once(
+                f"{name}/student",
+                lambda guided=guided, key=student_key, name=name, student=settings.student: distill(
+                    problem,
+                    guided,
+                    accepted(problem, guided, jax.random.fold_in(key, 1), settings.per_class, settings, mesh),
+                    guided.theta,
+                    settings.student_batch,
+                    student,
+                    key,
+                    host(archive, report, f"{name} student", f"{name}/student", student.steps),
+                ),
+            )
+            guided = Guided(psi)
+        yield Round(number, guided, classifier, train, held_out)
+
+
+def accepted(
+    problem: Problem, guided: Guided, key: PRNGKey, n: int, settings: Rounds, mesh: jax.sharding.Mesh | None = None
+) -> Samples:
+    """At least n samples of a model that the oracle calls good: rejection sampling."""
+    kept: list[np.ndarray] = []
+    for i in range(-(-settings.budget // settings.batch)):
+        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
+        kept.append(samples[label(problem.oracle, samples)])
+        if sum(map(len, kept)) >= n:
+            return np.concatenate(kept)
+    raise ValueError(f"genneg: expected {n} good samples within {settings.budget} draws, given {sum(map(len, kept))}")
+
+
+def host(archive: Archive, report: Report, phase: str, folder: str, steps: int) -> training.Host:
+    """Where a phase of training keeps its checkpoints and whom it reports to."""
+    return training.Host(None, archive.steps(folder), lambda step, metrics: report(phase, step, steps, metrics))
+
+
+def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic, tuple[np.ndarray, np.ndarray]]:
+    """The samples of all rounds as one weighted set for ONE classifier of the first model, in place of the stack.
+
+    Samples of round k follow p_0(x) r_k(x) with r_k = prod_{j <= k} C_j(x) / alpha_j.  Pooled, n_k from each round, they
+    follow p_0 sum_k (n_k / n) r_k, so 1 / sum_k (n_k / n) r_k weights them back to p_0 (the balance heuristic of Veach
+    and Guibas 1995: bounded by n / n_0, since r_0 = 1).  What the first classifiers miss stands there many times with
+    small weights, which is all that a stack's later classifiers know more.
+
+    Returns:
+      A training set and a held-out set with alpha of the first model, and the weights of the training set's positives
+      and negatives, for `fit_classifier`.
+    """
+    first = rounds[0].train
+    counts = np.array([float(each.train.good) + float(each.train.bad) for each in rounds])
+    shares = counts / counts.sum()
+    low = problem.process.grid(problem.steps)[-2]
+
+    @jax.jit
+    def probabilities(classifiers: Params, points: Samples) -> Array:
+        one = lambda classifier, x: jax.nn.sigmoid(logit(problem)(classifier, x, low))
+        return jax.vmap(lambda x: jax.vmap(one, (0, None))(classifiers, x))(points)
+
+    classifiers = potential.stacked(*(each.classifier for each in rounds))
+    alphas = np.array([each.train.alpha for each in rounds])
+    pools, weights = [], []
+    for name in ("positives", "negatives"):
+        points = np.concatenate([getattr(each.train, name) for each in rounds])
+        ratios = np.cumprod(np.asarray(probabilities(classifiers, jnp.asarray(points))) / alphas, axis=1)
+        ratios = np.concatenate([np.ones((len(points), 1)), ratios[:, :-1]], axis=1)
+        pools.append(points)
+        weights.append(1.0 / (ratios @ shares))
+    return first._replace(positives=pools[0], negatives=pools[1]), rounds[0].held_out, (weights[0], weights[1])

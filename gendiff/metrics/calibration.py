@@ -1,0 +1,62 @@
+"""Is a time-dependent classifier calibrated at every noise level?"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gendiff.process import Process
+from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time
+
+
+class Calibration(NamedTuple):
+    """Calibration of C at each of L noise levels, on samples weighted so that their share of positives is alpha."""
+
+    times: Float[Array, " L"]
+    mean: Float[Array, " L"]
+    """Mean C; equals alpha at every level for a calibrated C."""
+    error: Float[Array, " L"]
+    """Expected calibration error: mean over samples of | observed - predicted | of the sample's bin."""
+    predicted: Float[Array, "L bins"]
+    observed: Float[Array, "L bins"]
+    share: Float[Array, "L bins"]
+    """Reliability: mean C, share of positives and share of samples of each bin of C (NaN where a bin is empty)."""
+
+
+def calibrate(
+    process: Process,
+    probability: Callable[[Sample, Time], Scalar],
+    positives: Samples,
+    negatives: Samples,
+    alpha: float,
+    key: PRNGKey,
+    times: Float[Array, " L"],
+    bins: int = 10,
+) -> Calibration:
+    """Noises held-out samples to each time and compares C = probability(x_t, t) with their labels.
+
+    Args:
+      positives, negatives: samples that C was not trained on; weighted alpha and 1 - alpha in all.
+      alpha: share of positives among the model's samples, in (0, 1).
+      times: in the units of the process.
+    """
+    samples = jnp.concatenate([positives, negatives])
+    labels = np.repeat([1.0, 0.0], [len(positives), len(negatives)])
+    weights = np.repeat([alpha / len(positives), (1 - alpha) / len(negatives)], [len(positives), len(negatives)])
+
+    @jax.jit
+    def predict(t: Time, key: PRNGKey) -> Array:
+        noise = jax.random.normal(key, samples.shape)
+        return jax.vmap(lambda x, e: probability(process.alpha(t) * x + process.sigma(t) * e, t))(samples, noise)
+
+    rows = []
+    for i, t in enumerate(times):
+        c = np.asarray(predict(t, jax.random.fold_in(key, i)), np.float64)
+        index = np.minimum((c * bins).astype(int), bins - 1)
+        share, predicted, positive = (np.bincount(index, weights * v, bins) for v in (np.ones_like(c), c, labels))
+        with np.errstate(invalid="ignore"):
+            rows.append((weights @ c, np.abs(predicted - positive).sum(), predicted / share, positive / share, share))
+    return Calibration(jnp.asarray(times), *(jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True)))

@@ -1,0 +1,66 @@
+"""Estimates with 95 % intervals."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A number with its interval and the number of samples behind it; an exact number has low = value = high."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def rate(events: int, n: int) -> Estimate:
+    """Share of `events` in `n` trials, in [0, 1], with Wilson's score interval (Wilson 1927)."""
+    if not 0 <= events <= n or n == 0:
+        raise ValueError(f"rate: expected 0 <= events <= n and n > 0, given events = {events}, n = {n}")
+    interval = stats.binomtest(int(events), int(n)).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(events / n, float(interval.low), float(interval.high), int(n))
+
+
+def mean(values: ArrayLike) -> Estimate:
+    """Mean of independent values, with the normal interval; with few of them (< 30) Student's."""
+    values = np.asarray(values, np.float64).ravel()
+    n = len(values)
+    if n == 0 or not np.isfinite(values).all():
+        raise ValueError(f"mean: expected finite values, given {n} of which {np.sum(~np.isfinite(values))} are not")
+    value = float(values.mean())
+    if n == 1:
+        return Estimate(value, float("-inf"), float("inf"), 1)
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * values.std(ddof=1) / n**0.5)
+    return Estimate(value, value - half, value + half, n)
+
+
+def exact(value: float, n: int = 1) -> Estimate:
+    """A count or a measured time: no interval."""
+    return Estimate(float(value), float(value), float(value), n)
+
+
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of factor > 0 times the quantity."""
+    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor, estimate.n)
+
+
+def shifted(estimate: Estimate, offset: float) -> Estimate:
+    """The estimate of the quantity plus a constant."""
+    return Estimate(estimate.value + offset, estimate.low + offset, estimate.high + offset, estimate.n)
+
+
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean over independent runs with Student's interval of the runs' own values; n is the sum of theirs.
+
+    The interval is that of the spread between runs, which holds the error within each run.  One run keeps its own.
+    """
+    if len(estimates) == 1:
+        return estimates[0]
+    spread = mean([estimate.value for estimate in estimates])
+    return spread._replace(n=sum(estimate.n for estimate in estimates))

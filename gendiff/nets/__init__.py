@@ -1,0 +1,1 @@
+"""Flax modules, one architecture a file; the only folder that imports Flax."""

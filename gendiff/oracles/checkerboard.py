@@ -1,0 +1,36 @@
+"""The checkerboard: a point is good on the filled cells of a square board."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gendiff.oracles.oracle import Oracle
+
+
+def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Array, "*n 2"]:
+    """Coordinates in cells, 0..cells, of points in data units."""
+    return (x / half_width + 1) * (cells / 2)
+
+
+def on_board(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -> Bool[Array, "*n"]:
+    """True on the filled cells of the cells x cells board on [-half_width, half_width)^2.
+
+    Cells are half-open; (column + row) is even on a filled one; outside the board is False, NaN too.
+    """
+    u = position(x, cells, half_width)
+    inside = jnp.all((u >= 0) & (u < cells), -1)
+    return inside & (jnp.sum(jnp.floor(u), -1) % 2 == 0)
+
+
+BAND = 0.1
+"""Share of a cell's side that its outer band takes, half of it at each edge."""
+
+
+def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -> Bool[Array, "*n"]:
+    """True in the frame that takes the outer BAND of a cell's side, 1 - (1 - BAND)^2 of its area."""
+    u = position(x, cells, half_width) % 1
+    return jnp.any((u < BAND / 2) | (u > 1 - BAND / 2), -1)
+
+
+def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
+    """The oracle of a board, for a batch of points (n, 2)."""
+    return lambda samples: on_board(samples, cells, half_width)

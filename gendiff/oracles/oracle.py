@@ -1,0 +1,31 @@
+"""Oracle: samples (n, *shape) -> Boolean (n,), True where a sample is good."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gendiff.types import Samples, Valid
+
+Oracle: TypeAlias = Callable[[Samples], Valid]
+
+
+class OracleError(ValueError):
+    """An oracle gave something else than one Boolean for each sample."""
+
+
+def label(oracle: Oracle, samples: Samples) -> np.ndarray:
+    """`oracle(samples)`, checked: one Boolean a sample; numbers are taken if each is exactly 0 or 1."""
+    given: Any = np.asarray(oracle(samples))
+    n = len(samples)
+    if given.shape != (n,):
+        raise OracleError(f"oracle: expected one Boolean a sample, shape ({n},), given shape {given.shape}")
+    if given.dtype == np.bool_:
+        return given
+    if not np.issubdtype(given.dtype, np.number):
+        raise OracleError(f"oracle: expected Booleans, given dtype {given.dtype}")
+    if np.isnan(given.astype(np.float64)).any():
+        raise OracleError(f"oracle: expected Booleans, given NaN for {np.isnan(given).sum()} of {n} samples")
+    if not np.isin(given, (0, 1)).all():
+        raise OracleError(f"oracle: expected Booleans, given numbers other than 0 and 1, such as {given.max()}")
+    return given.astype(bool)

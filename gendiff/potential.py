@@ -1,0 +1,61 @@
+"""Potential: (x, t) -> scalar log r, whose gradient steers.
+
+The potential of a classifier is log C, never the log-odds log C / (1 - C): Gen-neG conditions a model on being good,
+it does not compare two densities (2307.16463, eq. 8).
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from gendiff.types import Params, Sample, Scalar, Time
+
+Potential: TypeAlias = Callable[[Sample, Time], Scalar]
+Logit: TypeAlias = Callable[[Params, Sample, Time], Scalar]
+"""`(params, x, t) -> l` with C = sigmoid(l); any potential with parameters has this type."""
+
+
+def log_probability(logit: Logit) -> Logit:
+    """log C = -softplus(-l), exact where sigmoid(l) has long rounded to 0 or 1.  Its gradient is (1 - C) grad l."""
+    return lambda params, x, t: jax.nn.log_sigmoid(logit(params, x, t))
+
+
+def stack(potential: Logit, params: Params) -> Potential:
+    """sum_k potential(params_k): the posterior of several classifiers, or an ensemble (one formula for both).
+
+    Args:
+      potential: with parameters, usually `log_probability(logit)`.
+      params: K trees of parameters stacked on axis 0.  K = 0 is the constant 0.
+
+    The members are evaluated in one `vmap`, and a single `jax.grad` of the result serves them all.
+    """
+    members = leading_size(params)
+    if members == 1:  # a batched product with one member is slower than a plain one
+        single = jax.tree.map(lambda leaf: leaf[0], params)
+        return lambda x, t: potential(single, x, t)
+    return lambda x, t: jnp.sum(jax.vmap(potential, (0, None, None))(params, x, t))
+
+
+def leading_size(params: Params) -> int:
+    """K of a tree of K stacked members; raises ValueError where the leaves disagree."""
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(params)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"stacked parameters: expected one leading size K for all leaves, given sizes {sizes}")
+    return int(sizes.pop() or 0)
+
+
+def stacked(*members: Params) -> Params:
+    """Stacks trees of equal structure on a new leading axis, for `stack`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def total(*potentials: Potential) -> Potential:
+    """The sum of potentials: the product of what they stand for."""
+    return lambda x, t: sum((potential(x, t) for potential in potentials), jnp.zeros(()))
+
+
+def scaled(potential: Potential, scale: Scalar | float) -> Potential:
+    """scale * potential."""
+    return lambda x, t: scale * potential(x, t)

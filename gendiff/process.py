@@ -1,0 +1,110 @@
+"""Process: the forward noising x_t = alpha(t) x_0 + sigma(t) eps.
+
+t = 0 is data.  Everything downstream reads a process through `alpha` and `sigma`, so that one formula serves the
+variance-exploding process of EDM (t is the noise level sigma, alpha = 1) and the discrete variance-preserving chain of
+DDPM (t = 0, 1 .. T) on any grid of times, respaced ones included.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gendiff.types import PRNGKey, Sample, Scalar, Time
+
+
+class Process(NamedTuple):
+    """The four functions that define a forward noising process."""
+
+    alpha: Callable[[Time], Scalar]
+    """Signal level at time t."""
+    sigma: Callable[[Time], Scalar]
+    """Noise level (standard deviation) at time t."""
+    sample_time: Callable[[PRNGKey], Time]
+    """Draws t from the training distribution.  Swap it with `process._replace(sample_time=...)`."""
+    grid: Callable[[int], Array]
+    """`grid(n)`: the n + 1 times of an n-step sampler, from noise down to data."""
+    steps: int | None = None
+    """T of a discrete chain; None for a process in continuous time."""
+
+
+def edm(
+    sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, mean: float = -1.2, std: float = 1.2
+) -> Process:
+    """Variance-exploding process; t is the noise level (Karras et al. 2022, Table 1 and eq. 5).
+
+    Args:
+      sigma_min, sigma_max: ends of the sampling grid; the grid's last time is 0.
+      rho: curvature of the grid; larger puts more steps near the data.
+      mean, std: training draws ln sigma ~ N(mean, std^2).
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"edm: expected 0 < sigma_min < sigma_max, given {sigma_min} and {sigma_max}")
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return Process(
+        alpha=lambda t: jnp.ones_like(t, dtype=jnp.float32),
+        sigma=lambda t: t,
+        sample_time=lambda key: jnp.exp(mean + std * jax.random.normal(key)),
+        grid=lambda n: jnp.append(jnp.linspace(high, low, n) ** rho, 0.0),
+    )
+
+
+def ddpm(betas: Float[Array, " T"]) -> Process:
+    """Discrete variance-preserving chain, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
+
+    `betas[t - 1]` is beta_t; t = 0 is data, t = T is noise.  A time outside 0..T gives NaN, not a neighbour's value.
+    """
+    betas = jnp.asarray(betas, jnp.float32)
+    if betas.ndim != 1 or not bool(jnp.all((betas > 0) & (betas < 1))):
+        raise ValueError(f"ddpm: expected a vector of betas in (0, 1), given shape {betas.shape}, values {betas}")
+    steps = len(betas)
+    # Products of 1000 factors near 1 lose five digits in float32 unless the logarithms are summed.
+    log_alpha_bar = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jnp.log1p(-betas))])
+    alpha, sigma = jnp.exp(0.5 * log_alpha_bar), jnp.sqrt(-jnp.expm1(log_alpha_bar))
+    return Process(
+        alpha=lambda t: jnp.take(alpha, t),
+        sigma=lambda t: jnp.take(sigma, t),
+        sample_time=lambda key: jax.random.randint(key, (), 1, steps + 1),
+        grid=lambda n: jnp.round(jnp.linspace(steps, 0, n + 1)).astype(int),
+        steps=steps,
+    )
+
+
+def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[Array, " T"]:
+    """Ho et al. (2020): beta_t linear in t; the ends are stated for 1,000 steps and rescaled to `steps`."""
+    scale = 1000 / steps
+    return jnp.linspace(scale * first, scale * last, steps)
+
+
+def sqrt_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Float[Array, " T"]:
+    """Rombach et al. (2022), the schedule of Stable Diffusion: sqrt(beta_t) linear in t."""
+    return jnp.linspace(first**0.5, last**0.5, steps) ** 2
+
+
+def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[Array, " T"]:
+    """Nichol and Dhariwal (2021), eq. 17: alpha_bar(t) = cos^2((t/T + s) / (1 + s) pi / 2)."""
+    angle = (jnp.arange(steps + 1) / steps + offset) / (1 + offset) * jnp.pi / 2
+    alpha_bar = jnp.cos(angle) ** 2
+    return jnp.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
+
+
+def perturb(process: Process, key: PRNGKey, x0: Sample, t: Time) -> tuple[Sample, Sample]:
+    """Draws x_t given x_0; returns (x_t, eps), both of the shape of x0."""
+    eps = jax.random.normal(key, x0.shape)
+    return process.alpha(t) * x0 + process.sigma(t) * eps, eps
+
+
+def transition(process: Process, t: Time, s: Time) -> tuple[Scalar, Scalar]:
+    """(a, v) of q(x_t | x_s) = N(a x_s, v) for s < t; one step of a chain has v = beta_t."""
+    ratio = process.alpha(t) / process.alpha(s)
+    return ratio, process.sigma(t) ** 2 - ratio**2 * process.sigma(s) ** 2
+
+
+def posterior(process: Process, x: Sample, x0: Sample, t: Time, s: Time) -> tuple[Sample, Scalar]:
+    """Mean and variance of q(x_s | x_t = x, x_0) for s < t (Ho et al. 2020, eq. 7, for any pair of times)."""
+    ratio, variance = transition(process, t, s)
+    var_t, var_s = process.sigma(t) ** 2, process.sigma(s) ** 2
+    mean = ratio * var_s / var_t * x + process.alpha(s) * variance / var_t * x0
+    return mean, variance * var_s / var_t

@@ -1,0 +1,119 @@
+"""Kernel: (key, x_t, t, s) -> x_s with s < t.  Sampler: a `lax.scan` of a kernel down a grid of times."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gendiff.denoiser import Denoiser
+from gendiff.process import Process, posterior, transition
+from gendiff.types import PRNGKey, Sample, Time
+
+Kernel: TypeAlias = Callable[[PRNGKey, Sample, Time, Time], Sample]
+
+
+def ddim(process: Process, denoiser: Denoiser, eta: float = 0.0) -> Kernel:
+    """DDIM (Song et al. 2021, eq. 12): eta = 0 is deterministic, eta = 1 is ancestral sampling."""
+
+    def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
+        x0 = denoiser(x, t)
+        eps = (x - process.alpha(t) * x0) / process.sigma(t)
+        _, variance = posterior(process, x, x0, t, s)
+        up = eta * jnp.sqrt(jnp.maximum(variance, 0.0))
+        down = jnp.sqrt(jnp.maximum(process.sigma(s) ** 2 - up**2, 0.0))
+        return process.alpha(s) * x0 + down * eps + up * jax.random.normal(key, x.shape)
+
+    return kernel
+
+
+def ancestral_moments(
+    process: Process, denoiser: Denoiser, x: Sample, t: Time, s: Time, variance: str = "posterior"
+) -> tuple[Sample, Float[Array, ""]]:
+    """Mean and standard deviation of one ancestral step from x_t to x_s (Ho et al. 2020, eq. 11).
+
+    `variance` "posterior" is the smaller (beta-tilde), "beta" the larger of their two choices.
+    """
+    mean, small = posterior(process, x, denoiser(x, t), t, s)
+    _, large = transition(process, t, s)
+    return mean, jnp.sqrt(jnp.maximum(small if variance == "posterior" else large, 0.0))
+
+
+def ancestral(process: Process, denoiser: Denoiser, variance: str = "posterior") -> Kernel:
+    """Ancestral sampling; the step to s = 0 adds no noise.  `variance`: "posterior" or "beta"."""
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"ancestral: variance: expected 'posterior' or 'beta', given {variance!r}")
+
+    def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
+        mean, std = ancestral_moments(process, denoiser, x, t, s, variance)
+        return mean + jnp.where(process.sigma(s) == 0, 0.0, std) * jax.random.normal(key, x.shape)
+
+    return kernel
+
+
+def heun(
+    process: Process,
+    denoiser: Denoiser,
+    churn: float = 0.0,
+    churn_low: float = 0.0,
+    churn_high: float = jnp.inf,
+    churn_noise: float = 1.0,
+) -> Kernel:
+    """Heun's second-order step of the probability-flow ODE in x / alpha (Karras et al. 2022, Algorithms 1 and 2).
+
+    Two evaluations of the denoiser a step, both of the same (guided) denoiser, and one in the step to s = 0.
+
+    Args:
+      churn: gamma of Algorithm 2, that is S_churn / steps; 0 is the deterministic sampler, at most sqrt(2) - 1.
+        Needs a process in continuous time with t = sigma (EDM).
+      churn_low, churn_high: S_tmin and S_tmax, the noise levels between which noise is added.
+      churn_noise: S_noise, the factor on the standard deviation of the added noise.
+    """
+    if not 0.0 <= churn <= 2**0.5 - 1 + 1e-6:
+        raise ValueError(f"heun: churn: expected 0 <= churn <= sqrt(2) - 1, given {churn}")
+    if churn and process.steps is not None:
+        raise ValueError("heun: churn: expected a process in continuous time (edm), given a discrete chain")
+
+    def noise_level(t: Time) -> Float[Array, ""]:
+        return process.sigma(t) / process.alpha(t)
+
+    def slope(y: Sample, t: Time) -> Sample:
+        return (y - denoiser(process.alpha(t) * y, t)) / noise_level(t)
+
+    def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
+        y = x / process.alpha(t)
+        if churn:
+            gamma = jnp.where((t >= churn_low) & (t <= churn_high), churn, 0.0)
+            raised = t * (1 + gamma)
+            added = jnp.sqrt(jnp.maximum(raised**2 - t**2, 0.0)) * churn_noise
+            y, t = y + added * jax.random.normal(key, x.shape), raised
+        dt = noise_level(s) - noise_level(t)
+        first = slope(y, t)
+        last = process.sigma(s) == 0
+        # `cond`, not `where`: s is the same for a whole batch, so the last step saves its second evaluation.
+        average = jax.lax.cond(
+            last,
+            lambda: first,
+            lambda: 0.5 * (first + slope(y + dt * first, jnp.where(last, t, s))),
+        )
+        return process.alpha(s) * (y + dt * average)
+
+    return kernel
+
+
+def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
+    """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in float32."""
+    steps = len(grid) - 1
+    x = process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, steps), shape)
+    return refine(kernel, grid, key, x)
+
+
+def refine(kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, x: Sample) -> Sample:
+    """Runs `kernel` down `grid` from x, a sample at time grid[0]."""
+
+    def step(x: Sample, move: tuple) -> tuple[Sample, None]:
+        i, t, s = move
+        return kernel(jax.random.fold_in(key, i), x, t, s), None
+
+    return jax.lax.scan(step, x, (jnp.arange(len(grid) - 1), grid[:-1], grid[1:]))[0]

@@ -1,0 +1,262 @@
+"""One training loop.
+
+`step` moves a state by one batch, `block` by many batches in one `lax.scan` and one validation.  `fit` scans blocks: it is
+a pure function, so `vmap` it over keys to train whole ensembles in one program.  `train` runs the same blocks from the
+host, with progress, checkpoints and resume.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gendiff import distributed, losses
+from gendiff.losses import Loss
+from gendiff.types import Params, PRNGKey, Scalar
+
+Draw: TypeAlias = Callable[[PRNGKey], Any]
+"""key -> batch, a pytree with one leading axis, made on the device inside the compiled step."""
+Validate: TypeAlias = Callable[[Params], Scalar]
+"""Parameters -> loss on held-out data, smaller is better; deterministic."""
+Metrics: TypeAlias = dict[str, Any]
+
+
+class State(NamedTuple):
+    """Everything a run needs to go on: save it, restore it, and the numbers are the same bit for bit."""
+
+    step: Any
+    params: Params
+    ema: Params
+    optimiser: Any
+    key: PRNGKey
+    best: Params
+    """The EMA with the least validation loss so far."""
+    best_loss: Any
+    best_step: Any
+
+
+class NotFinite(FloatingPointError):
+    """A loss became NaN or infinite; the newest checkpoint is from before that."""
+
+
+def adam(settings: "Settings") -> optax.GradientTransformation:
+    """Adam with clipped gradients; the rate rises linearly over `warmup` steps, then falls along a cosine or stays."""
+    rate, warmup, steps = settings.rate, settings.warmup, settings.steps
+    first = 0.0 if warmup else rate
+    if settings.cosine:
+        schedule = optax.warmup_cosine_decay_schedule(first, rate, warmup, max(steps, warmup + 1))
+    else:
+        schedule = optax.warmup_constant_schedule(first, rate, warmup)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adam(schedule))
+
+
+def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) -> State:
+    """The state before the first step.  The EMA is a copy: a donated buffer must not be held twice."""
+    copy = partial(jax.tree.map, jnp.copy)
+    zero = jnp.zeros((), jnp.int32)
+    best_loss, best_step = jnp.full((), jnp.inf), jnp.zeros((), jnp.int32)
+    return State(zero, copy(params), copy(params), optimiser.init(params), key, copy(params), best_loss, best_step)
+
+
+def make_step(
+    loss: Loss, optimiser: optax.GradientTransformation, decay: float = 0.999
+) -> Callable[[State, Any], tuple[State, Metrics]]:
+    """One optimiser step on a batch.
+
+    Args:
+      loss: of one example.
+      decay: of the EMA; the first steps use (1 + step) / (10 + step) where that is less.
+    """
+    batch_loss = losses.mean(loss)
+
+    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        value, gradient = jax.value_and_grad(batch_loss)(state.params, key, batch)
+        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema, rate)
+        moved = state._replace(step=state.step + 1, params=params, ema=ema, optimiser=optimiser_state)
+        return moved, {"loss": value, "gradient_norm": optax.global_norm(gradient)}
+
+    return step
+
+
+def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
+    """Keeps the EMA as `best` if it validates better than the best so far; without `validate`, always."""
+    if validate is None:
+        return state._replace(best=state.ema, best_step=state.step), {}
+    value = validate(state.ema)
+    better = value < state.best_loss
+    best = jax.tree.map(partial(jnp.where, better), state.ema, state.best)
+    best_step = jnp.where(better, state.step, state.best_step)
+    best_loss = jnp.where(better, value, state.best_loss)
+    return state._replace(best=best, best_loss=best_loss, best_step=best_step), {"validation_loss": value}
+
+
+def make_block(
+    step: Callable[[State, Any], tuple[State, Metrics]],
+    draw: Draw,
+    size: int,
+    validate: Validate | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Callable[[State], tuple[State, Metrics]]:
+    """`size` steps on batches drawn on the device, in one scan, then `select`; the metrics are means over the block."""
+
+    def one(state: State, _: None) -> tuple[State, Metrics]:
+        batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1))
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, distributed.split(mesh))
+        return step(state, batch)
+
+    def block(state: State) -> tuple[State, Metrics]:
+        state, metrics = jax.lax.scan(one, state, length=size)
+        state, validation = select(state, validate)
+        return state, jax.tree.map(jnp.mean, metrics) | validation
+
+    return block
+
+
+class Task(NamedTuple):
+    """What is trained."""
+
+    loss: Loss
+    """Of one example."""
+    draw: Draw | None = None
+    """Makes a batch on the device; None where batches come from the host."""
+    validate: Validate | None = None
+
+
+class Settings(NamedTuple):
+    """How a run is trained."""
+
+    steps: int
+    rate: float = 1e-3
+    decay: float = 0.999
+    """Of the EMA."""
+    every: int = 500
+    """Steps between validations, checkpoints and reports."""
+    warmup: int = 0
+    cosine: bool = True
+    """The rate falls to 0 along a cosine."""
+    clip: float = 1.0
+    """Largest norm of a gradient."""
+    patience: int | None = None
+    """Stop when the validation loss has not improved for so many steps."""
+
+
+class Host(NamedTuple):
+    """Where a run happens and what is kept of it."""
+
+    mesh: jax.sharding.Mesh | None = None
+    """Default: one device."""
+    checkpoints: Any = None
+    """A `gendiff.checkpoint.Checkpoints`, or None."""
+    report: Callable[[int, Metrics], None] = lambda step, metrics: None
+    """Called after every block with the step and the block's metrics as floats."""
+
+
+def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[State, Metrics]:
+    """A whole run as a pure function: `vmap` it over keys and parameters for ensembles, seeds and configurations.
+
+    Returns:
+      The last state (`best` is the result), and the metrics of each block of `settings.every` steps, on axis 0.
+    """
+    if task.draw is None:
+        raise ValueError("fit: task.draw: expected a function of a key, given None")
+    size = min(settings.every, settings.steps)
+    if settings.steps % size:
+        raise ValueError(f"fit: every: expected a divisor of steps = {settings.steps}, given {settings.every}")
+    optimiser = adam(settings)
+    block = make_block(make_step(task.loss, optimiser, settings.decay), task.draw, size, task.validate)
+    return jax.lax.scan(lambda state, _: block(state), init(key, params, optimiser), length=settings.steps // size)
+
+
+def train(
+    key: PRNGKey,
+    params: Params,
+    task: Callable[[Any], Task],
+    context: Any,
+    settings: Settings,
+    host: Host = Host(),  # noqa: B008 (immutable)
+    data: Sequence | Iterator | None = None,
+) -> State:
+    """The same run from the host: jitted with donated state, sharded over a mesh, reported, and resumed where it stopped.
+
+    Args:
+      task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the
+        compiled program and not constants in it.
+      context: a pytree of arrays.
+      data: batches from the host, where the task draws none: a sequence whose element i is the batch of step i (exact
+        resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
+
+    Raises:
+      NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
+    """
+    mesh = distributed.make_mesh(jax.devices()[:1]) if host.mesh is None else host.mesh
+    optimiser = adam(settings)
+    state = distributed.replicate(mesh, init(key, params, optimiser))
+    context = distributed.replicate(mesh, context)
+    if host.checkpoints is not None:
+        state = host.checkpoints.restore(state, data)
+
+    @partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def draw_block(state: State, context: Any, size: int) -> tuple[State, Metrics]:
+        loss, draw, validate = task(context)
+        assert draw is not None
+        return make_block(make_step(loss, optimiser, settings.decay), draw, size, validate, mesh)(state)
+
+    @partial(jax.jit, donate_argnums=0)
+    def host_step(state: State, context: Any, batch: Any) -> tuple[State, Metrics]:
+        return make_step(task(context).loss, optimiser, settings.decay)(state, batch)
+
+    @partial(jax.jit, donate_argnums=0)
+    def host_select(state: State, context: Any) -> tuple[State, Metrics]:
+        return select(state, task(context).validate)
+
+    batches = None if data is None else _batches(data, int(state.step))
+    while not _finished(state, settings):
+        size = min(settings.every, settings.steps - int(state.step))
+        if batches is None:
+            state, metrics = draw_block(state, context, size)
+        else:
+            collected = []
+            for _ in range(size):
+                batch = next(batches, None)
+                if batch is None:
+                    raise ValueError(f"training: data: expected {settings.steps} batches, given {int(state.step)}")
+                state, metrics = host_step(state, context, distributed.shard(mesh, batch))
+                collected.append(metrics)
+            state, validation = host_select(state, context)
+            means = {name: jnp.mean(jnp.stack([each[name] for each in collected])) for name in collected[0]}
+            metrics = means | validation
+        values = {name: float(value) for name, value in metrics.items()}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NotFinite(f"training: {name}: expected a finite number, given {value} by step {int(state.step)}")
+        if host.checkpoints is not None:
+            host.checkpoints.save(int(state.step), state, data)
+        host.report(int(state.step), values)
+    return state
+
+
+def _finished(state: State, settings: Settings) -> bool:
+    done, best = int(state.step), int(state.best_step)
+    return done >= settings.steps or bool(settings.patience and done - best >= settings.patience)
+
+
+def _batches(data: Sequence | Iterator, start: int) -> Iterator:
+    """Batches from step `start` on of a sequence; an iterator stands where it stands."""
+    if isinstance(data, Iterator):
+        return data
+    return (data[i] for i in range(start, len(data)))
+
+
+def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
+    """`size` rows, with replacement, of a pytree of arrays with a common leading axis."""
+    rows = jax.random.randint(key, (size,), 0, jax.tree.leaves(examples)[0].shape[0])
+    return jax.tree.map(lambda a: a[rows], examples)

@@ -1,0 +1,18 @@
+"""The array types that the vocabulary is written in.  Every function takes ONE example; batch with `jax.vmap`."""
+
+from typing import Any, TypeAlias
+
+import jax
+from jaxtyping import Array, Bool, Float, Key
+
+PRNGKey: TypeAlias = Key[Array, ""]
+"""A typed key, `jax.random.key(seed)`."""
+Params: TypeAlias = Any
+"""A pytree of arrays."""
+Scalar: TypeAlias = Float[Array, ""]
+Time: TypeAlias = jax.Array
+"""Scalar, in the units of the process: sigma for EDM, an integer 0..T for DDPM."""
+Sample: TypeAlias = Float[Array, "*shape"]
+"""One example: a point (2,), an image (h, w, c), a scene (agents, features)."""
+Samples: TypeAlias = Float[Array, "n *shape"]
+Valid: TypeAlias = Bool[Array, " n"]
