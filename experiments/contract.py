@@ -37,8 +37,8 @@ class Between(NamedTuple):
     high: float
 
 
-class ConfigError(ValueError):
-    """An option, or a folder of another configuration."""
+class ConfigError(Exception):
+    """An option out of its range, or a folder of another configuration (no ValueError: tyro would frame it)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,8 @@ class Progress:
     """One bar a phase, with rate and remaining time; every report also goes to metrics.jsonl."""
 
     def __init__(self, folder: Folder, prefix: str = "") -> None:
-        self.folder, self.prefix, self.bar, self.phase = folder, prefix, None, ""
+        self.folder, self.prefix, self.phase = folder, prefix, ""
+        self.bar: tqdm | None = None
 
     def __call__(self, phase: str, done: int, of: int, metrics: Mapping[str, float]) -> None:
         self.folder.log(time=round(time.time(), 1), phase=self.prefix + phase, done=done, of=of, **metrics)

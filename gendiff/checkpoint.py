@@ -24,10 +24,13 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, tree: Any, **notes: Any) -> None:
-    """Writes nested dicts of arrays (none of size 0) as a new checkpoint, with `notes` that JSON can hold."""
+    """Writes nested dicts of arrays as a new checkpoint, with `notes` that JSON can hold."""
     tree = jax.tree.map(np.asarray, tree)
+    metadata = {"checksums": _checksums(tree), "empty": _empty(tree), **notes}
+    # Orbax refuses arrays of size 0: their shapes stand in the metadata, and a zero takes their place.
+    tree = jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
     try:
-        ocp.save(folder.absolute(), tree, custom_metadata={"checksums": _checksums(tree), **notes})
+        ocp.save(folder.absolute(), tree, custom_metadata=metadata)
     except Exception as error:  # Orbax and TensorStore raise many types; the cause stays attached
         raise _unwritten(folder, error) from error
 
@@ -41,8 +44,11 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
             stored = ocp.metadata(folder.absolute()).custom_metadata
     except Exception as error:
         raise _unreadable(folder, error) from error
+    empty = stored.get("empty", {}) if stored else {}
+    shaped = lambda path, leaf: np.zeros(empty[path], leaf.dtype) if path in empty else leaf
+    tree = jax.tree_util.tree_map_with_path(lambda path, leaf: shaped(jax.tree_util.keystr(path), leaf), tree)
     _verify(folder, tree, stored)
-    return tree, {name: value for name, value in stored.items() if name != "checksums"}
+    return tree, {name: value for name, value in stored.items() if name not in ("checksums", "empty")}
 
 
 class Checkpoints:
@@ -98,7 +104,7 @@ class Archive:
         """Wall-clock time of each phase, from its first computation also when it was read; of a phase that was stopped
         and resumed, the time since it was resumed."""
 
-    def once(self, name: str, compute: Callable[[], Tree], kind: Callable[..., Tree] = dict) -> Tree:
+    def once(self, name: str, compute: Callable[[], Any], kind: Callable[..., Any] = dict) -> Any:
         """`compute()`, or what it gave in an earlier run.
 
         Args:
@@ -136,6 +142,12 @@ def _bytes(leaf: Any) -> bytes:
 def _checksums(tree: Any) -> list[int]:
     # Nested dicts come back from a file with sorted keys, which is the order of `jax.tree.leaves`.
     return [zlib.crc32(_bytes(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+def _empty(tree: Any) -> dict[str, list[int]]:
+    """The shapes of the arrays of size 0, by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves if leaf.size == 0}
 
 
 def _verify(folder: Path, tree: Any, stored: Any) -> None:

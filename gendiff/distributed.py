@@ -34,6 +34,11 @@ def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     return jax.device_put(tree, replicated(mesh), may_alias=False)
 
 
+def place(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
+    """`tree` on every device of the mesh, wherever it was; without a mesh, as it is."""
+    return tree if mesh is None else jax.device_put(tree, replicated(mesh))
+
+
 def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     """Global arrays from this process's rows of a batch, split over `data`."""
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)

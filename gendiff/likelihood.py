@@ -68,7 +68,8 @@ def ddpm_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, va
         # At t = 1 the posterior is x_0 itself, and the term is the decoder's log-density.
         return jnp.where(first, error + 0.5 * d * jnp.log(2 * jnp.pi * beta), divergence)
 
-    alpha, sigma = process.alpha(process.steps), process.sigma(process.steps)
+    last = jnp.array(process.steps)
+    alpha, sigma = process.alpha(last), process.sigma(last)
     prior = 0.5 * jnp.sum((alpha * x0) ** 2) + 0.5 * d * (sigma**2 - 1 - 2 * jnp.log(sigma))
     return -(prior + jnp.sum(jax.lax.map(term, jnp.arange(1, process.steps + 1))))
 

@@ -65,6 +65,16 @@ def distillation(process: Process, model: Model, teacher: Denoiser, weight: Weig
     return loss
 
 
+def regression(model: Model, weight: Weight) -> Loss:
+    """weight(t) || D(x_t, t) - target ||^2 on stored targets; an example is (x_t, t, target)."""
+
+    def loss(params: Params, key: PRNGKey, example: tuple[Sample, Time, Sample]) -> Scalar:
+        x, t, target = example
+        return weight(t) * jnp.sum((model(params, x, t) - target) ** 2)
+
+    return loss
+
+
 def mean(loss: Loss) -> Loss:
     """Mean of a loss over a batch (a pytree with one leading axis), with one key an example."""
 

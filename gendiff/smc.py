@@ -82,7 +82,7 @@ def twisted(
     def resample(key: PRNGKey, x: Samples, log_psi: Array, log_w: Array) -> tuple:
         index = systematic(key, log_w)
         level = jax.nn.logsumexp(log_w) - jnp.log(particles)
-        return x[index], log_psi[index], jnp.full(particles, level), 1.0
+        return x[index], log_psi[index], jnp.full(particles, level), jnp.ones(())
 
     def step(state: tuple, move: tuple) -> tuple[tuple, None]:
         x, log_psi, log_w, resampled = state
@@ -100,12 +100,12 @@ def twisted(
         log_w = log_w + ratio + new_psi - log_psi
         short = effective_size(log_w) < threshold * particles
         x, new_psi, log_w, hit = jax.lax.cond(
-            short, resample, lambda key, x, p, w: (x, p, w, 0.0), index_key, x, new_psi, log_w
+            short, resample, lambda key, x, p, w: (x, p, w, jnp.zeros(())), index_key, x, new_psi, log_w
         )
         return (x, new_psi, log_w, resampled + hit), None
 
     moves = (jnp.arange(steps - 1), grid[:-2], grid[1:-1])
-    (x, log_psi, log_w, resampled), _ = jax.lax.scan(step, (x, log_psi, log_psi, 0.0), moves)
+    (x, log_psi, log_w, resampled), _ = jax.lax.scan(step, (x, log_psi, log_psi, jnp.zeros(())), moves)
     last = lambda x: ancestral_moments(process, denoiser, x, grid[-2], grid[-1])[0]
     return Population(jax.vmap(last)(x), log_w - log_psi, resampled)
 

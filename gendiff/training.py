@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gendiff import distributed, losses
@@ -260,3 +261,13 @@ def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
     """`size` rows, with replacement, of a pytree of arrays with a common leading axis."""
     rows = jax.random.randint(key, (size,), 0, jax.tree.leaves(examples)[0].shape[0])
     return jax.tree.map(lambda a: a[rows], examples)
+
+
+def capacity(rows: int) -> int:
+    """The next power of two: arrays padded to it share compiled programs."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def padded(array: Any, rows: int) -> np.ndarray:
+    """`array` with zeros appended on axis 0 up to `rows`."""
+    return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])

@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 PRNGKey: TypeAlias = Key[Array, ""]
@@ -14,5 +15,7 @@ Time: TypeAlias = jax.Array
 """Scalar, in the units of the process: sigma for EDM, an integer 0..T for DDPM."""
 Sample: TypeAlias = Float[Array, "*shape"]
 """One example: a point (2,), an image (h, w, c), a scene (agents, features)."""
-Samples: TypeAlias = Float[Array, "n *shape"]
-Valid: TypeAlias = Bool[Array, " n"]
+Samples: TypeAlias = Float[jax.Array | np.ndarray, "n *shape"]
+"""A batch of examples, on a device or on the host."""
+Valid: TypeAlias = Bool[jax.Array | np.ndarray, " n"]
+"""An oracle's verdict on a batch, True is good."""

@@ -27,7 +27,7 @@ from gendiff.metrics.rates import Estimate
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 from gendiff.oracles import checkerboard as oracle
 from gendiff.oracles.oracle import label
-from gendiff.types import Params
+from gendiff.types import Params, Samples
 
 DATA_STD = 0.5
 """EDM's sigma_data; a board of half-width 1 has a standard deviation of 0.577."""
@@ -75,6 +75,8 @@ class CheckerboardConfig(Config):
     """Train on all draws, each class half of the batch, or on equally many of both (the paper)."""
     student_steps: Annotated[int, Between(10, 10_000_000)] = 5000
     """Training steps of a distilled or refitted model."""
+    stored: Annotated[int, Between(1, 1_000_000_000)] = 2**18
+    """Answers of the teacher that a student learns from."""
 
     sampler_steps: Annotated[int, Between(2, 10_000)] = 18
     """Heun steps, for synthetic data and evaluation alike."""
@@ -95,13 +97,13 @@ class CheckerboardConfig(Config):
 PRESETS = {
     "smoke": CheckerboardConfig(
         preset="smoke", rounds=2, width=32, depth=2, baseline_steps=300, patience=300, per_class=500, draw_budget=8000,
-        classifier_steps=150, classifier_batch=256, student_steps=150, sampler_steps=8, smc_steps=12, smc_particles=128, smc_populations=4,
+        classifier_steps=150, classifier_batch=256, student_steps=150, stored=4096, sampler_steps=8, smc_steps=12, smc_particles=128, smc_populations=4,
         samples=4000, elbo_points=500, elbo_levels=8,
     ),
     "default": CheckerboardConfig(),
     "paper": CheckerboardConfig(
         preset="paper", rounds=5, seeds=3, baseline_steps=20_000, patience=5000, per_class=50_000, draw_budget=5_000_000,
-        classifier_steps=20_000, classifier_batch=2048, student_steps=20_000, samples=1_000_000, elbo_levels=128,
+        classifier_steps=20_000, classifier_batch=2048, student_steps=20_000, stored=2**22, samples=1_000_000, elbo_levels=128,
         smc_steps=256, smc_particles=4096, smc_populations=64,
     ),
 }  # fmt: skip
@@ -148,10 +150,13 @@ def problem(config: CheckerboardConfig) -> genneg.Problem:
         wide = jax.random.uniform(uniform, minval=jnp.log(0.002), maxval=jnp.log(80.0))
         return jnp.exp(jnp.where(jax.random.bernoulli(which, 0.7), -1.2 + 1.6 * jax.random.normal(normal), wide))
 
+    def network(phi: Params, x: Array, t: Array) -> Any:
+        return classifier.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t))
+
     return genneg.Problem(
         process=process.edm(),
         model=denoiser.from_edm(denoiser_network(config).apply, DATA_STD),
-        network=lambda phi, x, t: classifier.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t)),
+        network=network,
         oracle=oracle.checkerboard(config.cells, config.half_width),
         shape=(2,),
         kernel=sampling.heun,
@@ -170,11 +175,11 @@ BATCH = 16_384
 class Evaluation(NamedTuple):
     """What is measured of one model."""
 
-    points: Array
+    points: Samples
     """Up to 10,000 samples, for the figures."""
-    accepted: Array
+    accepted: Samples
     """Up to 100,000 good samples."""
-    counts: Array
+    counts: np.ndarray
     """Numbers of samples, of good ones, and of good ones in the outer band of their cells."""
     elbo: Array
     """Of each test point."""
@@ -191,6 +196,7 @@ class Run:
         self.evaluations: dict[str, Evaluation] = {}
         self.calibrations: dict[str, Calibration] = {}
         self.alphas: dict[str, float] = {}
+        self.smc_drawn = np.zeros((0, 2))
 
     def all(self) -> None:
         """Every row of the table, in its order."""
@@ -218,7 +224,7 @@ class Run:
         evaluation = self.archive.once(f"evaluate/{name}", lambda: self.evaluate(name, guided), Evaluation)
         self.evaluations[name] = evaluation
         n, good, outer = (int(count) for count in evaluation.counts)
-        cost = (1 + 3 * guided.count) * (2 * self.config.sampler_steps - 1)
+        cost = (1 + 3 * guided.members) * (2 * self.config.sampler_steps - 1)
         measured = {
             "infraction_rate": rates.rate(n - good, n),
             "elbo": rates.mean(evaluation.elbo),
@@ -244,7 +250,8 @@ class Run:
         points = np.concatenate(kept)
         good = label(self.problem.oracle, points)
         test = self.board(TEST, config.elbo_points)
-        elbo = elbos(self.problem, config.elbo_levels, self.mesh, guided, test, self.fold(ELBO))
+        given = distributed.place(self.mesh, (guided, test, self.fold(ELBO)))
+        elbo = elbos(self.problem, config.elbo_levels, self.mesh, *given)
         return Evaluation(points[:10_000], points[good][:100_000], tally(config, points), elbo)
 
     # The rows.
@@ -297,7 +304,7 @@ class Run:
         config = self.config
         settings = genneg.Rounds(
             config.rounds, config.per_class, config.draw_budget, self.classifier_training(), config.mode,
-            self.student_training(), batch=min(BATCH, config.draw_budget),
+            self.student_training(), batch=min(BATCH, config.samples),
         )  # fmt: skip
         done: list[genneg.Round] = []
         phases, calls = ["baseline"], 0.0
@@ -346,13 +353,13 @@ class Run:
         self, teacher: genneg.Round, theta: Params, evaluation: Evaluation, phases: list[str], calls: float
     ) -> None:
         """One network in place of the stack, taught on good samples of the stack."""
-        name = f"distilled-{teacher.number}"
+        config, name = self.config, f"distilled-{teacher.number}"
         settings = self.student_training()
         psi = self.archive.once(
             name,
             lambda: genneg.distill(
                 self.problem, teacher.guided, evaluation.accepted, theta, 1000, settings, self.fold(STUDENT),
-                self.host(name, settings.steps),
+                self.host(name, settings.steps), config.stored, self.mesh,
             ),
         )  # fmt: skip
         made = [*phases, f"evaluate/round-{teacher.number}", name]
@@ -409,10 +416,12 @@ class Run:
         config = self.config
         guided = genneg.append(Guided(theta), first.classifier)
         result = self.archive.once("smc", lambda: self.smc_samples(guided))
+        self.smc_drawn = result["samples"]
         n = len(result["samples"])
         _, good, outer = tally(config, result["samples"])
         log_alpha = float(result["log_alpha"])
-        alpha = Estimate(np.exp(log_alpha), *np.exp(log_alpha + result["log_alpha_interval"]), n)
+        low, high = np.exp(log_alpha + result["log_alpha_interval"])
+        alpha = Estimate(float(np.exp(log_alpha)), float(low), float(high), n)
         elbo, gain = conditioned(self.evaluations["baseline"], alpha)
         cost = 4 * config.smc_steps * n / float(result["effective"])
         calls = float(first.train.good) + float(first.train.bad) + n
@@ -432,7 +441,8 @@ class Run:
         config = self.config
         self.progress("smc", 0, 1, {})
         keys = jax.random.split(self.fold(SMC), config.smc_populations)
-        populations = populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, guided, keys)
+        given = distributed.place(self.mesh, (guided, keys))
+        populations = populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given)
         pooled = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), populations._replace(resampled=jnp.zeros((1, 1))))
         good = jnp.asarray(label(self.problem.oracle, np.asarray(pooled.particles)))
         judged = smc.judge(pooled, good, jax.random.fold_in(self.fold(SMC), 1))
@@ -535,7 +545,7 @@ def draw_figures(folder: Folder, config: CheckerboardConfig, rows: list[Row], fi
     """The paper's Figures 2 and 3 and the calibration, of the first seed's samples and all seeds' numbers."""
     panels = {"data": np.asarray(first.board(DATA, config.points))}
     panels |= {name: np.asarray(each.points) for name, each in first.evaluations.items()}
-    panels["smc"] = first.archive.once("smc", dict)["samples"]
+    panels["smc"] = first.smc_drawn
     few = {name: points[:3000] for name, points in panels.items()}
     judged = {name: (points, label(first.problem.oracle, points)) for name, points in few.items()}
     figures.samples(folder.path / "samples.png", judged, config.half_width, config.cells)
@@ -546,7 +556,7 @@ def draw_figures(folder: Folder, config: CheckerboardConfig, rows: list[Row], fi
     students = {i: f"distilled-{i}" for i in (1, config.rounds) if f"distilled-{i}" in table}
     figures.by_round(
         folder.path / "rounds.png",
-        {title: [tuple(table[name][metric][:3]) for name in names] for title, metric in quantities.items()},
+        {title: [table[name][metric][:3] for name in names] for title, metric in quantities.items()},
         {title: {i: table[name][metric].value for i, name in students.items()} for title, metric in quantities.items()},
         {"ELBO (nats)": table["data"]["elbo"].value},
         logarithmic=("infraction rate",),

@@ -63,7 +63,8 @@ class Guided(NamedTuple):
     classifiers: Params = None
 
     @property
-    def count(self) -> int:
+    def members(self) -> int:
+        """K, the number of classifiers."""
         return 0 if self.classifiers is None else potential.leading_size(self.classifiers)
 
 
@@ -123,7 +124,7 @@ def draw(
     problem: Problem, guided: Guided, key: PRNGKey, n: int, mesh: jax.sharding.Mesh | None = None, scale: float = 1.0
 ) -> Samples:
     """n samples of a model."""
-    return _draw(problem, n, mesh, guided, key, scale)
+    return _draw(problem, n, mesh, *distributed.place(mesh, (guided, key, scale)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -183,9 +184,10 @@ def split(synthetic: Synthetic, settings: ClassifierTraining, key: PRNGKey) -> t
     """
     parts: tuple[list, list] = ([], [])
     smaller = min(len(synthetic.positives), len(synthetic.negatives))
-    for i, samples in enumerate((synthetic.positives, synthetic.negatives)):
+    shuffle = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # on the host, where the samples are
+    for samples in (synthetic.positives, synthetic.negatives):
         size = smaller if settings.select == "balanced" else len(samples)
-        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(samples)))
+        order = shuffle.permutation(len(samples))
         held = max(1, int(settings.held_out * size))
         if size - held < 1:
             raise ValueError(f"genneg: expected at least 2 samples of each class, given {len(samples)}")
@@ -222,38 +224,43 @@ def fit_classifier(
     prior = float(np.log(train.alpha / (1 - train.alpha)))
     importance = settings.weighting == "importance"
     positive, negative = (2 * train.alpha, 2 * (1 - train.alpha)) if importance else (1.0, 1.0)
-    # Under importance weights the network learns log q1/q0 on top of the prior's log-odds: it starts calibrated.
-    shift = prior if importance else 0.0
+    pools = (train.positives, train.negatives)
+    rows = training.capacity(max(map(len, pools)))
+    densities = tuple(np.ones(len(pool)) for pool in pools) if density is None else density
+    held = (held_out.positives[:HELD_OUT], held_out.negatives[:HELD_OUT])
+    # Everything that differs between rounds is an argument, and pools are padded: all rounds share one program.
     context = {
-        "pools": (train.positives, train.negatives),
-        "cumulative": None if density is None else tuple(np.cumsum(each, dtype=np.float64) for each in density),
-        "held_out": (held_out.positives[:HELD_OUT], held_out.negatives[:HELD_OUT]),
+        "pools": tuple(training.padded(pool, rows) for pool in pools),
+        "edges": tuple(np.cumsum(training.padded(each, rows), dtype=np.float64) for each in densities),
+        "held_out": tuple(training.padded(pool, HELD_OUT) for pool in held),
+        "counts": tuple(float(len(pool)) for pool in held),
         "weights": (positive, negative),
-        "shift": shift,
-        "key": jax.random.fold_in(key, 2**31 - 1),
+        # Under importance weights the network learns log q1/q0 on top of the prior's log-odds: it starts calibrated.
+        "shift": prior if importance else 0.0,
     }
-    context = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else jnp.asarray(a, jnp.float32), context)
+    context = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), context) | {"key": jax.random.fold_in(key, 2**31 - 1)}
 
     def task(context: dict) -> training.Task:
         loss = classifier_loss(problem, context["shift"])
+        positive, negative = context["weights"]
 
         def draw_batch(key: PRNGKey) -> tuple:
             halves = []
-            for i, pool in enumerate(context["pools"]):
-                row_key = jax.random.fold_in(key, i)
-                if context["cumulative"] is None:
-                    rows = jax.random.randint(row_key, (settings.half,), 0, len(pool))
-                else:
-                    edges = context["cumulative"][i]
-                    rows = jnp.searchsorted(edges, edges[-1] * jax.random.uniform(row_key, (settings.half,)))
-                halves.append(pool[jnp.minimum(rows, len(pool) - 1)])
-            return labelled(halves, context["weights"])
+            for i, (pool, edges) in enumerate(zip(context["pools"], context["edges"], strict=True)):
+                places = edges[-1] * jax.random.uniform(jax.random.fold_in(key, i), (settings.half,))
+                halves.append(pool[jnp.searchsorted(edges, places, side="right")])
+            labels = jnp.repeat(jnp.array([1.0, 0.0]), settings.half, total_repeat_length=2 * settings.half)
+            return jnp.concatenate(halves), labels, jnp.where(labels == 1, positive, negative)
 
         def validate(phi: Params) -> Scalar:
-            pools = context["held_out"]
-            scales = [(len(pools[0]) + len(pools[1])) / (2 * len(pool)) for pool in pools]
-            weights = [weight * scale for weight, scale in zip(context["weights"], scales, strict=True)]
-            return losses.mean(loss)(phi, context["key"], labelled(pools, weights))
+            samples = jnp.concatenate(context["held_out"])
+            labels = jnp.repeat(jnp.array([1.0, 0.0]), HELD_OUT, total_repeat_length=2 * HELD_OUT)
+            place = jnp.arange(2 * HELD_OUT) % HELD_OUT
+            share = jnp.where(labels == 1, positive / context["counts"][0], negative / context["counts"][1]) / 2
+            there = place < jnp.where(labels == 1, context["counts"][0], context["counts"][1])
+            share = jnp.where(there, share, 0.0)
+            keys = jax.random.split(context["key"], len(samples))
+            return jnp.sum(jax.vmap(loss, (None, 0, 0))(phi, keys, (samples, labels, share)))
 
         return training.Task(loss, draw_batch, validate)
 
@@ -261,15 +268,8 @@ def fit_classifier(
     return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else prior)}
 
 
-HELD_OUT = 8192
-"""Held-out samples of each class that a validation uses; calibration uses all."""
-
-
-def labelled(pools: Any, weights: Any) -> tuple[Array, Array, Array]:
-    """A batch (x_0, label, weight) of positives and negatives."""
-    sizes = [len(pool) for pool in pools]
-    labels = jnp.repeat(jnp.array([1.0, 0.0]), np.array(sizes), total_repeat_length=sum(sizes))
-    return jnp.concatenate(list(pools)), labels, jnp.where(labels == 1, weights[0], weights[1])
+HELD_OUT = 4096
+"""The most held-out samples of each class that a validation uses; calibration uses all."""
 
 
 def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: PRNGKey, times: Array) -> Calibration:
@@ -278,8 +278,7 @@ def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: 
     def probability(x: Sample, t: Time) -> Scalar:
         return jax.nn.sigmoid(logit(problem)(classifier, x, t))
 
-    positives, negatives = jnp.asarray(held_out.positives), jnp.asarray(held_out.negatives)
-    return calibrate(problem.process, probability, positives, negatives, held_out.alpha, key, times)
+    return calibrate(problem.process, probability, held_out.positives, held_out.negatives, held_out.alpha, key, times)
 
 
 def distill(
@@ -291,20 +290,43 @@ def distill(
     settings: training.Settings,
     key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
+    stored: int = 2**19,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Params:
     """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
 
     Args:
       x0: the points that are noised; good samples of the teacher.
       start: psi to begin from, usually theta.
+      batch: examples a step.
+      stored: the teacher is asked so many times, once and for all.  Its answers have no Monte Carlo noise, so they bear
+        being used again, and training costs the same for any number of classifiers.
+      mesh: the devices that ask it.
     """
+    asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1)))
+    examples = teach(problem, stored, mesh, *asked)
 
-    def task(context: tuple[Samples, Guided]) -> training.Task:
-        points, teacher = context
-        loss = losses.distillation(problem.process, problem.model, denoiser(problem, teacher), problem.weight)
-        return training.Task(loss, lambda key: training.minibatch(key, points, batch))
+    def task(examples: tuple) -> training.Task:
+        loss = losses.regression(problem.model, problem.weight)
+        return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
 
-    return training.train(key, start, task, (jnp.asarray(x0), teacher), settings, host).best
+    return training.train(jax.random.fold_in(key, 2), start, task, examples, settings, host).best
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def teach(
+    problem: Problem, n: int, mesh: Any, teacher: Guided, x0: Samples, key: PRNGKey
+) -> tuple[Samples, Array, Samples]:
+    """n examples (x_t, t, guided denoiser at x_t) at training times."""
+    guided = denoiser(problem, teacher)
+
+    def example(key: PRNGKey) -> tuple[Sample, Time, Sample]:
+        row_key, noise_key = jax.random.split(key)
+        point = x0[jax.random.randint(row_key, (), 0, len(x0))]
+        x, t = losses.noised(problem.process, noise_key, point)
+        return x, t, guided(x, t)
+
+    return distributed.chunked(example, jax.random.split(key, n), problem.chunk, mesh)
 
 
 def refit(
@@ -340,7 +362,7 @@ class Round(NamedTuple):
 class Rounds(NamedTuple):
     """How the rounds go."""
 
-    count: int
+    rounds: int
     per_class: int
     """N, the samples of each class that a round wants."""
     budget: int
@@ -373,7 +395,7 @@ def run(
       report: called as work goes on.
     """
     guided = Guided(theta)
-    for number in range(1, settings.count + 1):
+    for number in range(1, settings.rounds + 1):
         name = f"round-{number}"
         draw_key, split_key, start_key, fit_key, student_key = jax.random.split(jax.random.fold_in(key, number), 5)
         synthetic = archive.once(
@@ -418,6 +440,7 @@ def run(
                     student,
                     key,
                     host(archive, report, f"{name} student", f"{name}/student", student.steps),
+                    mesh=mesh,
                 ),
             )
             guided = Guided(psi)
@@ -469,7 +492,8 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
     pools, weights = [], []
     for name in ("positives", "negatives"):
         points = np.concatenate([getattr(each.train, name) for each in rounds])
-        ratios = np.cumprod(np.asarray(probabilities(classifiers, jnp.asarray(points))) / alphas, axis=1)
+        rows = training.padded(points, training.capacity(len(points)))
+        ratios = np.cumprod(np.asarray(probabilities(classifiers, rows))[: len(points)] / alphas, axis=1)
         ratios = np.concatenate([np.ones((len(points), 1)), ratios[:, :-1]], axis=1)
         pools.append(points)
         weights.append(1.0 / (ratios @ shares))

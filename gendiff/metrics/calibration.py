@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gendiff.process import Process
+from gendiff.training import capacity, padded
 from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time
 
 
@@ -43,18 +44,20 @@ def calibrate(
       alpha: share of positives among the model's samples, in (0, 1).
       times: in the units of the process.
     """
-    samples = jnp.concatenate([positives, negatives])
+    n = len(positives) + len(negatives)
+    # Padded, so that reports on other numbers of samples share the compiled program.
+    samples = jnp.asarray(padded(np.concatenate([positives, negatives]), capacity(n)))
     labels = np.repeat([1.0, 0.0], [len(positives), len(negatives)])
     weights = np.repeat([alpha / len(positives), (1 - alpha) / len(negatives)], [len(positives), len(negatives)])
 
     @jax.jit
-    def predict(t: Time, key: PRNGKey) -> Array:
+    def predict(samples: Samples, t: Time, key: PRNGKey) -> Array:
         noise = jax.random.normal(key, samples.shape)
         return jax.vmap(lambda x, e: probability(process.alpha(t) * x + process.sigma(t) * e, t))(samples, noise)
 
     rows = []
     for i, t in enumerate(times):
-        c = np.asarray(predict(t, jax.random.fold_in(key, i)), np.float64)
+        c = np.asarray(predict(samples, t, jax.random.fold_in(key, i))[:n], np.float64)
         index = np.minimum((c * bins).astype(int), bins - 1)
         share, predicted, positive = (np.bincount(index, weights * v, bins) for v in (np.ones_like(c), c, labels))
         with np.errstate(invalid="ignore"):

@@ -33,4 +33,4 @@ def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1
 
 def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
     """The oracle of a board, for a batch of points (n, 2)."""
-    return lambda samples: on_board(samples, cells, half_width)
+    return lambda samples: on_board(jnp.asarray(samples), cells, half_width)

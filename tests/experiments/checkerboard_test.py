@@ -1,0 +1,130 @@
+"""The checkerboard experiment: its command, its folder, and `kill -9` at any time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.genneg import checkerboard
+
+TINY = (
+    "--preset smoke --width 8 --depth 1 --classifier-depth 1 --rounds 2 --baseline-steps 40 --classifier-steps 40 "
+    "--student-steps 20 --samples 400 --draw-budget 800 --per-class 100 --elbo-points 50 --elbo-levels 4 --stored 256 "
+    "--smc-particles 32 --smc-steps 6 --sampler-steps 4"
+).split()
+NAMES = ["data", "baseline", "round-1-unweighted", "round-1", "distilled-1", "round-2", "distilled-2", "rejection",
+         "refit", "replay", "smc"]  # fmt: skip
+CACHE = Path(__file__).parents[2] / ".cache" / "experiments"
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """The experiment in a process of its own, with two virtual devices and a compile cache."""
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "2"}
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-m", "experiments.genneg.checkerboard", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*arguments: str) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def rows(folder: Path) -> list[dict]:
+    """The rows of a folder without what a clock says."""
+    document = json.loads((folder / "results.json").read_text())
+    for row in document["rows"]:
+        row["metrics"].pop("seconds", None)
+    return document["rows"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = finish(*TINY, "--output", str(folder))
+    assert code == 0, err
+    assert "smc" in out
+    return folder
+
+
+def test_every_row_figure_and_file_is_there(whole: Path) -> None:
+    assert [row["name"] for row in rows(whole)] == NAMES
+    for name in ("config.json", "metrics.jsonl", "table.md", "samples.png", "rounds.png", "calibration.png"):
+        assert (whole / name).stat().st_size > 0, name
+    wanted = {"infraction_rate", "elbo", "elbo_gain", "outer_density", "evaluations_per_accepted", "oracle_calls"}
+    for row in rows(whole)[1:]:
+        assert set(row["metrics"]) == wanted, row["name"]
+    smc = next(row for row in rows(whole) if row["name"] == "smc")
+    assert smc["metrics"]["infraction_rate"]["value"] == 0  # by construction
+
+
+def test_kill_in_any_phase_then_the_same_command_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
+    # One folder, killed again and again: in training, in drawing, in evaluation, in SMC.
+    for phase in ("baseline", "round-1 draws", "round-1 classifier", "evaluate distilled-1", "replay", "smc"):
+        process = start(*TINY, "--output", str(tmp_path))
+        log, killed = tmp_path / "metrics.jsonl", False
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and any(f'"phase": "{phase}"' in line for line in log.read_text().splitlines()):
+                process.send_signal(signal.SIGKILL)
+                killed = True
+                break
+            time.sleep(0.01)
+        process.communicate()
+        assert killed, f"the run ended before {phase}"
+    code, _, err = finish(*TINY, "--output", str(tmp_path))
+    assert code == 0, err
+    assert rows(tmp_path) == rows(whole)
+
+
+def test_a_second_run_reads_everything_and_says_the_same(whole: Path) -> None:
+    before = rows(whole)
+    code, _, err = finish(*TINY, "--output", str(whole))
+    assert code == 0, err
+    assert rows(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "--preset: expected one of smoke, default, paper, given huge"),
+        (["--preset", "smoke", "--rounds", "0"], "--rounds: expected 1 to 20, given 0"),
+        (["--preset", "smoke", "--cells", "1"], "--cells: expected 2 to 32, given 1"),
+    ],
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    code, _, err = finish(*arguments, "--output", str(tmp_path / "none"))
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_torn_checkpoint_is_named_and_nothing_is_lost(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", whole, folder], check=True)
+    torn = folder / "checkpoints" / "seed-0" / "round-1" / "classifier" / "result"
+    for path in torn.rglob("*"):
+        if path.is_file() and "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[:-7])
+    code, _, err = finish(*TINY, "--output", str(folder))
+    assert code == 2
+    assert str(torn) in err
+    assert "Delete this folder" in err
+    subprocess.run(["rm", "-r", torn], check=True)
+    code, _, err = finish(*TINY, "--output", str(folder))
+    assert code == 0, err
+    assert rows(folder) == rows(whole)
+
+
+def test_presets_are_what_they_are_called() -> None:
+    assert set(checkerboard.PRESETS) == {"smoke", "default", "paper"}
+    assert all(config.preset == name for name, config in checkerboard.PRESETS.items())
+    assert (checkerboard.PRESETS["paper"].rounds, checkerboard.PRESETS["paper"].seeds) == (5, 3)
