@@ -51,7 +51,8 @@ class Config:
     seed: Annotated[int, Between(0, 2**31 - 1)] = 0
     """Seed of the first run; further runs use the next numbers."""
     output: Path | None = None
-    """Folder for the results; a run that was stopped goes on from there. Default: results/<experiment>/<preset>-<seed>."""
+    """Folder for the results; a run that was stopped goes on from there. Default:
+    results/<experiment>/<preset>-<seed>."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
@@ -209,7 +210,7 @@ def _table(rows: list[Row], columns: Sequence[Column]) -> str:
     body = [
         [row.name]
         + [_cell(row.metrics.get(column.metric), column) for column in columns]
-        + [_number(row.paper[column.metric], column) if column.metric in row.paper else "–" for column in papers]
+        + [_number(row.paper[column.metric], column) if column.metric in row.paper else "-" for column in papers]
         for row in rows
     ]
     return markdown(head, body)
@@ -222,7 +223,7 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def _cell(estimate: Estimate | None, column: Column) -> str:
     if estimate is None:
-        return "–"
+        return "-"
     text = _number(estimate.value, column)
     if estimate.low == estimate.high:
         return text

@@ -31,7 +31,8 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
 
 def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """A copy of `tree` on every device of the mesh; the copy may be donated, the original stays."""
-    return jax.device_put(tree, replicated(mesh), may_alias=False)
+    # `may_alias=False` alone still shares the original's buffer where there are several devices.
+    return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(mesh))
 
 
 def place(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
@@ -52,14 +53,15 @@ def chunked(
     Args:
       function: of one example.
       inputs: a pytree of arrays with a common leading axis of n examples; results do not depend on chunks or devices.
-      chunk: examples at a time and device; n is padded to whole chunks with copies of the last example.
+      chunk: most examples at a time and device; n is padded to equal chunks with copies of the last example.
     """
     n = jax.tree.leaves(inputs)[0].shape[0]
     devices = 1 if mesh is None else mesh.size
-    size = devices * min(chunk, -(-n // devices))
-    rows = jnp.minimum(jnp.arange(-(-n // size) * size), n - 1).reshape(-1, size)
-    chunks = jax.tree.map(lambda a: a[rows], inputs)
+    chunks = -(-n // (devices * chunk))
+    size = devices * -(-n // (devices * chunks))
+    rows = jnp.minimum(jnp.arange(chunks * size), n - 1).reshape(chunks, size)
+    parts = jax.tree.map(lambda a: a[rows], inputs)
     if mesh is not None:
-        chunks = jax.lax.with_sharding_constraint(chunks, split(mesh, axis=1))
-    outputs = jax.lax.map(jax.vmap(function), chunks)
+        parts = jax.lax.with_sharding_constraint(parts, split(mesh, axis=1))
+    outputs = jax.lax.map(jax.vmap(function), parts)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], outputs)

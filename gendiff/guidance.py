@@ -1,4 +1,5 @@
-"""Guidance: Denoiser -> Denoiser.  Steering, inpainting and clipping are all of this one type and compose with `chain`."""
+"""Guidance: Denoiser -> Denoiser.  Steering, inpainting and clipping are all of this one type and compose with
+`chain`."""
 
 from collections.abc import Callable
 from typing import TypeAlias

@@ -100,7 +100,8 @@ def reweighted_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Samp
 def ode_log_density(
     denoiser: Denoiser, x0: Sample, steps: int, low: float = 0.002, high: float = 80.0, data_std: float = 0.5
 ) -> Scalar:
-    """Exact log-density of the EDM probability-flow ODE at x_0, by Heun steps up in ln sigma (Song et al. 2021, eq. 39).
+    """Exact log-density of the EDM probability-flow ODE at x_0, by Heun steps up in ln sigma (Song et al. 2021, eq.
+    39).
 
     log p(x_0) = log N(x_high; 0, high^2 + data_std^2) + int div[(x - D) / sigma] d sigma.  The divergence is exact, by
     one derivative a dimension: for low dimension only, as a check on `elbo`.

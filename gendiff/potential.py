@@ -5,7 +5,7 @@ it does not compare two densities (2307.16463, eq. 8).
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,30 @@ def stack(potential: Logit, params: Params) -> Potential:
       potential: with parameters, usually `log_probability(logit)`.
       params: K trees of parameters stacked on axis 0.  K = 0 is the constant 0.
 
-    The members are evaluated in one `vmap`, and a single `jax.grad` of the result serves them all.
+    The sum has derivatives of all orders in x, none in t or the parameters.  Each member's gradient is taken together
+    with its value: reverse mode through the sum would keep the activations of all K members at once.
     """
-    members = leading_size(params)
-    if members == 1:  # a batched product with one member is slower than a plain one
-        single = jax.tree.map(lambda leaf: leaf[0], params)
-        return lambda x, t: potential(single, x, t)
-    return lambda x, t: jnp.sum(jax.vmap(potential, (0, None, None))(params, x, t))
+    leading_size(params)
+
+    def potential_of_all(x: Sample, t: Time) -> Scalar:
+        @jax.custom_jvp
+        def value(x: Sample) -> Scalar:
+            return jnp.sum(_each(lambda member: potential(member, x, t), params))
+
+        @value.defjvp
+        def value_and_change(primals: tuple[Sample], tangents: tuple[Sample]) -> tuple[Scalar, Scalar]:
+            member = lambda member: jax.value_and_grad(potential, 1)(member, *primals, t)
+            values, gradients = _each(member, params)
+            return jnp.sum(values), jnp.sum(jnp.sum(gradients, 0) * tangents[0])
+
+        return value(x)
+
+    return potential_of_all
+
+
+def _each(function: Callable[[Params], Any], members: Params) -> Any:
+    """`vmap(function)(members)`; on a CPU one member after the other, since what one needs fits the cache."""
+    return jax.lax.map(function, members) if jax.default_backend() == "cpu" else jax.vmap(function)(members)
 
 
 def leading_size(params: Params) -> int:

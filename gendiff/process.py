@@ -51,6 +51,26 @@ def edm(
     )
 
 
+def classifier_time(
+    mean: float = -3.0, std: float = 1.5, share: float = 0.8, low: float = 0.002, high: float = 80.0
+) -> Callable[[PRNGKey], Time]:
+    """Training times for classifiers under EDM: ln sigma ~ N(mean, std^2) for a `share`, else uniform.
+
+    A classifier decides at low noise, where a denoiser has little left to learn: on the checkerboard (one seed) this
+    mean left 0.72 % infractions after one round, and -1.2 with a standard deviation of 1.6 left 1.20 %.
+
+    Args:
+      low, high: ends of the uniform part, in sigma.
+    """
+
+    def sample(key: PRNGKey) -> Time:
+        which, normal, uniform = jax.random.split(key, 3)
+        wide = jax.random.uniform(uniform, minval=jnp.log(low), maxval=jnp.log(high))
+        return jnp.exp(jnp.where(jax.random.bernoulli(which, share), mean + std * jax.random.normal(normal), wide))
+
+    return sample
+
+
 def ddpm(betas: Float[Array, " T"]) -> Process:
     """Discrete variance-preserving chain, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
 

@@ -1,7 +1,7 @@
 """Twisted sequential Monte Carlo: a population of particles that is exact where guidance is approximate.
 
-The twisted diffusion sampler of Wu et al. (2306.17775): the guided kernel proposes, importance weights correct it, and the
-oracle has the last word, so that no sample that it rejects is ever returned.
+The twisted diffusion sampler of Wu et al. (2306.17775): the guided kernel proposes, importance weights correct it,
+and the oracle has the last word, so that no sample that it rejects is ever returned.
 """
 
 from typing import NamedTuple
@@ -71,8 +71,8 @@ def twisted(
     Args:
       denoiser, guided: the model p and the proposal r; they share the variance of the ancestral step.
       twist: log psi(x, t), an approximation of log p(y = 1 | x_t).
-      grid: ends at 0.  The last step has no noise, so it is the model's own mean, not guided, and its weight is 1 / psi.
-      threshold: resample where the effective size falls below this share of the particles.
+      grid: ends at 0.  The last step has no noise, so it is the model's own mean, not guided, and its weight is 1 /
+      psi. threshold: resample where the effective size falls below this share of the particles.
     """
     steps = len(grid) - 1
     start_key, run_key = jax.random.split(key)

@@ -1,8 +1,8 @@
 """One training loop.
 
-`step` moves a state by one batch, `block` by many batches in one `lax.scan` and one validation.  `fit` scans blocks: it is
-a pure function, so `vmap` it over keys to train whole ensembles in one program.  `train` runs the same blocks from the
-host, with progress, checkpoints and resume.
+`step` moves a state by one batch, `block` by many batches in one `lax.scan` and one validation.  `fit` scans blocks:
+it is a pure function, so `vmap` it over keys to train whole ensembles in one program.  `train` runs the same blocks
+from the host, with progress, checkpoints and resume.
 """
 
 import math
@@ -186,7 +186,8 @@ def train(
     host: Host = Host(),  # noqa: B008 (immutable)
     data: Sequence | Iterator | None = None,
 ) -> State:
-    """The same run from the host: jitted with donated state, sharded over a mesh, reported, and resumed where it stopped.
+    """The same run from the host: jitted with donated state, sharded over a mesh, reported, and resumed where it
+    stopped.
 
     Args:
       task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the

@@ -43,6 +43,8 @@ class CheckerboardConfig(Config):
     """Half of the board's side, in data units."""
     points: Annotated[int, Between(10, 10_000_000)] = 1000
     """Training points."""
+    data_seed: Annotated[int, Between(0, 2**31 - 1)] = 1236
+    """Seed of the training, held-out and test points: one data set for all runs."""
     rounds: Annotated[int, Between(1, 20)] = 3
     """Rounds of Gen-neG."""
     mode: Literal["stack", "distill"] = "stack"
@@ -51,7 +53,7 @@ class CheckerboardConfig(Config):
     """Independent runs; with more than one, intervals are over the runs (Student)."""
 
     width: Annotated[int, Between(8, 4096)] = 128
-    """Width of all networks."""
+    """Width of the denoiser."""
     depth: Annotated[int, Between(1, 64)] = 3
     """Residual blocks of the denoiser."""
     baseline_steps: Annotated[int, Between(10, 10_000_000)] = 6000
@@ -63,9 +65,11 @@ class CheckerboardConfig(Config):
     """Samples of each class that a round wants."""
     draw_budget: Annotated[int, Between(100, 1_000_000_000)] = 300_000
     """The most samples that a round draws for them."""
+    classifier_width: Annotated[int, Between(8, 4096)] = 64
+    """Width of a classifier."""
     classifier_depth: Annotated[int, Between(1, 64)] = 2
     """Residual blocks of a classifier."""
-    classifier_steps: Annotated[int, Between(10, 10_000_000)] = 5000
+    classifier_steps: Annotated[int, Between(10, 10_000_000)] = 8000
     """Training steps of a classifier."""
     classifier_batch: Annotated[int, Between(2, 1_000_000)] = 512
     """Batch of a classifier's step, half of it positives."""
@@ -96,15 +100,16 @@ class CheckerboardConfig(Config):
 
 PRESETS = {
     "smoke": CheckerboardConfig(
-        preset="smoke", rounds=2, width=32, depth=2, baseline_steps=300, patience=300, per_class=500, draw_budget=8000,
-        classifier_steps=150, classifier_batch=256, student_steps=150, stored=4096, sampler_steps=8, smc_steps=12, smc_particles=128, smc_populations=4,
-        samples=4000, elbo_points=500, elbo_levels=8,
+        preset="smoke", rounds=2, width=32, depth=1, classifier_width=32, classifier_depth=1, baseline_steps=300,
+        patience=300, per_class=500, draw_budget=8000, classifier_steps=150, classifier_batch=256, student_steps=150,
+        stored=4096, sampler_steps=8, smc_steps=12, smc_particles=128, smc_populations=4, samples=4000,
+        elbo_points=500, elbo_levels=8,
     ),
     "default": CheckerboardConfig(),
     "paper": CheckerboardConfig(
-        preset="paper", rounds=5, seeds=3, baseline_steps=20_000, patience=5000, per_class=50_000, draw_budget=5_000_000,
-        classifier_steps=20_000, classifier_batch=2048, student_steps=20_000, stored=2**22, samples=1_000_000, elbo_levels=128,
-        smc_steps=256, smc_particles=4096, smc_populations=64,
+        preset="paper", rounds=5, seeds=3, baseline_steps=20_000, patience=5000, per_class=50_000,
+        draw_budget=5_000_000, classifier_steps=20_000, classifier_batch=2048, student_steps=20_000, stored=2**22,
+        samples=1_000_000, elbo_levels=128, smc_steps=256, smc_particles=4096, smc_populations=64,
     ),
 }  # fmt: skip
 
@@ -120,14 +125,15 @@ COLUMNS = (
 PAPER = {"round-1-unweighted": {"infraction_rate": 0.0003, "elbo": -1.42}}
 NOTES = """\
 Intervals are 95 %: Wilson's for rates, Student's for means; with several seeds, Student's over the seeds.
-infraction: share of samples off the filled cells. ELBO: of the reverse diffusion on fresh points of the board, in nats a
-point; at best -ln(area), the row `data`. ELBO gain: to the baseline, paired (same points, noise levels and noise); ideal
-after one round is -ln(alpha). `rejection` and `smc` sample p(x | good): their ELBO is the baseline's minus ln(alpha), with
-alpha of the Heun sampler for one and estimated by SMC, for its ancestral chain, for the other.
+infraction: share of samples off the filled cells. ELBO: of the reverse diffusion on fresh points of the board, in
+nats a point; at best -ln(area), the row `data`. ELBO gain: to the baseline, paired (same points, noise levels and
+noise); ideal after one round is -ln(alpha). `rejection` and `smc` sample p(x | good): their ELBO is the baseline's
+minus ln(alpha), with alpha of the Heun sampler for one and estimated by SMC, for its ancestral chain, for the other.
 outer density: density of the frame that takes the outer 5 % of a filled cell's width on each side, relative to uniform.
 evaluations: of a network the size of the baseline, (1 + 3 K) a step's evaluation with K classifiers, over the share of
-accepted samples; for `smc` over its effective number of samples. oracle calls and seconds: to make the model and all that it
-builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the samples. `–`: not reported."""
+accepted samples; for `smc` over its effective number of samples. oracle calls and seconds: to make the model and all
+that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the samples. `-`:
+not reported."""
 
 
 def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
@@ -137,18 +143,12 @@ def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
 
 def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
     """The network of every classifier."""
-    return MLPClassifier(config.width, config.classifier_depth, data_std=DATA_STD)
+    return MLPClassifier(config.classifier_width, config.classifier_depth, data_std=DATA_STD)
 
 
 def problem(config: CheckerboardConfig) -> genneg.Problem:
     """EDM in two dimensions, with its networks, sampler and oracle."""
     classifier = classifier_network(config)
-
-    def classifier_time(key: Array) -> Array:
-        """70 % around the levels that decide the cells, 30 % over all: small noise decides infractions."""
-        which, normal, uniform = jax.random.split(key, 3)
-        wide = jax.random.uniform(uniform, minval=jnp.log(0.002), maxval=jnp.log(80.0))
-        return jnp.exp(jnp.where(jax.random.bernoulli(which, 0.7), -1.2 + 1.6 * jax.random.normal(normal), wide))
 
     def network(phi: Params, x: Array, t: Array) -> Any:
         return classifier.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t))
@@ -162,7 +162,7 @@ def problem(config: CheckerboardConfig) -> genneg.Problem:
         kernel=sampling.heun,
         steps=config.sampler_steps,
         weight=losses.edm_weight(DATA_STD),
-        classifier_time=classifier_time,
+        classifier_time=process.classifier_time(),
     )
 
 
@@ -214,10 +214,11 @@ class Run:
         return jax.random.fold_in(self.key, purpose)
 
     def board(self, purpose: int, n: int) -> Array:
-        return data.draw(self.fold(purpose), n, self.config.cells, self.config.half_width)
+        key = jax.random.fold_in(jax.random.key(self.config.data_seed), purpose)
+        return data.draw(key, n, self.config.cells, self.config.half_width)
 
     def host(self, phase: str, steps: int) -> training.Host:
-        return genneg.host(self.archive, self.progress, phase, phase, steps)
+        return genneg.host(self.archive, self.progress, phase, steps)
 
     def add(self, name: str, guided: Guided, phases: Sequence[str], oracle_calls: float) -> Evaluation:
         """Evaluates a model and adds its row; `phases` made it and are its wall-clock time."""
@@ -304,7 +305,7 @@ class Run:
         config = self.config
         settings = genneg.Rounds(
             config.rounds, config.per_class, config.draw_budget, self.classifier_training(), config.mode,
-            self.student_training(), batch=min(BATCH, config.samples),
+            self.student_training(), 1000, config.stored, min(BATCH, config.samples),
         )  # fmt: skip
         done: list[genneg.Round] = []
         phases, calls = ["baseline"], 0.0
@@ -461,7 +462,7 @@ class Run:
     def classifier_training(self) -> genneg.ClassifierTraining:
         config = self.config
         steps = config.classifier_steps
-        settings = training.Settings(steps, 3e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
+        settings = training.Settings(steps, 5e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
         return genneg.ClassifierTraining(settings, config.classifier_batch // 2, config.weighting, config.select)
 
     def student_training(self) -> training.Settings:

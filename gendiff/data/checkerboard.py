@@ -8,7 +8,8 @@ from gendiff.types import PRNGKey
 
 
 def draw(key: PRNGKey, n: int, cells: int = 4, half_width: float = 1.0) -> Float[Array, "n 2"]:
-    """n points uniform on the filled cells (column + row even) of the cells x cells board on [-half_width, half_width)^2.
+    """n points uniform on the filled cells (column + row even) of the cells x cells board on [-half_width,
+    half_width)^2.
 
     Their density is 1 / area, with area about 2 half_width^2: the largest possible mean log-likelihood is -ln(area).
     """

@@ -90,8 +90,8 @@ class ClassifierTraining(NamedTuple):
     half: int = 256
     """Half of the batch: so many positives and as many negatives."""
     weighting: Literal["importance", "shift", "none"] = "importance"
-    """importance: eq. 12, weights 2 alpha and 2 (1 - alpha).  shift: unweighted, and log(alpha / (1 - alpha)) is added to
-    the logit when it guides; the same optimum.  none: without importance sampling, the paper's ablation."""
+    """importance: eq. 12, weights 2 alpha and 2 (1 - alpha).  shift: unweighted, and log(alpha / (1 - alpha)) is
+    added to the logit when it guides; the same optimum.  none: without importance sampling, the paper's ablation."""
     select: Literal["all", "balanced"] = "all"
     """balanced: the paper's N of each class.  all: each half from its whole class; the same optimum, less variance."""
     held_out: float = 0.1
@@ -290,7 +290,7 @@ def distill(
     settings: training.Settings,
     key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
-    stored: int = 2**19,
+    stored: int = 2**18,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Params:
     """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
@@ -372,6 +372,8 @@ class Rounds(NamedTuple):
     student: training.Settings | None = None
     """How a round's student is trained, in mode "distill"."""
     student_batch: int = 1024
+    stored: int = 2**18
+    """Answers of the teacher that a student learns from."""
     batch: int = 16384
     """Samples drawn at a time."""
 
@@ -396,55 +398,55 @@ def run(
     """
     guided = Guided(theta)
     for number in range(1, settings.rounds + 1):
-        name = f"round-{number}"
-        draw_key, split_key, start_key, fit_key, student_key = jax.random.split(jax.random.fold_in(key, number), 5)
-        synthetic = archive.once(
-            f"{name}/draws",
-            lambda guided=guided, key=draw_key, name=name: collect(
-                problem,
-                guided,
-                key,
-                settings.per_class,
-                settings.budget,
-                settings.batch,
-                mesh=mesh,
-                report=lambda done, of: report(f"{name} draws", done, of, {}),
-            ),
-            Synthetic,
+        one = one_round(problem, guided, number, initial_classifier, settings, key, archive, mesh, report)
+        guided = one.guided
+        yield one
+
+
+def one_round(
+    problem: Problem,
+    guided: Guided,
+    number: int,
+    initial_classifier: Callable[[PRNGKey], Params],
+    settings: Rounds,
+    key: PRNGKey,
+    archive: Archive,
+    mesh: jax.sharding.Mesh | None,
+    report: Report,
+) -> Round:
+    """Draws from the current model, fits a classifier, and stacks or distils it."""
+    name = f"round-{number}"
+    draw_key, split_key, start_key, fit_key, student_key = jax.random.split(jax.random.fold_in(key, number), 5)
+    wanted, budget, batch = settings.per_class, settings.budget, settings.batch
+    count = lambda done, of: report(f"{name} draws", done, of, {})
+    synthetic = archive.once(
+        f"{name}/draws",
+        lambda: collect(problem, guided, draw_key, wanted, budget, batch, mesh=mesh, report=count),
+        Synthetic,
+    )
+    train, held_out = split(synthetic, settings.classifier, split_key)
+    place = host(archive, report, f"{name}/classifier", settings.classifier.training.steps)
+    start = initial_classifier(start_key)
+    classifier = archive.once(
+        f"{name}/classifier",
+        lambda: fit_classifier(problem, train, held_out, start, settings.classifier, fit_key, place),
+    )
+    stack = append(guided, classifier)
+    if settings.mode == "stack":
+        return Round(number, stack, classifier, train, held_out)
+    if settings.student is None:
+        raise ValueError("genneg: student: expected training settings in mode 'distill', given None")
+    pool_key, student_key = jax.random.split(student_key)
+    student, place = settings.student, host(archive, report, f"{name}/student", settings.student.steps)
+
+    def teach_student() -> Params:
+        x0 = accepted(problem, stack, pool_key, wanted, settings, mesh)
+        return distill(
+            problem, stack, x0, guided.theta, settings.student_batch, student, student_key, place, settings.stored, mesh
         )
-        train, held_out = split(synthetic, settings.classifier, split_key)
-        classifier = archive.once(
-            f"{name}/classifier",
-            lambda name=name, train=train, held_out=held_out, start_key=start_key, key=fit_key: fit_classifier(
-                problem,
-                train,
-                held_out,
-                initial_classifier(start_key),
-                settings.classifier,
-                key,
-                host(archive, report, f"{name} classifier", f"{name}/classifier", settings.classifier.training.steps),
-            ),
-        )
-        guided = append(guided, classifier)
-        if settings.mode == "distill":
-            if settings.student is None:
-                raise ValueError("genneg: student: expected training settings in mode 'distill', given None")
-            psi = archive.once(
-                f"{name}/student",
-                lambda guided=guided, key=student_key, name=name, student=settings.student: distill(
-                    problem,
-                    guided,
-                    accepted(problem, guided, jax.random.fold_in(key, 1), settings.per_class, settings, mesh),
-                    guided.theta,
-                    settings.student_batch,
-                    student,
-                    key,
-                    host(archive, report, f"{name} student", f"{name}/student", student.steps),
-                    mesh=mesh,
-                ),
-            )
-            guided = Guided(psi)
-        yield Round(number, guided, classifier, train, held_out)
+
+    psi = archive.once(f"{name}/student", teach_student)
+    return Round(number, Guided(psi), classifier, train, held_out)
 
 
 def accepted(
@@ -460,18 +462,18 @@ def accepted(
     raise ValueError(f"genneg: expected {n} good samples within {settings.budget} draws, given {sum(map(len, kept))}")
 
 
-def host(archive: Archive, report: Report, phase: str, folder: str, steps: int) -> training.Host:
+def host(archive: Archive, report: Report, phase: str, steps: int) -> training.Host:
     """Where a phase of training keeps its checkpoints and whom it reports to."""
-    return training.Host(None, archive.steps(folder), lambda step, metrics: report(phase, step, steps, metrics))
+    return training.Host(None, archive.steps(phase), lambda step, metrics: report(phase, step, steps, metrics))
 
 
 def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic, tuple[np.ndarray, np.ndarray]]:
     """The samples of all rounds as one weighted set for ONE classifier of the first model, in place of the stack.
 
-    Samples of round k follow p_0(x) r_k(x) with r_k = prod_{j <= k} C_j(x) / alpha_j.  Pooled, n_k from each round, they
-    follow p_0 sum_k (n_k / n) r_k, so 1 / sum_k (n_k / n) r_k weights them back to p_0 (the balance heuristic of Veach
-    and Guibas 1995: bounded by n / n_0, since r_0 = 1).  What the first classifiers miss stands there many times with
-    small weights, which is all that a stack's later classifiers know more.
+    Samples of round k follow p_0(x) r_k(x) with r_k = prod_{j <= k} C_j(x) / alpha_j.  Pooled, n_k from each round,
+    they follow p_0 sum_k (n_k / n) r_k, so 1 / sum_k (n_k / n) r_k weights them back to p_0 (the balance heuristic of
+    Veach and Guibas 1995: bounded by n / n_0, since r_0 = 1).  What the first classifiers miss stands there many
+    times with small weights, which is all that a stack's later classifiers know more.
 
     Returns:
       A training set and a held-out set with alpha of the first model, and the weights of the training set's positives

@@ -1,4 +1,5 @@
-"""Residual MLPs for vectors: a denoiser's network and a classifier, with Fourier features that blur as the noise grows."""
+"""Residual MLPs for vectors: a denoiser's network and a classifier, with Fourier features that blur as the noise
+grows."""
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +9,41 @@ from jaxtyping import Array, Float
 from gendiff.types import Sample, Scalar
 
 
+@jax.custom_jvp
+def sine_cosine(angle: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """sin and cos of angles below 8192 in size, each to 1e-7.
+
+    The library's sin and cos take a quarter of a guided sampler's time on a CPU.  Here one reduction to [-pi/4, pi/4]
+    serves both (in three parts, exact in float32), and then the polynomials of Cephes (Moshier 1992, sinf and cosf).
+    """
+    quarter = jnp.round(angle * (2 / jnp.pi))
+    rest = ((angle - quarter * 1.5703125) - quarter * 4.837512969970703e-4) - quarter * 7.549789948768648e-8
+    z = rest**2
+    sine = rest + rest * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1 - z / 2 + z**2 * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    quadrant = quarter.astype(jnp.int32) & 3
+    odd = quadrant % 2 == 1
+    sine, cosine = jnp.where(odd, cosine, sine), jnp.where(odd, sine, cosine)
+    return jnp.where(quadrant >= 2, -sine, sine), jnp.where((quadrant == 1) | (quadrant == 2), -cosine, cosine)
+
+
+@sine_cosine.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    sine, cosine = sine_cosine(*primals)
+    return (sine, cosine), (cosine * tangents[0], -sine * tangents[0])
+
+
 def sinusoidal(t: Scalar, features: int, low: float = 1.0, high: float = 200.0) -> Float[Array, " features"]:
     """sin and cos of t at `features / 2` log-spaced angular frequencies in [low, high]."""
-    angles = jnp.geomspace(low, high, features // 2) * t
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
+    return jnp.concatenate(sine_cosine(jnp.geomspace(low, high, features // 2) * t))
 
 
 class BlurredFourier(nn.Module):
     """Random Fourier features of a noisy point, sin(w u) exp(-|w|^2 s^2 / 2) and the same with cos.
 
-    u = c_in x is a variance-preserving mixture of signal and noise of level s = sigma / sqrt(sigma^2 + sd^2).  The factor
-    is the mean of the noise's own Fourier phase, so every feature obeys the heat equation that the marginals of a
-    diffusion obey: sharp edges at low noise, and no spurious gradient from high frequencies at high noise.
+    u = c_in x is a variance-preserving mixture of signal and noise of level s = sigma / sqrt(sigma^2 + sd^2).  The
+    factor is the mean of the noise's own Fourier phase, so every feature obeys the heat equation that the marginals
+    of a diffusion obey: sharp edges at low noise, and no spurious gradient from high frequencies at high noise.
     """
 
     count: int
@@ -29,6 +53,8 @@ class BlurredFourier(nn.Module):
 
     @nn.compact
     def __call__(self, u: Sample, c_noise: Scalar) -> Float[Array, " features"]:
+        """2 count features of the point u at c_noise = ln(sigma) / 4."""
+
         def initial(key: jax.Array) -> Array:
             direction_key, size_key = jax.random.split(key)
             direction = jax.random.normal(direction_key, (u.shape[-1], self.count))
@@ -40,8 +66,8 @@ class BlurredFourier(nn.Module):
         sigma = jnp.exp(4 * c_noise)
         level = sigma**2 / (sigma**2 + self.data_std**2)
         blur = jnp.exp(-0.5 * level * jnp.sum(frequencies**2, 0))
-        phase = u @ frequencies
-        return jnp.concatenate([blur * jnp.sin(phase), blur * jnp.cos(phase)])
+        sine, cosine = sine_cosine(u @ frequencies)
+        return jnp.concatenate([blur * sine, blur * cosine])
 
 
 class ResidualMLP(nn.Module):
@@ -61,6 +87,7 @@ class ResidualMLP(nn.Module):
 
     @nn.compact
     def __call__(self, u: Sample, c_noise: Scalar) -> Float[Array, " features"]:
+        """F(u, c_noise), of shape (features,)."""
         # In training the noise level differs between examples, so a wide embedding would cost as much as the blocks.
         embedding = nn.silu(nn.Dense(self.width // 2, name="time")(sinusoidal(c_noise, 32)))
         inputs = u
@@ -83,15 +110,16 @@ class MLPClassifier(nn.Module):
     logit turns within sigma of the edge.
     """
 
-    width: int = 128
+    width: int = 64
     depth: int = 2
     fourier: int = 64
     high: float = 24.0
-    sharpness: float = 0.2
+    sharpness: float = 0.4
     data_std: float = 0.5
 
     @nn.compact
     def __call__(self, u: Sample, c_noise: Scalar) -> Scalar:
+        """The logit of a point u at c_noise = ln(sigma) / 4."""
         net = ResidualMLP(1, self.width, self.depth, self.fourier, self.high, self.data_std, name="trunk")
         sigma = jnp.exp(4 * c_noise)
         return net(u, c_noise)[0] * jnp.sqrt(1 + (self.sharpness * self.data_std / sigma) ** 2)

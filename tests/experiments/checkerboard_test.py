@@ -67,7 +67,7 @@ def test_every_row_figure_and_file_is_there(whole: Path) -> None:
 
 def test_kill_in_any_phase_then_the_same_command_gives_the_same_table(whole: Path, tmp_path: Path) -> None:
     # One folder, killed again and again: in training, in drawing, in evaluation, in SMC.
-    for phase in ("baseline", "round-1 draws", "round-1 classifier", "evaluate distilled-1", "replay", "smc"):
+    for phase in ("baseline", "round-1 draws", "round-1/classifier", "evaluate distilled-1", "replay", "smc"):
         process = start(*TINY, "--output", str(tmp_path))
         log, killed = tmp_path / "metrics.jsonl", False
         deadline = time.monotonic() + 300
