@@ -153,8 +153,12 @@ class Folder:
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(_jsonable(values)) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(_jsonable(values)) + "\n")
+        except OSError as error:
+            raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 
     def finish(self, rows: list[Row], columns: Sequence[Column], notes: str = "") -> Results:
         """Writes results.json and table.md, and returns them."""
@@ -190,7 +194,7 @@ class Progress:
         if phase != self.phase or self.bar is None:
             self.close()
             self.phase = phase
-            self.bar = tqdm(total=of, desc=self.prefix + phase, leave=True, mininterval=0.5, dynamic_ncols=True)
+            self.bar = tqdm(total=of, initial=done, desc=self.prefix + phase, mininterval=0.5, dynamic_ncols=True)
         self.bar.update(min(done, of) - self.bar.n)
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
         if done >= of:

@@ -16,9 +16,14 @@ GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 def _save(figure: Any, path: Path) -> None:
     """Writes a whole PNG or leaves the old one."""
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
-    plt.close(figure)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
+    finally:
+        plt.close(figure)
 
 
 def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], limit: float, cells: int) -> None:

@@ -19,6 +19,12 @@ def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
 
 
+def training_mesh() -> jax.sharding.Mesh:
+    """All accelerators, or one CPU device: its cores share each operation better than they share a batch."""
+    devices = jax.devices()
+    return make_mesh(devices[:1] if devices[0].platform == "cpu" else devices)
+
+
 def split(mesh: jax.sharding.Mesh, axis: int = 0) -> jax.NamedSharding:
     """Sharding of an array whose axis `axis` is the batch."""
     return jax.NamedSharding(mesh, jax.P(*[None] * axis, "data"))
@@ -43,6 +49,13 @@ def place(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
 def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     """Global arrays from this process's rows of a batch, split over `data`."""
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
+
+
+def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
+    """Inside `jit`: the batch split over `data`; where its size is no multiple of the devices, left to the compiler."""
+    even = lambda a: a.ndim and a.shape[0] % mesh.size == 0
+    constrain = lambda a: jax.lax.with_sharding_constraint(a, split(mesh)) if even(a) else a
+    return jax.tree.map(constrain, batch)
 
 
 def chunked(

@@ -111,7 +111,7 @@ def make_block(
     def one(state: State, _: None) -> tuple[State, Metrics]:
         batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1))
         if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, distributed.split(mesh))
+            batch = distributed.split_batch(mesh, batch)
         return step(state, batch)
 
     def block(state: State) -> tuple[State, Metrics]:
@@ -154,11 +154,11 @@ class Host(NamedTuple):
     """Where a run happens and what is kept of it."""
 
     mesh: jax.sharding.Mesh | None = None
-    """Default: one device."""
+    """Default: `distributed.training_mesh()`."""
     checkpoints: Any = None
     """A `gendiff.checkpoint.Checkpoints`, or None."""
     report: Callable[[int, Metrics], None] = lambda step, metrics: None
-    """Called after every block with the step and the block's metrics as floats."""
+    """Called with the step at the start, and after every block with the block's metrics as floats."""
 
 
 def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[State, Metrics]:
@@ -199,7 +199,7 @@ def train(
     Raises:
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
     """
-    mesh = distributed.make_mesh(jax.devices()[:1]) if host.mesh is None else host.mesh
+    mesh = distributed.training_mesh() if host.mesh is None else host.mesh
     optimiser = adam(settings)
     state = distributed.replicate(mesh, init(key, params, optimiser))
     context = distributed.replicate(mesh, context)
@@ -220,6 +220,7 @@ def train(
     def host_select(state: State, context: Any) -> tuple[State, Metrics]:
         return select(state, task(context).validate)
 
+    host.report(int(state.step), {})
     batches = None if data is None else _batches(data, int(state.step))
     while not _finished(state, settings):
         size = min(settings.every, settings.steps - int(state.step))

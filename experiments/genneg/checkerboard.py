@@ -43,7 +43,7 @@ class CheckerboardConfig(Config):
     """Half of the board's side, in data units."""
     points: Annotated[int, Between(10, 10_000_000)] = 1000
     """Training points."""
-    data_seed: Annotated[int, Between(0, 2**31 - 1)] = 1236
+    data_seed: Annotated[int, Between(0, 2**31 - 1)] = 1235
     """Seed of the training, held-out and test points: one data set for all runs."""
     rounds: Annotated[int, Between(1, 20)] = 3
     """Rounds of Gen-neG."""
@@ -92,7 +92,7 @@ class CheckerboardConfig(Config):
     """Independent SMC populations."""
     samples: Annotated[int, Between(100, 1_000_000_000)] = 100_000
     """Samples that a model's infraction rate is measured on."""
-    elbo_points: Annotated[int, Between(10, 100_000_000)] = 20_000
+    elbo_points: Annotated[int, Between(10, 100_000_000)] = 50_000
     """Fresh points of the board that the ELBO is averaged over."""
     elbo_levels: Annotated[int, Between(1, 10_000)] = 32
     """Stratified noise levels a point."""
@@ -139,6 +139,14 @@ not reported."""
 def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
     """EDM's F, for the baseline and every student."""
     return ResidualMLP(2, config.width, config.depth, data_std=DATA_STD)
+
+
+def student_network(config: CheckerboardConfig) -> ResidualMLP:
+    """EDM's F of a distilled model: as large as the baseline's, with the sharper features of the classifiers.
+
+    The baseline would overfit 1,000 points with them; a student has as many answers as it wants.
+    """
+    return ResidualMLP(2, config.width, config.depth, fourier=64, high=24.0, data_std=DATA_STD)
 
 
 def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
@@ -191,6 +199,7 @@ class Run:
     def __init__(self, config: CheckerboardConfig, archive: Archive, progress: Progress, seed: int) -> None:
         self.config, self.archive, self.progress = config, archive, progress
         self.problem, self.key = problem(config), jax.random.key(seed)
+        self.student = self.problem._replace(model=denoiser.from_edm(student_network(config).apply, DATA_STD))
         self.mesh = distributed.make_mesh()
         self.rows: list[Row] = []
         self.evaluations: dict[str, Evaluation] = {}
@@ -220,9 +229,17 @@ class Run:
     def host(self, phase: str, steps: int) -> training.Host:
         return genneg.host(self.archive, self.progress, phase, steps)
 
-    def add(self, name: str, guided: Guided, phases: Sequence[str], oracle_calls: float) -> Evaluation:
+    def add(
+        self,
+        name: str,
+        guided: Guided,
+        phases: Sequence[str],
+        oracle_calls: float,
+        setup: genneg.Problem | None = None,
+    ) -> Evaluation:
         """Evaluates a model and adds its row; `phases` made it and are its wall-clock time."""
-        evaluation = self.archive.once(f"evaluate/{name}", lambda: self.evaluate(name, guided), Evaluation)
+        setup = self.problem if setup is None else setup
+        evaluation = self.archive.once(f"evaluate/{name}", lambda: self.evaluate(name, guided, setup), Evaluation)
         self.evaluations[name] = evaluation
         n, good, outer = (int(count) for count in evaluation.counts)
         cost = (1 + 3 * guided.members) * (2 * self.config.sampler_steps - 1)
@@ -238,21 +255,22 @@ class Run:
         self.rows.append(Row(name, measured, PAPER.get(name, {})))
         return evaluation
 
-    def evaluate(self, name: str, guided: Guided) -> Evaluation:
+    def evaluate(self, name: str, guided: Guided, setup: genneg.Problem) -> Evaluation:
         """Samples and their verdicts, and the ELBO of the test points with the same noise for every model."""
         config = self.config
         batch = min(BATCH, config.samples)
         kept: list[np.ndarray] = []
+        self.progress(f"evaluate {name}", 0, config.samples, {})
         for first in range(0, config.samples, batch):
             key = jax.random.fold_in(self.fold(SAMPLES), first)
-            points = np.asarray(genneg.draw(self.problem, guided, key, batch, self.mesh))
+            points = np.asarray(genneg.draw(setup, guided, key, batch, self.mesh))
             kept.append(points[: config.samples - first])
             self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
         points = np.concatenate(kept)
-        good = label(self.problem.oracle, points)
+        good = label(setup.oracle, points)
         test = self.board(TEST, config.elbo_points)
         given = distributed.place(self.mesh, (guided, test, self.fold(ELBO)))
-        elbo = elbos(self.problem, config.elbo_levels, self.mesh, *given)
+        elbo = elbos(setup, config.elbo_levels, self.mesh, *given)
         return Evaluation(points[:10_000], points[good][:100_000], tally(config, points), elbo)
 
     # The rows.
@@ -355,16 +373,17 @@ class Run:
     ) -> None:
         """One network in place of the stack, taught on good samples of the stack."""
         config, name = self.config, f"distilled-{teacher.number}"
-        settings = self.student_training()
+        settings = self.student_training()._replace(rate=5e-3)
+        start = student_network(config).init(self.fold(STUDENT), jnp.zeros(2), jnp.zeros(()))
         psi = self.archive.once(
             name,
             lambda: genneg.distill(
-                self.problem, teacher.guided, evaluation.accepted, theta, 1000, settings, self.fold(STUDENT),
-                self.host(name, settings.steps), config.stored, self.mesh,
+                self.problem, teacher.guided, evaluation.accepted, start, 1000, settings, self.fold(STUDENT),
+                self.host(name, settings.steps), config.stored, self.mesh, self.student.model,
             ),
         )  # fmt: skip
         made = [*phases, f"evaluate/round-{teacher.number}", name]
-        self.add(name, Guided(psi), made, calls + int(evaluation.counts[0]))
+        self.add(name, Guided(psi), made, calls + int(evaluation.counts[0]), self.student)
 
     def rejection(self) -> None:
         """The baseline's good samples: exact, at the price of the bad ones."""

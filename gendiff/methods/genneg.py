@@ -144,7 +144,7 @@ def collect(
     batch: int = 16384,
     *,
     mesh: jax.sharding.Mesh | None = None,
-    report: Callable[[int, int], None] = lambda done, of: None,
+    report: Callable[[int, int, dict[str, float]], None] = lambda done, of, metrics: None,
 ) -> Synthetic:
     """Draws batches until both classes have `per_class` samples, or `budget` samples have been drawn.
 
@@ -153,16 +153,17 @@ def collect(
     """
     kept: dict[bool, list] = {True: [], False: []}
     counts = {True: 0, False: 0}
+    report(0, budget, {})
     while min(counts.values()) < per_class and sum(counts.values()) < budget:
         drawn = sum(counts.values())
-        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, drawn), batch, mesh))
+        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, drawn), batch, mesh))[: budget - drawn]
         if not np.isfinite(samples).all():
             raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
         good = label(problem.oracle, samples)
         for value in (True, False):
             kept[value].append(samples[good == value])
             counts[value] += len(kept[value][-1])
-        report(min(counts.values()), per_class)
+        report(sum(counts.values()), budget, {"good": counts[True], "bad": counts[False]})
     for value, name in ((True, "positive"), (False, "negative")):
         if counts[value] == 0:
             raise ValueError(
@@ -292,22 +293,26 @@ def distill(
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
     stored: int = 2**18,
     mesh: jax.sharding.Mesh | None = None,
+    model: Model | None = None,
 ) -> Params:
     """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
 
     Args:
       x0: the points that are noised; good samples of the teacher.
-      start: psi to begin from, usually theta.
+      start: psi to begin from: theta, or a new network's parameters with its `model`.
       batch: examples a step.
       stored: the teacher is asked so many times, once and for all.  Its answers have no Monte Carlo noise, so they bear
         being used again, and training costs the same for any number of classifiers.
       mesh: the devices that ask it.
+      model: the student's, (psi, x, t) -> x_0; default the problem's own.
     """
+    if len(x0) == 0:
+        raise ValueError("distill: x0: expected at least one sample, given none")
     asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1)))
     examples = teach(problem, stored, mesh, *asked)
 
     def task(examples: tuple) -> training.Task:
-        loss = losses.regression(problem.model, problem.weight)
+        loss = losses.regression(problem.model if model is None else model, problem.weight)
         return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
 
     return training.train(jax.random.fold_in(key, 2), start, task, examples, settings, host).best
@@ -317,13 +322,17 @@ def distill(
 def teach(
     problem: Problem, n: int, mesh: Any, teacher: Guided, x0: Samples, key: PRNGKey
 ) -> tuple[Samples, Array, Samples]:
-    """n examples (x_t, t, guided denoiser at x_t) at training times."""
+    """n examples (x_t, t, guided denoiser at x_t).
+
+    At the classifiers' times, not the denoiser's: that is where the teacher differs from theta.
+    """
     guided = denoiser(problem, teacher)
+    process = problem.process._replace(sample_time=problem.classifier_time)
 
     def example(key: PRNGKey) -> tuple[Sample, Time, Sample]:
         row_key, noise_key = jax.random.split(key)
         point = x0[jax.random.randint(row_key, (), 0, len(x0))]
-        x, t = losses.noised(problem.process, noise_key, point)
+        x, t = losses.noised(process, noise_key, point)
         return x, t, guided(x, t)
 
     return distributed.chunked(example, jax.random.split(key, n), problem.chunk, mesh)
@@ -339,6 +348,9 @@ def refit(
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
 ) -> Params:
     """Rejection, then refit: the denoising loss on samples that the oracle accepts.  No classifier, no guidance."""
+
+    if len(accepted) == 0:
+        raise ValueError("refit: accepted: expected at least one sample, given none")
 
     def task(points: Samples) -> training.Task:
         loss = losses.denoising(problem.process, problem.model, problem.weight)
@@ -418,7 +430,7 @@ def one_round(
     name = f"round-{number}"
     draw_key, split_key, start_key, fit_key, student_key = jax.random.split(jax.random.fold_in(key, number), 5)
     wanted, budget, batch = settings.per_class, settings.budget, settings.batch
-    count = lambda done, of: report(f"{name} draws", done, of, {})
+    count = lambda done, of, metrics: report(f"{name} draws", done, of, metrics)
     synthetic = archive.once(
         f"{name}/draws",
         lambda: collect(problem, guided, draw_key, wanted, budget, batch, mesh=mesh, report=count),

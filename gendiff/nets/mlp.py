@@ -28,7 +28,7 @@ def sine_cosine(angle: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], 
 
 
 @sine_cosine.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+def _sine_cosine_change(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     sine, cosine = sine_cosine(*primals)
     return (sine, cosine), (cosine * tangents[0], -sine * tangents[0])
 
