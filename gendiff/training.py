@@ -201,7 +201,8 @@ def train(
     """
     mesh = distributed.training_mesh() if host.mesh is None else host.mesh
     optimiser = adam(settings)
-    state = distributed.replicate(mesh, init(key, params, optimiser))
+    begin = jax.jit(lambda key, params: init(key, params, optimiser))  # one program, not one for each array
+    state = distributed.replicate(mesh, begin(key, params))
     context = distributed.replicate(mesh, context)
     if host.checkpoints is not None:
         state = host.checkpoints.restore(state, data)
@@ -266,8 +267,8 @@ def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
 
 
 def capacity(rows: int) -> int:
-    """The next power of two: arrays padded to it share compiled programs."""
-    return 1 << max(rows - 1, 0).bit_length()
+    """The next power of two from 8,192 on: arrays padded to it share compiled programs."""
+    return 1 << max(rows - 1, 8191).bit_length()
 
 
 def padded(array: Any, rows: int) -> np.ndarray:

@@ -154,6 +154,11 @@ def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
     return MLPClassifier(config.classifier_width, config.classifier_depth, data_std=DATA_STD)
 
 
+def initialised(network: Any, key: Array) -> Params:
+    """Fresh parameters of a network of points."""
+    return network.init(key, jnp.zeros(2), jnp.zeros(()))
+
+
 def problem(config: CheckerboardConfig) -> genneg.Problem:
     """EDM in two dimensions, with its networks, sampler and oracle."""
     classifier = classifier_network(config)
@@ -314,7 +319,7 @@ class Run:
 
         keys = jax.random.split(self.fold(ELBO), held_out)
         context = (self.board(DATA, config.points), self.board(HELD_OUT, held_out), keys)
-        start = denoiser_network(config).init(self.fold(START), jnp.zeros(2), jnp.zeros(()))
+        start = initialised(denoiser_network(config), self.fold(START))
         host = self.host("baseline", config.baseline_steps)
         return training.train(self.fold(BASELINE), start, task, context, settings, host).best
 
@@ -374,7 +379,7 @@ class Run:
         """One network in place of the stack, taught on good samples of the stack."""
         config, name = self.config, f"distilled-{teacher.number}"
         settings = self.student_training()._replace(rate=5e-3)
-        start = student_network(config).init(self.fold(STUDENT), jnp.zeros(2), jnp.zeros(()))
+        start = initialised(student_network(config), self.fold(STUDENT))
         psi = self.archive.once(
             name,
             lambda: genneg.distill(
@@ -476,7 +481,7 @@ class Run:
     # How things are trained.
 
     def new_classifier(self, key: Array) -> Params:
-        return classifier_network(self.config).init(key, jnp.zeros(2), jnp.zeros(()))
+        return initialised(classifier_network(self.config), key)
 
     def classifier_training(self) -> genneg.ClassifierTraining:
         config = self.config
@@ -587,7 +592,14 @@ def draw_figures(folder: Folder, config: CheckerboardConfig, rows: list[Row], fi
 def calibration_table(first: Run, rows: list[Row]) -> str:
     """Each classifier's mean C against alpha, its calibration error, and the ideal gain against the gain seen."""
     table = {row.name: row.metrics for row in rows}
-    head = ["classifier", "alpha", "largest |mean C - alpha|", "mean calibration error", "ideal gain", "gain seen"]
+    head = [
+        "classifier",
+        "alpha",
+        "largest gap of mean C to alpha",
+        "mean calibration error",
+        "ideal gain",
+        "gain seen",
+    ]
     before, body = 0.0, []
     for name, report in first.calibrations.items():
         alpha, gain = first.alphas[name], table[name]["elbo_gain"].value
