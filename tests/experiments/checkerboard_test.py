@@ -12,11 +12,25 @@ import pytest
 
 from experiments.genneg import checkerboard
 
-TINY = (
-    "--preset smoke --width 8 --depth 1 --classifier-depth 1 --rounds 2 --baseline-steps 40 --classifier-steps 40 "
-    "--student-steps 20 --samples 400 --draw-budget 800 --per-class 100 --elbo-points 50 --elbo-levels 4 --stored 256 "
-    "--smc-particles 32 --smc-steps 6 --sampler-steps 4"
-).split()
+TINY = [
+    "--preset", "smoke",
+    "--width", "8",
+    "--depth", "1",
+    "--classifier-depth", "1",
+    "--rounds", "2",
+    "--baseline-steps", "40",
+    "--classifier-steps", "40",
+    "--student-steps", "20",
+    "--samples", "400",
+    "--draw-budget", "800",
+    "--per-class", "100",
+    "--elbo-points", "50",
+    "--elbo-levels", "4",
+    "--stored", "256",
+    "--smc-particles", "32",
+    "--smc-steps", "6",
+    "--sampler-steps", "4",
+]  # fmt: skip
 NAMES = ["data", "baseline", "round-1-unweighted", "round-1", "distilled-1", "round-2", "distilled-2", "rejection",
          "refit", "replay", "smc"]  # fmt: skip
 CACHE = Path(__file__).parents[2] / ".cache" / "experiments"

@@ -1,0 +1,125 @@
+"""What every test runs under, and the Gaussian mixture whose every quantity has a closed form."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gendiff.denoiser import Denoiser
+from gendiff.potential import Potential
+from gendiff.process import Process
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+# Most of a cold run is compilation.  A folder of our own: programs of other settings do not belong in it.
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# The same examples in every run, and no deadline: the first example of a test pays for compilation.
+hypothesis.settings.register_profile("gendiff", derandomize=True, deadline=None, max_examples=30)
+hypothesis.settings.load_profile("gendiff")
+
+
+class Mixture(NamedTuple):
+    """p(x_0) = sum_k weights_k N(means_k, stds_k^2 I), with a label: y = 1 for a sample of a component in `good`.
+
+    Given x_t, each component is a Gaussian problem, so its denoiser, score, density and Bayes classifier are exact.
+    """
+
+    weights: np.ndarray
+    """(K,), sum 1."""
+    means: np.ndarray
+    """(K, d)."""
+    stds: np.ndarray
+    """(K,)."""
+    good: tuple[bool, ...]
+
+    @property
+    def alpha(self) -> float:
+        """P(y = 1)."""
+        return float(self.weights[list(self.good)].sum())
+
+    def part(self, good: bool) -> "Mixture":
+        """p(x_0 | y)."""
+        keep = np.array(self.good) == good
+        weights = self.weights[keep] / self.weights[keep].sum()
+        return Mixture(weights, self.means[keep], self.stds[keep], (True,) * int(keep.sum()))
+
+    def draw(self, seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n samples (n, d) in float32 and their labels (n,)."""
+        rng = np.random.default_rng(seed)
+        k = rng.choice(len(self.weights), n, p=self.weights)
+        noise = rng.standard_normal((n, self.means.shape[1]))
+        x = self.means[k] + self.stds[k, None] * noise
+        return x.astype(np.float32), np.array(self.good)[k]
+
+    def cdf(self, axis: int, values: np.ndarray) -> np.ndarray:
+        """Distribution function of one coordinate of x_0."""
+        z = (np.asarray(values, np.float64)[:, None] - self.means[:, axis]) / self.stds
+        return stats.norm.cdf(z) @ self.weights
+
+    def log_joint(self, process: Process, x: jax.Array, t: jax.Array) -> jax.Array:
+        """log P(component k) p_t(x | k), shape (K,): x_t given k is N(alpha mean_k, alpha^2 std_k^2 + sigma^2)."""
+        alpha, variance = process.alpha(t), self.variance(process, t)
+        square = jnp.sum((x[None] - alpha * self.means.astype(np.float32)) ** 2, -1)
+        d = self.means.shape[1]
+        return jnp.log(self.weights.astype(np.float32)) - 0.5 * (square / variance + d * jnp.log(2 * np.pi * variance))
+
+    def variance(self, process: Process, t: jax.Array) -> jax.Array:
+        """Variance of x_t given each component, (K,)."""
+        return process.alpha(t) ** 2 * self.stds.astype(np.float32) ** 2 + process.sigma(t) ** 2
+
+    def log_density(self, process: Process) -> Potential:
+        """log p_t(x)."""
+        return lambda x, t: jax.nn.logsumexp(self.log_joint(process, x, t))
+
+    def score(self, process: Process) -> Denoiser:
+        """grad log p_t(x), written out: the mean of the components' scores under P(k | x_t)."""
+
+        def score(x: jax.Array, t: jax.Array) -> jax.Array:
+            share = jax.nn.softmax(self.log_joint(process, x, t))
+            each = (process.alpha(t) * self.means.astype(np.float32) - x[None]) / self.variance(process, t)[:, None]
+            return share @ each
+
+        return score
+
+    def denoiser(self, process: Process) -> Denoiser:
+        """E[x_0 | x_t], written out: the mean of the components' regressions under P(k | x_t)."""
+
+        def denoiser(x: jax.Array, t: jax.Array) -> jax.Array:
+            alpha, means = process.alpha(t), self.means.astype(np.float32)
+            share = jax.nn.softmax(self.log_joint(process, x, t))
+            gain = alpha * self.stds.astype(np.float32) ** 2 / self.variance(process, t)
+            return share @ (means + gain[:, None] * (x[None] - alpha * means))
+
+        return denoiser
+
+    def log_good(self, process: Process) -> Potential:
+        """log P(y = 1 | x_t), the Bayes classifier."""
+
+        def log_good(x: jax.Array, t: jax.Array) -> jax.Array:
+            joint = self.log_joint(process, x, t)
+            return jax.nn.logsumexp(joint[np.flatnonzero(self.good)]) - jax.nn.logsumexp(joint)
+
+        return log_good
+
+
+@pytest.fixture(scope="session")
+def mixture() -> Mixture:
+    """Three overlapping components in the plane; two are good, alpha = 0.6."""
+    means = np.array([[0.9, 0.3], [-0.7, 0.6], [0.1, -0.8]])
+    return Mixture(np.array([0.35, 0.4, 0.25]), means, np.array([0.35, 0.25, 0.3]), (True, False, True))
+
+
+@pytest.fixture(scope="session")
+def gaussian() -> Mixture:
+    """One Gaussian on the line, mean 0.4 and standard deviation 0.6."""
+    return Mixture(np.ones(1), np.array([[0.4]]), np.array([0.6]), (True,))

@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gendiff import distributed, guidance, process, sampling, training
+from gendiff.training import Host, Settings, Task
+
+MESHES = pytest.mark.parametrize("devices", [1, 2, 8])
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    return distributed.make_mesh(jax.devices()[:devices])
+
+
+def test_there_are_eight_virtual_devices():
+    assert len(jax.devices()) == 8
+    assert distributed.make_mesh().size == 8
+
+
+@MESHES
+def test_mesh_has_one_automatic_axis(devices):
+    mesh = mesh_of(devices)
+    assert mesh.axis_names == ("data",)
+    assert mesh.size == devices
+    # With explicit axes a table could not be read at sharded places.
+    table, places = jnp.arange(10.0), distributed.shard(mesh, np.arange(8))
+    np.testing.assert_array_equal(jax.jit(lambda table, places: table[places])(table, places), np.arange(8))
+
+
+@MESHES
+def test_shard_and_replicate(devices):
+    mesh, rows = mesh_of(devices), np.arange(16.0, dtype=np.float32).reshape(8, 2)
+    batch = distributed.shard(mesh, {"x": rows, "y": rows[:, 0]})
+    np.testing.assert_array_equal(batch["x"], rows)
+    assert {shard.data.shape for shard in batch["x"].addressable_shards} == {(8 // devices, 2)}
+    assert len(batch["y"].sharding.device_set) == devices
+    copies = distributed.replicate(mesh, {"x": jnp.asarray(rows)})
+    assert [shard.data.shape for shard in copies["x"].addressable_shards] == [(8, 2)] * devices
+
+
+@MESHES
+def test_replicas_may_be_donated(devices):
+    original = {"x": jnp.arange(3.0), "key": jax.random.key(0)}
+    copy = distributed.replicate(mesh_of(devices), original)
+    jax.jit(lambda tree: (tree["x"] + 1, jax.random.fold_in(tree["key"], 1)), donate_argnums=0)(copy)
+    assert not any(leaf.is_deleted() for leaf in original.values())
+
+
+@MESHES
+@pytest.mark.parametrize(("n", "chunk"), [(1, 4), (24, 4), (29, 4), (29, 1000)])
+def test_chunked_is_vmap(n, chunk, devices):
+    inputs = {"a": jnp.arange(2.0 * n).reshape(n, 2), "key": jax.random.split(jax.random.key(0), n)}
+    function = lambda each: {"sum": jnp.sum(each["a"]) + jax.random.uniform(each["key"]), "twice": 2 * each["a"]}
+    run = lambda mesh: jax.jit(lambda inputs: distributed.chunked(function, inputs, chunk, mesh))(inputs)
+    expected = jax.vmap(function)(inputs | {"key": jax.random.clone(inputs["key"])})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), run(mesh_of(devices)), expected)
+
+
+@MESHES
+def test_batches_are_split_where_they_can_be(devices):
+    mesh, batch = mesh_of(devices), {"even": jnp.zeros((16, 2)), "odd": jnp.zeros(9), "scalar": jnp.zeros(())}
+    given = jax.jit(lambda batch: distributed.split_batch(mesh, batch))(batch)
+    assert {shard.data.shape for shard in given["even"].addressable_shards} == {(16 // devices, 2)}
+    jax.tree.map(np.testing.assert_array_equal, given, batch)
+
+
+def test_cpu_trains_on_one_device():
+    assert distributed.training_mesh().size == 1
+
+
+def test_chunked_splits_the_work():
+    # The count of operations counts the loop's body once, and that has `chunk` examples a device on any number of
+    # devices.  Without a split each of 8 devices would work on 8 chunks.
+    def flops(devices):
+        function = lambda inputs: distributed.chunked(lambda x: x @ x.T, inputs, 4, mesh_of(devices))
+        return jax.jit(function).lower(jnp.zeros((64, 16, 16))).compile().cost_analysis()["flops"]
+
+    assert flops(8) < 1.5 * flops(1)
+
+
+def test_samples_do_not_depend_on_devices_or_chunks(gaussian):
+    p = process.ddpm(process.linear_betas())
+    keys = jax.random.split(jax.random.key(1), 48)
+
+    def draw(devices, chunk):
+        @jax.jit
+        def run(keys):
+            model = guidance.guide(p, lambda x, t: -jnp.sum(x**2))(gaussian.denoiser(p))
+            one = lambda key: sampling.sample(p, sampling.ancestral(p, model), p.grid(12), key, (1,))
+            return distributed.chunked(one, keys, chunk, None if devices is None else mesh_of(devices))
+
+        return np.asarray(run(keys))
+
+    expected = draw(None, 48)
+    for devices, chunk in ((1, 48), (2, 5), (8, 4)):
+        np.testing.assert_allclose(draw(devices, chunk), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("drawn", "others"), [(True, (2, 8)), (False, (8,))], ids=["drawn", "sequence"])
+def test_training_does_not_depend_on_devices(drawn, others):
+    data = np.random.default_rng(0).normal(0.5, 1.0, (64, 3)).astype(np.float32)
+    start = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "v": np.ones(4, np.float32)}
+
+    def loss(params, key, example):
+        noise = 0.1 * jax.random.normal(key, example.shape)
+        return (jnp.tanh((example + noise) @ params["w"]) @ params["v"] - jnp.sum(example)) ** 2
+
+    def task(data):
+        draw = (lambda key: training.minibatch(key, data, 16)) if drawn else None
+        validate = lambda params: jnp.mean(jax.vmap(lambda x: loss(params, jax.random.key(0), x))(data))
+        return Task(loss, draw, validate)
+
+    def run(devices):
+        batches = None if drawn else [np.roll(data, -i, axis=0)[:16] for i in range(12)]
+        settings = Settings(12, 0.03, every=6)
+        return training.train(
+            jax.random.key(2), start, task, jnp.asarray(data), settings, Host(mesh_of(devices)), batches
+        )
+
+    expected = run(1)
+    for devices in others:
+        state = run(devices)
+        assert len(state.params["w"].sharding.device_set) == devices
+        # Sums in another order: float error, which Adam's division by small gradients magnifies a little.
+        for name in start:
+            np.testing.assert_allclose(state.params[name], expected.params[name], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(state.best[name], expected.best[name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,216 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from gendiff import denoiser, guidance, potential, process, sampling
+
+EDM, DDPM = process.edm(), process.ddpm(process.linear_betas())
+PROCESSES = pytest.mark.parametrize(
+    ("p", "times"), [(EDM, np.float32([0.05, 0.6, 8.0])), (DDPM, np.array([1, 60, 400, 900]))], ids=["edm", "ddpm"]
+)
+POINTS = np.float32([[0.2, 0.1], [-1.0, 0.9], [1.4, -0.3], [0.0, 0.0]])
+FALSE_ALARM = 1e-4
+"""Of each comparison of samples with a distribution."""
+
+
+def plain(x, t):
+    return jnp.tanh(x) + 0.3
+
+
+def bump(x, t):
+    return jnp.sin(x[0]) * jnp.cos(2 * x[1])
+
+
+def bump_gradient(x):
+    x, y = np.float64(x[..., 0]), np.float64(x[..., 1])
+    return np.stack([np.cos(x) * np.cos(2 * y), -2 * np.sin(x) * np.sin(2 * y)], -1)
+
+
+def on_points(times, *functions):
+    """For each time what each function gives on POINTS, in one compiled program."""
+    at = lambda t: [jax.vmap(lambda x, function=function: function(x, t))(POINTS) for function in functions]
+    return zip(*(np.asarray(each, np.float64) for each in jax.jit(jax.vmap(at))(times)), strict=True)
+
+
+def levels(p, times):
+    return zip(np.float64(p.alpha(times)), np.float64(p.sigma(times)), strict=True)
+
+
+@PROCESSES
+def test_guide_adds_to_the_score(p, times):
+    # Tweedie's formula: score of the guided denoiser = score + scale grad log r.
+    guided = guidance.guide(p, bump, 1.7)(plain)
+    for (alpha, sigma), (before, after) in zip(levels(p, times), on_points(times, plain, guided), strict=True):
+        score = lambda x0, alpha=alpha, sigma=sigma: (alpha * x0 - POINTS) / sigma**2
+        atol = 2e-6 * alpha / sigma**2 + 1e-5
+        np.testing.assert_allclose(score(after) - score(before), 1.7 * bump_gradient(POINTS), rtol=1e-4, atol=atol)
+
+
+@PROCESSES
+def test_guide_in_the_languages_of_eps_and_x0(p, times):
+    # eps~ = eps - sigma g (Gen-neG, eq. 8), x_0~ = x_0 + sigma^2 / alpha g.
+    guided, gradient = guidance.guide(p, bump)(plain), bump_gradient(POINTS)
+    models = plain, guided, denoiser.to_epsilon(p, plain), denoiser.to_epsilon(p, guided)
+    for (alpha, sigma), (x0, x0_guided, eps, eps_guided) in zip(
+        levels(p, times), on_points(times, *models), strict=True
+    ):
+        np.testing.assert_allclose(eps_guided - eps, -sigma * gradient, rtol=1e-4, atol=5e-6 * alpha / sigma + 1e-5)
+        np.testing.assert_allclose(x0_guided - x0, sigma**2 / alpha * gradient, rtol=1e-4, atol=1e-6)
+
+
+@PROCESSES
+def test_guiding_with_the_bayes_classifier_is_conditioning(mixture, p, times):
+    # The theorem of Gen-neG: score + grad log p(y = 1 | x_t) is the score of p_t(x | y = 1), scale 1.
+    guided = guidance.guide(p, mixture.log_good(p))(mixture.denoiser(p))
+    conditional = mixture.part(True).denoiser(p)
+    for (alpha, sigma), (given, expected) in zip(levels(p, times), on_points(times, guided, conditional), strict=True):
+        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=2e-6 * max(1.0, sigma**2 / alpha))
+
+
+@PROCESSES
+def test_classifier_gradient_is_a_difference_of_denoisers(mixture, p, times):
+    # E[x_0 | x_t] = C D_pos + (1 - C) D_neg, so sigma^2 / alpha grad log C = (1 - C) / C (D - D_neg).
+    plain = mixture.denoiser(p)
+    guided = guidance.guide(p, mixture.log_good(p))(plain)
+    functions = mixture.log_good(p), plain, mixture.part(False).denoiser(p), guided
+    for (_, sigma), (log_c, d, d_neg, steered) in zip(levels(p, times), on_points(times, *functions), strict=True):
+        c = np.exp(log_c)[:, None]
+        # Where C is tiny the right side is a huge factor times a difference that float32 has lost.
+        clear = c[:, 0] > 1e-3
+        assert clear.any()
+        shift, expected = (steered - d)[clear], ((1 - c) / c * (d - d_neg))[clear]
+        np.testing.assert_allclose(shift, expected, rtol=2e-3, atol=2e-5 * max(1.0, sigma**2))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_stacking_copies_is_scale(count):
+    logit = lambda params, x, t: params["w"] @ x + params["b"]
+    params = {"w": jnp.array([1.0, -2.0]), "b": jnp.float32(0.3)}
+    log_c = potential.log_probability(logit)
+    copies = guidance.guide(DDPM, potential.stack(log_c, potential.stacked(*[params] * count)))(plain)
+    single = guidance.guide(DDPM, lambda x, t: log_c(params, x, t), count)(plain)
+    chained = guidance.chain(*[guidance.guide(DDPM, lambda x, t: log_c(params, x, t))] * count)(plain)
+    ((stacked, scaled, repeated),) = on_points(np.array([300]), copies, single, chained)
+    np.testing.assert_allclose(stacked, scaled, rtol=1e-5)
+    np.testing.assert_allclose(stacked, repeated, rtol=1e-5)
+
+
+@given(constant=st.floats(-50, 50), scale=st.floats(-10, 10))
+def test_nothing_to_steer_by_changes_nothing(constant, scale):
+    x = POINTS[0]
+    for steer in (
+        guidance.guide(DDPM, lambda x, t: jnp.float32(constant) + 0 * x[0], scale),
+        guidance.guide(DDPM, potential.total(), scale),
+        guidance.guide(DDPM, bump, 0.0),
+        guidance.chain(),
+    ):
+        np.testing.assert_array_equal(steer(plain)(x, 500), plain(x, 500))
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+@pytest.mark.parametrize(("t", "s"), [(1000, 999), (500, 499), (2, 1), (1, 0), (500, 250), (40, 0)])
+def test_mean_form(variance, t, s):
+    # mu + scale Sigma grad log r, with Sigma the variance of the sampler's step (Dhariwal and Nichol, Algorithm 1).
+    steer = guidance.guide_mean(DDPM, bump, next_time=lambda _: s, scale=1.7, variance=variance)
+    x = POINTS[2]
+    mean, small = process.posterior(DDPM, x, plain(x, t), t, s)
+    shifted, _ = process.posterior(DDPM, x, steer(plain)(x, t), t, s)
+    large = process.transition(DDPM, t, s)[1]
+    step = np.float64(small if variance == "posterior" else large)
+    np.testing.assert_allclose(
+        np.float64(shifted) - np.float64(mean), 1.7 * step * bump_gradient(x), rtol=1e-4, atol=5e-7
+    )
+
+
+def test_last_step_of_the_mean_form():
+    # The posterior variance is 0 there: no guidance at all, where infractions are decided.  beta_1 is not 0.
+    x = POINTS[2]
+    for variance, moved in (("posterior", False), ("beta", True)):
+        steer = guidance.guide_mean(DDPM, bump, next_time=lambda t: t - 1, variance=variance)
+        assert np.array_equal(steer(plain)(x, 1), plain(x, 1)) != moved
+
+
+def test_mean_and_score_forms_differ_by_the_variance():
+    # The score form moves the mean by beta_t / sqrt(1 - beta_t) g, the mean form by Sigma_t g.  With Sigma = beta the
+    # ratio of the two is sqrt(1 - beta_t) = alpha_t / alpha_{t-1}.
+    x, t = POINTS[2], 600
+    score = guidance.guide(DDPM, bump)(plain)(x, t) - plain(x, t)
+    mean = guidance.guide_mean(DDPM, bump, lambda t: t - 1, variance="beta")(plain)(x, t) - plain(x, t)
+    np.testing.assert_allclose(np.asarray(mean / score), DDPM.alpha(t) / DDPM.alpha(t - 1) * np.ones(2), rtol=1e-3)
+
+
+def test_mean_form_rejects_other_variances():
+    with pytest.raises(ValueError, match="'posterior' or 'beta'"):
+        guidance.guide_mean(DDPM, bump, lambda t: t - 1, variance="learned")
+
+
+@given(low=st.floats(-2, 0, width=32), width=st.floats(0, 2, width=32))
+def test_clip(low, width):
+    high = np.float32(low + width)
+    clipped = np.asarray(guidance.clip(low, high)(lambda x, t: x)(np.float32([-3, low, high, 0.1, 3]), 1))
+    assert (clipped >= np.float32(low)).all()
+    assert (clipped <= high).all()
+    np.testing.assert_array_equal(clipped, np.clip(np.float32([-3, low, high, 0.1, 3]), np.float32(low), high))
+
+
+def test_chain_applies_from_first_to_last():
+    double = lambda denoiser: lambda x, t: 2 * denoiser(x, t)
+    add = lambda denoiser: lambda x, t: denoiser(x, t) + 1
+    x = np.float32([1.0, 5.0])
+    identity = lambda x, t: x
+    np.testing.assert_array_equal(guidance.chain(double, add)(identity)(x, 0), 2 * x + 1)
+    np.testing.assert_array_equal(guidance.chain(add, double)(identity)(x, 0), 2 * (x + 1))
+    nested = guidance.chain(guidance.chain(double, add), double)(identity)(x, 0)
+    np.testing.assert_array_equal(nested, guidance.chain(double, guidance.chain(add, double))(identity)(x, 0))
+
+
+def test_inpaint_keeps_the_known_and_only_the_known():
+    known, mask = np.float32([9.0, 9.0]), np.array([True, False])
+    x = np.float32([0.3, 0.4])
+    result = guidance.inpaint(known, mask)(plain)(x, 0.5)
+    np.testing.assert_array_equal(result, [9.0, plain(x, 0.5)[1]])
+
+
+@pytest.mark.parametrize("p", [EDM, DDPM])
+def test_inpainted_samples_hold_the_known_part(p, mixture):
+    known, mask = np.float32([0.25, 0.0]), np.array([True, False])
+    model = guidance.inpaint(known, mask)(mixture.denoiser(p))
+    draw = lambda key: sampling.sample(p, sampling.ddim(p, model, 1.0), p.grid(10), key, (2,))
+    samples = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 8)))
+    np.testing.assert_array_equal(samples[:, 0], known[0])
+    assert len(np.unique(samples[:, 1])) == 8
+
+
+def guided_samples(p, mixture, kernel, steps, scale):
+    @jax.jit
+    def draw(keys):
+        guided = guidance.guide(p, mixture.log_good(p), scale)(mixture.denoiser(p))
+        return jax.vmap(lambda key: sampling.sample(p, kernel(p, guided), p.grid(steps), key, (2,)))(keys)
+
+    return np.asarray(draw(jax.random.split(jax.random.key(1), 3000)))
+
+
+def follows(samples, target) -> bool:
+    """Kolmogorov-Smirnov on both coordinates; says no to samples of `target` at the rate FALSE_ALARM (Bonferroni)."""
+    tests = [stats.kstest(samples[:, axis], lambda v, axis=axis: target.cdf(axis, v)) for axis in range(2)]
+    return min(test.pvalue for test in tests) > FALSE_ALARM / 2
+
+
+@pytest.mark.parametrize(
+    ("p", "kernel", "steps"),
+    [(EDM, sampling.heun, 30), (DDPM, sampling.heun, 30), (DDPM, sampling.ancestral, 200)],
+    ids=["edm-heun", "ddpm-heun", "ddpm-ancestral"],
+)
+def test_guided_samples_follow_the_conditional(p, kernel, steps, mixture):
+    samples = guided_samples(p, mixture, kernel, steps, 1.0)
+    assert follows(samples, mixture.part(True))
+    # The test can fail: these are no samples of the unconditional mixture.
+    assert not follows(samples, mixture)
+
+
+def test_only_scale_one_is_the_conditional(mixture):
+    assert not follows(guided_samples(EDM, mixture, sampling.heun, 30, 2.0), mixture.part(True))

@@ -1,0 +1,421 @@
+"""Gen-neG on a Gaussian on the line with a linear oracle, x < EDGE is good, where all is known in closed form."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from scipy.special import expit
+
+from gendiff import distributed, losses, process, sampling
+from gendiff.checkpoint import Archive
+from gendiff.methods import genneg
+from gendiff.methods.genneg import ClassifierTraining, Guided, Problem, Rounds, Synthetic
+from gendiff.training import Settings
+
+EDGE = 1.0
+EDM = process.edm(sigma_min=0.02, sigma_max=20.0, mean=-0.5, std=1.2)
+FALSE_ALARM = 1e-4
+"""Of each statistical test."""
+THETA = {
+    "w": np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32),
+    "v": np.zeros((16, 1), np.float32),
+}
+"""The correction that a student learns; zero at first."""
+PHI = {"a": np.float32(1.0), "b": np.float32(0.0)}
+
+
+def alpha_of(gaussian) -> float:
+    return float(stats.norm.cdf(EDGE, gaussian.means[0, 0], gaussian.stds[0]))
+
+
+@pytest.fixture(scope="module")
+def problem(gaussian) -> Problem:
+    exact, (mean,), (std,) = gaussian.denoiser(EDM), gaussian.means[0], gaussian.stds
+
+    def model(theta, x, t):
+        """The exact denoiser, and a small network in EDM's preconditioning."""
+        scale = jnp.sqrt(t**2 + std**2)
+        hidden = jnp.tanh(jnp.stack([(x[0] - mean) / scale, jnp.log(t), jnp.ones(())]) @ theta["w"])
+        return exact(x, t) + t * std / scale * (hidden @ theta["v"])
+
+    def network(phi, x, t):
+        """Linear in the distance of E[x_0 | x_t] to the edge, in standard deviations of x_0 given x_t."""
+        return phi["a"] * (EDGE - exact(x, t)[0]) / (std * t / jnp.sqrt(std**2 + t**2)) + phi["b"]
+
+    return Problem(
+        process=EDM,
+        model=model,
+        network=network,
+        oracle=lambda samples: samples[:, 0] < EDGE,
+        shape=(1,),
+        kernel=sampling.heun,
+        steps=12,
+        weight=losses.edm_weight(std),
+        classifier_time=lambda key: jnp.exp(jax.random.uniform(key, (), minval=jnp.log(0.02), maxval=jnp.log(20.0))),
+        chunk=512,
+    )
+
+
+@pytest.fixture(scope="module")
+def exact_problem(problem, gaussian) -> Problem:
+    """With the Bayes classifier, P(x_0 < EDGE | x_t) = Phi(z), in place of a network; phi is added to its logit."""
+
+    def network(phi, x, t):
+        z = problem.network(PHI, x, t)
+        return jax.scipy.stats.norm.logcdf(z) - jax.scipy.stats.norm.logcdf(-z) + phi
+
+    return problem._replace(network=network)
+
+
+CLASSIFIER = ClassifierTraining(Settings(150, 0.05, decay=0.9, every=75), half=128)
+ROUNDS = Rounds(rounds=2, per_class=400, budget=6000, classifier=CLASSIFIER, batch=2000)
+
+
+def count(guided: Guided) -> int:
+    return 0 if guided.classifiers is None else len(jax.tree.leaves(guided.classifiers)[0])
+
+
+def synthetic(n: int, gaussian, seed: int = 0) -> Synthetic:
+    samples, _ = gaussian.draw(seed, n)
+    good = samples[:, 0] < EDGE
+    return Synthetic(samples[good], samples[~good], int(good.sum()), int((~good).sum()))
+
+
+# Drawing and labelling
+
+
+def test_collect_counts_all_draws(problem, gaussian):
+    collect = lambda budget: genneg.collect(problem, Guided(THETA), jax.random.key(0), 400, budget, 2000)
+    drawn = collect(20_000)
+    n = drawn.good + drawn.bad
+    assert n % 2000 == 0
+    assert len(drawn.positives) == drawn.good
+    assert len(drawn.negatives) == drawn.bad
+    assert (drawn.positives < EDGE).all()
+    assert (drawn.negatives >= EDGE).all()
+    assert drawn.alpha == drawn.good / n
+    # It stops with the first batch that fills both classes.
+    assert drawn.bad >= 400
+    assert collect(n - 2000).bad < 400
+    # Binomial test of alpha against the Gaussian's own.
+    assert stats.binomtest(drawn.good, n, alpha_of(gaussian)).pvalue > FALSE_ALARM
+
+
+def test_batches_of_a_collection_differ(problem):
+    drawn = genneg.collect(problem, Guided(THETA), jax.random.key(0), 10**6, 6000, 2000)
+    samples = np.concatenate([drawn.positives, drawn.negatives])
+    assert len(samples) == 6000
+    assert len(np.unique(samples)) > 5900
+
+
+def test_collect_keeps_to_its_budget(problem):
+    drawn = genneg.collect(problem, Guided(THETA), jax.random.key(0), 10**6, 3000, 2000)
+    assert drawn.good + drawn.bad <= 3000
+
+
+@pytest.mark.parametrize(("verdict", "missing"), [(True, "negative"), (False, "positive")])
+def test_collect_needs_both_classes(problem, verdict, missing):
+    one_sided = problem._replace(oracle=lambda samples: np.full(len(samples), verdict))
+    with pytest.raises(ValueError, match=rf"no {missing} within the draw budget: .* given 0 of 2000 draws"):
+        genneg.collect(one_sided, Guided(THETA), jax.random.key(0), 10, 2000, 2000)
+
+
+def test_collect_stops_at_nan(problem):
+    broken = {**THETA, "v": np.full((16, 1), np.nan, np.float32)}
+    with pytest.raises(FloatingPointError, match="in 2000 of 2000 samples"):
+        genneg.collect(problem, Guided(broken), jax.random.key(0), 10, 2000, 2000)
+
+
+def test_samples_do_not_depend_on_devices(problem):
+    classifier = {"net": jax.tree.map(jnp.asarray, PHI), "shift": jnp.float32(0.3)}
+    guided = genneg.append(Guided(THETA), classifier)
+    alone = np.asarray(genneg.draw(problem, guided, jax.random.key(1), 2000))
+    split = genneg.draw(problem, guided, jax.random.key(1), 2000, distributed.make_mesh())
+    np.testing.assert_allclose(split, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_sweep_of_the_guidance_scale_traces_once(problem):
+    counted = problem._replace(kernel=chex.assert_max_traces(sampling.heun, n=1))
+    guided = genneg.append(Guided(THETA), {"net": jax.tree.map(jnp.asarray, PHI), "shift": jnp.float32(0.0)})
+    shares = [
+        (np.asarray(genneg.draw(counted, guided, jax.random.key(2), 2000, scale=scale)) >= EDGE).mean()
+        for scale in (0.0, 0.5, 1.0, 2.0)
+    ]
+    assert shares == sorted(shares, reverse=True), "stronger guidance, fewer infractions"
+    assert shares[-1] < shares[0]
+
+
+# Splitting
+
+
+@pytest.mark.parametrize("select", ["all", "balanced"])
+def test_split_keeps_every_sample_once(select, gaussian):
+    whole = synthetic(3000, gaussian)
+    train, held_out = genneg.split(whole, CLASSIFIER._replace(select=select, held_out=0.2), jax.random.key(0))
+    for name in ("positives", "negatives"):
+        before = getattr(whole, name)
+        parts = np.concatenate([getattr(train, name), getattr(held_out, name)])
+        np.testing.assert_array_equal(np.sort(parts[:, 0]), np.sort(before[:, 0]))
+        assert not np.array_equal(parts, before), "shuffled"
+    # alpha is that of all draws, whatever was selected.
+    for part in (train, held_out):
+        assert (part.good, part.bad) == (whole.good, whole.bad)
+        assert part.alpha == whole.alpha
+    smaller = len(whole.negatives)
+    if select == "balanced":
+        assert len(train.positives) == len(train.negatives) == smaller - int(0.2 * smaller)
+    else:
+        for name in ("positives", "negatives"):
+            assert len(getattr(held_out, name)) == int(0.2 * len(getattr(whole, name)))
+
+
+def test_split_selects_uniformly(gaussian):
+    # Kolmogorov-Smirnov between the selected and the left over.
+    train, held_out = genneg.split(synthetic(5000, gaussian), CLASSIFIER._replace(select="balanced"), jax.random.key(1))
+    assert stats.ks_2samp(train.positives[:, 0], held_out.positives[:, 0]).pvalue > FALSE_ALARM
+
+
+def test_split_needs_two_of_each(gaussian):
+    whole = synthetic(50, gaussian)
+    with pytest.raises(ValueError, match="at least 2 samples of each class, given 1"):
+        genneg.split(whole._replace(negatives=whole.negatives[:1]), CLASSIFIER, jax.random.key(0))
+
+
+# Models with classifiers
+
+
+def test_append_adds_to_the_stack(problem, gaussian):
+    members = [
+        {"net": {"a": jnp.float32(0.5 + i), "b": jnp.float32(-i)}, "shift": jnp.float32(0.1 * i)} for i in range(3)
+    ]
+    x, t = 0.8, 0.5
+    evaluate = jax.jit(lambda guided, scale: genneg.denoiser(problem, guided, scale)(jnp.array([x]), jnp.float32(t))[0])
+    # By hand: D, its slope std^2 / (std^2 + t^2), and the logit a (EDGE - D) / v + b + shift.
+    (mean,), (std,) = gaussian.means[0], gaussian.stds
+    slope, v = std**2 / (std**2 + t**2), std * t / np.sqrt(std**2 + t**2)
+    plain = mean + slope * (x - mean)
+    guided, shift = Guided(THETA), 0.0
+    np.testing.assert_allclose(evaluate(guided, 1.0), plain, rtol=1e-5)
+    for i, member in enumerate(members):
+        guided = genneg.append(guided, member)
+        assert count(guided) == i + 1
+        a, b = float(member["net"]["a"]), float(member["net"]["b"] + member["shift"])
+        shift += t**2 * expit(-(a * (EDGE - plain) / v + b)) * -a * slope / v
+        np.testing.assert_allclose(evaluate(guided, 1.0), plain + shift, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(evaluate(guided, 2.0), plain + 2 * shift, rtol=1e-5, atol=1e-6)
+
+
+def test_bayes_classifier_removes_what_is_bad_and_nothing_else(exact_problem, gaussian):
+    # The guided model is N truncated to x < EDGE: Kolmogorov-Smirnov, and next to nothing beyond the edge.
+    sharp = exact_problem._replace(process=process.edm(), steps=40)
+    guided = genneg.append(Guided(THETA), {"net": jnp.float32(0.0), "shift": jnp.float32(0.0)})
+    samples = np.asarray(genneg.draw(sharp, guided, jax.random.key(3), 4000))[:, 0]
+    assert (samples >= EDGE).mean() < 0.005
+    (mean,), (std,) = gaussian.means[0], gaussian.stds
+    truncated = stats.truncnorm(-np.inf, (EDGE - mean) / std, mean, std)
+    assert stats.kstest(samples, truncated.cdf).pvalue > FALSE_ALARM
+    # Without the classifier the test says no.
+    assert stats.kstest(gaussian.draw(4, 4000)[0][:, 0], truncated.cdf).pvalue < FALSE_ALARM
+
+
+def test_calibration_of_the_bayes_classifier(exact_problem, gaussian):
+    held_out = synthetic(8000, gaussian, seed=5)
+    times = jnp.array([0.02, 0.5, 20.0])
+    exact = genneg.calibration(
+        exact_problem, {"net": jnp.float32(0.0), "shift": jnp.float32(0.0)}, held_out, jax.random.key(0), times
+    )
+    # The labels' share is alpha by the weights; C's mean differs by noise of standard error below 0.5 / sqrt(n).
+    limit = (
+        stats.norm.isf(FALSE_ALARM / 6)
+        * 0.5
+        * np.sqrt(held_out.alpha**2 / len(held_out.positives) + (1 - held_out.alpha) ** 2 / len(held_out.negatives))
+    )
+    assert (np.abs(np.asarray(exact.mean) - held_out.alpha) < limit).all()
+    wrong = genneg.calibration(
+        exact_problem, {"net": jnp.float32(0.0), "shift": jnp.float32(1.0)}, held_out, jax.random.key(0), times
+    )
+    assert (np.asarray(wrong.mean)[1:] > held_out.alpha + limit).all(), "the shift is part of the classifier"
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def parts(gaussian) -> tuple[Synthetic, Synthetic]:
+    return genneg.split(synthetic(8000, gaussian, seed=6), CLASSIFIER, jax.random.key(1))
+
+
+def test_weighting_sets_the_prior(problem, parts):
+    fits = {
+        weighting: genneg.fit_classifier(
+            problem, *parts, PHI, CLASSIFIER._replace(weighting=weighting), jax.random.key(2)
+        )
+        for weighting in ("importance", "shift", "none")
+    }
+    x, t = jnp.array([0.0]), jnp.float32(20.0)  # noise alone: C is the prior
+    c = {name: float(jax.nn.sigmoid(genneg.logit(problem)(fit, x, t))) for name, fit in fits.items()}
+    alpha, prior = parts[0].alpha, np.log(parts[0].alpha / (1 - parts[0].alpha))
+    # Trained by stochastic steps: no interval in closed form.  alpha is 0.84, and the wrong prior is 0.34 away.
+    assert abs(c["importance"] - alpha) < 0.06
+    assert abs(c["shift"] - alpha) < 0.06
+    assert abs(c["none"] - 0.5) < 0.1
+    for name, shift in (("importance", prior), ("shift", prior), ("none", 0.0)):
+        np.testing.assert_allclose(fits[name]["shift"], shift, rtol=1e-5)
+    # One optimum: near the edge, where guidance acts, the two agree.
+    odds = lambda name, x: float(genneg.logit(problem)(fits[name], jnp.array([x]), jnp.float32(0.3)))
+    for point in (0.7, 1.0, 1.3):
+        assert abs(odds("importance", point) - odds("shift", point)) < 0.6
+
+
+def test_density_decides_what_is_drawn(problem, parts):
+    # Rows of density 0 are never drawn: here they are NaN, of which one would end the run.
+    train, held_out = parts
+    poisoned, density = [], []
+    for pool in (train.positives, train.negatives):
+        bad = np.arange(len(pool)) % 3 == 0
+        bad[-1] = True
+        poisoned.append(np.where(bad[:, None], np.nan, pool).astype(np.float32))
+        density.append(np.where(bad, 0.0, 1.0))
+    train = train._replace(positives=poisoned[0], negatives=poisoned[1])
+    fit = lambda density: genneg.fit_classifier(
+        problem, train, held_out, PHI, CLASSIFIER, jax.random.key(3), density=density
+    )
+    assert np.isfinite(fit(tuple(density))["net"]["a"])
+    with pytest.raises(FloatingPointError):
+        fit(None)
+
+
+def test_teacher_answers_with_the_guided_denoiser(exact_problem, gaussian):
+    guided = genneg.append(Guided(THETA), {"net": jnp.float32(0.0), "shift": jnp.float32(0.0)})
+    x0 = jnp.asarray(synthetic(500, gaussian).positives)
+    x, t, target = genneg.teach(exact_problem, 256, None, guided, x0, jax.random.key(4))
+    expected = jax.jit(jax.vmap(genneg.denoiser(exact_problem, guided)))(x, t)
+    np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-6)
+    # At the classifiers' times, which are log-uniform: Kolmogorov-Smirnov.
+    times = stats.uniform(np.log(0.02), np.log(20.0) - np.log(0.02))
+    assert stats.kstest(np.log(np.asarray(t)), times.cdf).pvalue > FALSE_ALARM
+    assert len(np.unique(np.asarray(x))) == 256
+
+
+def test_refit_learns_what_was_accepted(problem):
+    # One point again and again: E[x_0 | x_t] is that point.
+    accepted = np.full((64, 1), -0.5, np.float32)
+    psi = genneg.refit(problem, accepted, THETA, 64, Settings(1000, 0.03, decay=0.9, every=1000), jax.random.key(5))
+    x = -0.5 + stats.norm.ppf((np.arange(50) + 0.5) / 50).astype(np.float32)
+    error = jax.jit(jax.vmap(lambda theta, x: problem.model(theta, x[None], jnp.float32(1.0))[0] + 0.5, (None, 0)))
+    before, after = (float(jnp.mean(error(theta, x) ** 2)) for theta in (THETA, psi))
+    assert after < 0.2 * before
+
+
+@pytest.mark.parametrize("method", ["distill", "refit"])
+def test_nothing_to_learn_from(method, problem):
+    arguments = (Guided(THETA),) if method == "distill" else ()
+    with pytest.raises(ValueError, match="at least one sample"):
+        getattr(genneg, method)(
+            problem, *arguments, np.zeros((0, 1), np.float32), THETA, 8, Settings(2), jax.random.key(0)
+        )
+
+
+def test_accepted_are_good(problem):
+    samples = genneg.accepted(problem, Guided(THETA), jax.random.key(6), 2500, ROUNDS)
+    assert len(samples) >= 2500
+    assert (samples < EDGE).all()
+    with pytest.raises(ValueError, match="expected 6000 good samples within 6000 draws"):
+        genneg.accepted(problem, Guided(THETA), jax.random.key(6), 6000, ROUNDS)
+
+
+# Rounds
+
+
+def fewer(better: tuple[int, int], worse: tuple[int, int]) -> bool:
+    """Has the first model fewer infractions, given (bad, good) of each?  Fisher's test, at the rate FALSE_ALARM."""
+    return bool(stats.fisher_exact([better, worse], alternative="less").pvalue < FALSE_ALARM)
+
+
+def judged(problem, guided) -> tuple[int, int]:
+    draws = [genneg.draw(problem, guided, jax.random.key(seed), 2000) for seed in (98, 99)]
+    bad = int((np.concatenate(draws) >= EDGE).sum())
+    return bad, 4000 - bad
+
+
+def labels(synthetic: Synthetic) -> tuple[int, int]:
+    return int(synthetic.bad), int(synthetic.good)
+
+
+def test_stack_of_rounds(problem, tmp_path):
+    start = lambda key: jax.tree.map(jnp.asarray, PHI)
+    archive = Archive(tmp_path)
+    rounds = list(genneg.run(problem, THETA, start, ROUNDS, jax.random.key(7), archive))
+    assert [each.number for each in rounds] == [1, 2]
+    assert [count(each.guided) for each in rounds] == [1, 2]
+    # alpha of each round is that of its own model, so it rises; so does that of the last model.
+    base, second = labels(rounds[0].train), labels(rounds[1].train)
+    assert fewer(second, base)
+    assert fewer(judged(problem, rounds[1].guided), base)
+    # Everything is in the archive: a second run asks no oracle, trains nothing, and is the same bit for bit.
+    silent = problem._replace(oracle=None, network=None, kernel=None)
+    again = list(genneg.run(silent, THETA, start, ROUNDS, jax.random.key(7), Archive(tmp_path)))
+    for first, repeated in zip(rounds, again, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, first, repeated)
+
+
+def test_round_that_is_distilled(problem):
+    start = lambda key: jax.tree.map(jnp.asarray, PHI)
+    student = Settings(600, 0.02, decay=0.99, every=300)
+    settings = ROUNDS._replace(rounds=1, mode="distill", student=student, student_batch=128)
+    (only,) = genneg.run(problem, THETA, start, settings, jax.random.key(8))
+    assert count(only.guided) == 0, "one network again"
+    assert fewer(judged(problem, only.guided), labels(only.train))
+
+
+def test_distilling_needs_settings_of_a_student(problem):
+    settings = ROUNDS._replace(mode="distill")
+    with pytest.raises(ValueError, match="student"):
+        next(genneg.run(problem, THETA, lambda key: jax.tree.map(jnp.asarray, PHI), settings, jax.random.key(9)))
+
+
+# Replay
+
+
+@pytest.mark.parametrize("select", ["all", "balanced"])
+def test_replay_weighs_all_rounds_back_to_the_first_model(select, problem, gaussian):
+    # Classifiers that depend on x alone, so that round k's samples can be drawn exactly: p_0 thinned by C_1 .. C_{k-1}.
+    # They are soft, and many samples are bad, so that the rounds' models and alphas differ well.
+    soft = problem._replace(network=lambda phi, x, t: phi[0] * x[0] + phi[1])
+    edge, (mean,), (std,) = 0.5, gaussian.means[0], gaussian.stds
+    grid, rng, kept, rounds = np.linspace(mean - 6, mean + 6, 20_001), np.random.default_rng(0), [], []
+    density = stats.norm.pdf(grid, mean, std)
+    for k, slope in enumerate((-4.0, -4.0, -4.0)):
+        # A classifier calibrated in the large: its mean is the share of good samples of its round's model.
+        alpha = np.average(grid < edge, weights=density)
+        share = density / density.sum()
+        bias = lambda offset, slope=slope, share=share, alpha=alpha: expit(slope * grid + offset) @ share - alpha
+        offset = optimize.brentq(bias, -20, 20)
+        pool = gaussian.draw(10 + k, 60_000)[0]
+        for thin in kept:
+            pool = pool[rng.random(len(pool)) < thin(pool[:, 0])]
+        good = pool[:, 0] < edge
+        made = Synthetic(pool[good], pool[~good], alpha * len(pool), (1 - alpha) * len(pool))
+        train, held_out = genneg.split(made, CLASSIFIER._replace(select=select), jax.random.key(k))
+        classifier = {"net": jnp.array([slope, offset - 0.2], jnp.float32), "shift": jnp.float32(0.2)}
+        rounds.append(genneg.Round(k + 1, Guided(THETA), classifier, train, held_out))
+        kept.append(lambda x, slope=slope, offset=offset: expit(slope * x + offset))
+        density = density * kept[-1](grid)
+    train, held_out, weights = genneg.replay(rounds, soft)
+    assert train.alpha == rounds[0].train.alpha
+    assert held_out is rounds[0].held_out
+    cut = (edge - mean) / std
+    for samples, weight, ends in zip(
+        (train.positives, train.negatives), weights, ((-np.inf, cut), (cut, np.inf)), strict=True
+    ):
+        expected = stats.truncnorm(*ends, mean, std).mean()
+        values, share = samples[:, 0].astype(np.float64), weight / weight.sum()
+        estimate = share @ values
+        error = np.sqrt(np.sum(share**2 * (values - estimate) ** 2))
+        # Normal test of a self-normalised mean (delta method).
+        limit = stats.norm.isf(FALSE_ALARM / 2) * error
+        assert abs(estimate - expected) < limit
+    # Without the weights it is the mean of another model.
+    assert abs(train.positives.mean() - stats.truncnorm(-np.inf, cut, mean, std).mean()) > 0.012

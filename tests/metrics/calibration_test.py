@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gendiff import process
+from gendiff.metrics.calibration import calibrate
+
+EDM, DDPM = process.edm(), process.ddpm(process.linear_betas())
+FALSE_ALARM = 1e-4
+
+
+def pools(mixture, n=12_000):
+    samples, good = mixture.draw(0, n)
+    # Half of the negatives are dropped: the weights must put the prior right.
+    return samples[good], samples[~good][: n // 5]
+
+
+@pytest.mark.parametrize(
+    ("p", "times"), [(EDM, [0.01, 0.3, 2.0, 80.0]), (DDPM, [1, 200, 600, 1000])], ids=["edm", "ddpm"]
+)
+def test_bayes_classifier_is_calibrated_at_all_levels(p, times, mixture):
+    positives, negatives = pools(mixture)
+    log_c = mixture.log_good(p)
+    probability = lambda x, t: jnp.exp(log_c(x, t))
+    report = calibrate(p, probability, positives, negatives, mixture.alpha, jax.random.key(0), jnp.array(times))
+    np.testing.assert_array_equal(report.times, jnp.array(times))
+    # C is in [0, 1], so the standard error of the weighted mean is at most half of sqrt(alpha^2 / n_1 + ...).  Normal
+    # test at four levels.
+    alpha, sizes = mixture.alpha, (len(positives), len(negatives))
+    error = 0.5 * np.sqrt(alpha**2 / sizes[0] + (1 - alpha) ** 2 / sizes[1])
+    assert (np.abs(report.mean - alpha) < stats.norm.isf(FALSE_ALARM / 8) * error).all()
+    # Where noise hides everything C is the prior and nothing else.
+    np.testing.assert_allclose(report.mean[-1], alpha, atol=0.005)
+    # The expected calibration error of a calibrated classifier is noise: ten bins with errors of `error` in all.
+    assert (np.asarray(report.error) < 6 * error).all()
+    np.testing.assert_allclose(np.asarray(report.share).sum(1), 1.0, rtol=1e-5)
+    # Reliability: within each bin the observed share is the predicted one, where there are enough samples to tell.
+    full = np.asarray(report.share) > 0.02
+    distance = np.abs(np.asarray(report.observed) - np.asarray(report.predicted))
+    bin_error = 0.5 / np.sqrt(np.asarray(report.share)[full] * min(sizes))
+    assert (distance[full] < stats.norm.isf(FALSE_ALARM / 80) * bin_error).all()
+
+
+def test_wrong_prior_and_confidence_are_seen(mixture):
+    positives, negatives = pools(mixture)
+    log_c = mixture.log_good(EDM)
+    odds = lambda x, t: log_c(x, t) - jnp.log1p(-jnp.exp(jnp.minimum(log_c(x, t), -1e-6)))
+    shifted = lambda x, t: jax.nn.sigmoid(odds(x, t) + 1.0)
+    confident = lambda x, t: jax.nn.sigmoid(3 * odds(x, t))
+    times = jnp.array([0.5])
+    run = lambda probability: calibrate(EDM, probability, positives, negatives, mixture.alpha, jax.random.key(1), times)
+    assert float(run(shifted).mean[0]) > mixture.alpha + 0.05
+    assert float(run(shifted).error[0]) > 0.05
+    assert float(run(confident).error[0]) > 0.05
+
+
+def test_calibration_of_a_constant(mixture):
+    # All of C in one bin: predicted is the constant, observed is alpha, and the error is their distance.
+    positives, negatives = pools(mixture, 500)
+    report = calibrate(
+        EDM, lambda x, t: jnp.float32(0.25), positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]), bins=4
+    )
+    np.testing.assert_allclose(report.mean, [0.25], rtol=1e-5)
+    np.testing.assert_allclose(report.error, [0.35], rtol=1e-5)
+    np.testing.assert_allclose(report.share, [[0, 1, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(report.observed, [[np.nan, 0.6, np.nan, np.nan]], rtol=1e-5)
+    np.testing.assert_allclose(report.predicted, [[np.nan, 0.25, np.nan, np.nan]], rtol=1e-5)
+
+
+def test_certain_classifier_has_a_last_bin(mixture):
+    # C = 1 belongs to the last bin, not to one beyond it.
+    positives, negatives = pools(mixture, 500)
+    report = calibrate(
+        EDM, lambda x, t: jnp.float32(1.0), positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]), bins=4
+    )
+    np.testing.assert_allclose(report.share, [[0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(report.error, [0.4], rtol=1e-5)

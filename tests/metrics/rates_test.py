@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from gendiff.metrics import rates
+
+Z = stats.norm.ppf(0.975)
+COUNTS = st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(COUNTS)
+def test_rate_is_wilsons_interval(counts):
+    events, n = counts
+    estimate = rates.rate(events, n)
+    p = events / n
+    assert estimate.value == p
+    assert estimate.n == n
+    assert 0 <= estimate.low <= p <= estimate.high <= 1
+    # The ends are where the score test is on its edge: |p - q| = z sqrt(q (1 - q) / n).
+    for q, at_the_end in ((estimate.low, events == 0), (estimate.high, events == n)):
+        if not at_the_end:
+            np.testing.assert_allclose(abs(p - q), Z * np.sqrt(q * (1 - q) / n), rtol=1e-6, atol=1e-12)
+    assert (estimate.low == 0) == (events == 0) or estimate.low < 1e-9
+    # And the textbook's formula.
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    np.testing.assert_allclose([estimate.low, estimate.high], [centre - half, centre + half], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.07, 0.5])
+def test_rate_covers(p):
+    # Exactly, by summing over all counts: Wilson's coverage swings about 95 % as p meets the lattice of counts.
+    n = 400
+    intervals = [rates.rate(k, n) for k in range(n + 1)]
+    covered = np.array([each.low <= p <= each.high for each in intervals])
+    assert 0.93 < covered @ stats.binom.pmf(np.arange(n + 1), n, p) < 0.975
+
+
+@pytest.mark.parametrize(("events", "n"), [(-1, 5), (6, 5), (0, 0), (1, -1)])
+def test_rate_rejects_impossible_counts(events, n):
+    with pytest.raises(ValueError, match="0 <= events <= n"):
+        rates.rate(events, n)
+
+
+@pytest.mark.parametrize("n", [2, 5, 200])
+def test_mean_covers(n):
+    # Student's interval is exact for normal values: 3000 trials, each covering with probability 0.95.  A binomial test
+    # with false-alarm rate 1e-4.
+    values = np.random.default_rng(n).normal(3.0, 2.0, (3000, n))
+    intervals = [rates.mean(row) for row in values]
+    covered = sum(each.low <= 3.0 <= each.high for each in intervals)
+    assert stats.binomtest(covered, 3000, 0.95).pvalue > 1e-4
+    assert intervals[0].n == n
+    np.testing.assert_allclose([each.value for each in intervals], values.mean(1), rtol=1e-12)
+
+
+def test_mean_of_one_value_has_no_interval():
+    assert rates.mean([2.5]) == rates.Estimate(2.5, float("-inf"), float("inf"), 1)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, np.nan], [np.inf, 0.0]])
+def test_mean_rejects_what_has_no_mean(values):
+    with pytest.raises(ValueError, match="finite values"):
+        rates.mean(values)
+
+
+def test_exact_scaled_and_shifted():
+    assert rates.exact(3, 7) == rates.Estimate(3.0, 3.0, 3.0, 7)
+    estimate = rates.Estimate(2.0, 1.0, 4.0, 9)
+    assert rates.scaled(estimate, 0.5) == rates.Estimate(1.0, 0.5, 2.0, 9)
+    assert rates.shifted(estimate, -3.0) == rates.Estimate(-1.0, -2.0, 1.0, 9)
+
+
+def test_over_seeds_is_the_interval_of_the_runs():
+    runs = [rates.rate(events, 1000) for events in (10, 30, 20)]
+    merged = rates.over_seeds(runs)
+    assert merged.n == 3000
+    spread = rates.mean([0.01, 0.03, 0.02])
+    assert (merged.value, merged.low, merged.high) == (spread.value, spread.low, spread.high)
+    # With two degrees of freedom: mean +- 4.303 sd / sqrt(3).
+    np.testing.assert_allclose(merged.high - merged.value, 4.302653 * 0.01 / np.sqrt(3), rtol=1e-6)
+    assert rates.over_seeds(runs[:1]) == runs[0]

@@ -1,0 +1,120 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gendiff import potential
+
+X, T = np.float32([0.5, -1.5]), np.float32(0.3)
+VECTOR = st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=2).map(np.float32)
+
+
+def logit(params, x, t):
+    return params["w"] @ x + params["b"] * t
+
+
+def member(i: float) -> dict:
+    return {"w": jnp.array([0.3 * i, 1.0 - i]), "b": jnp.float32(2.0 * i)}
+
+
+@pytest.mark.parametrize("value", [-200.0, -30.0, -1.0, 0.0, 1.0, 30.0, 200.0])
+def test_log_probability_is_finite_and_exact(value):
+    log_c = potential.log_probability(lambda params, x, t: params * x)
+    c = 1 / (1 + np.exp(-np.float64(value)))
+    # log C = -softplus(-l), and its gradient is (1 - C) grad l: here grad_x l = 200.
+    value_and_gradient = jax.value_and_grad(lambda x: log_c(200.0, x, T))(jnp.float32(value / 200))
+    assert np.isfinite(value_and_gradient).all()
+    np.testing.assert_allclose(value_and_gradient[0], -np.logaddexp(0, -np.float64(value)), rtol=1e-5, atol=1e-30)
+    complement = 1 / (1 + np.exp(np.float64(value)))
+    np.testing.assert_allclose(value_and_gradient[1], complement * 200.0, rtol=1e-4, atol=1e-30)
+    assert value_and_gradient[0] <= 0, "log C, not the log-odds log C / (1 - C)"
+    np.testing.assert_allclose(np.exp(np.float64(value_and_gradient[0])), c, rtol=1e-4)
+
+
+@given(w=VECTOR, x=VECTOR)
+def test_gradient_of_log_probability(w, x):
+    log_c = potential.log_probability(lambda params, x, t: params @ x)
+    c = 1 / (1 + np.exp(-np.float64(w @ x)))
+    np.testing.assert_allclose(jax.grad(log_c, argnums=1)(w, x, T), (1 - c) * w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_stack_is_the_sum_of_its_members(count):
+    members = [member(i) for i in range(count)]
+    log_c = potential.log_probability(logit)
+    stack = potential.stack(log_c, potential.stacked(*members))
+    np.testing.assert_allclose(stack(X, T), sum(float(log_c(each, X, T)) for each in members), rtol=1e-5)
+    gradients = [np.asarray(jax.grad(log_c, argnums=1)(each, X, T)) for each in members]
+    np.testing.assert_allclose(jax.grad(stack)(X, T), sum(gradients), rtol=1e-5, atol=1e-6)
+
+
+def test_stack_has_second_derivatives():
+    members = [member(i) for i in range(3)]
+    log_c = potential.log_probability(lambda params, x, t: logit(params, jnp.sin(x), t))
+    stack = potential.stack(log_c, potential.stacked(*members))
+    one = jax.jit(jax.hessian(log_c, argnums=1))
+    expected = sum(np.asarray(one(each, X, T)) for each in members)
+    for hessian in (jax.hessian(stack), jax.jacfwd(jax.jacfwd(stack))):
+        np.testing.assert_allclose(jax.jit(hessian)(X, T), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_stack_under_vmap():
+    stack = potential.stack(potential.log_probability(logit), potential.stacked(member(0), member(1)))
+    points = np.float32([[0.1, 0.2], [-1.0, 3.0], [2.0, 2.0]])
+    together = jax.jit(jax.vmap(jax.value_and_grad(stack), (0, None)))(points, T)
+    one = jax.jit(jax.value_and_grad(stack))
+    for i, x in enumerate(points):
+        value, gradient = one(x, T)
+        np.testing.assert_allclose(together[0][i], value, rtol=1e-5)
+        np.testing.assert_allclose(together[1][i], gradient, rtol=1e-5)
+
+
+def test_stack_is_not_silently_constant_in_its_parameters():
+    # It has no derivative there: an error, since a gradient of 0 would train nothing and say nothing.
+    params = potential.stacked(member(0), member(1))
+    with pytest.raises(TypeError):
+        jax.grad(lambda params: potential.stack(potential.log_probability(logit), params)(X, T))(params)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_stack_of_copies_is_scaled(count):
+    log_c = potential.log_probability(logit)
+    copies = potential.stack(log_c, potential.stacked(*[member(0.7)] * count))
+    single = potential.scaled(lambda x, t: log_c(member(0.7), x, t), count)
+    np.testing.assert_allclose(copies(X, T), single(X, T), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(copies)(X, T), jax.grad(single)(X, T), rtol=1e-5)
+
+
+def test_empty_stack_is_zero():
+    empty = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape)), member(1.0))
+    stack = potential.stack(potential.log_probability(logit), empty)
+    assert float(stack(X, T)) == 0.0
+    np.testing.assert_array_equal(jax.grad(stack)(X, T), np.zeros(2))
+
+
+def test_stacked_keeps_the_members():
+    trees = potential.stacked(member(1.0), member(2.0), member(3.0))
+    assert potential.leading_size(trees) == 3
+    for i in range(3):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf, i=i: leaf[i], trees), member(i + 1.0))
+
+
+@pytest.mark.parametrize("tree", [{"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}, {"a": np.zeros(())}, {}])
+def test_leading_size_needs_one_size(tree):
+    with pytest.raises(ValueError, match="leading size"):
+        potential.leading_size(tree)
+
+
+@given(x=VECTOR, scale=st.floats(-3, 3, width=32))
+def test_total_and_scaled_are_linear(x, scale):
+    a, b = (lambda x, t: jnp.sum(jnp.sin(x)) * t), (lambda x, t: jnp.sum(x**2))
+    np.testing.assert_allclose(potential.total(a, b)(x, T), a(x, T) + b(x, T), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(potential.scaled(a, scale)(x, T), scale * a(x, T), rtol=1e-5, atol=1e-6)
+
+
+def test_total_of_none_is_zero_and_a_scalar():
+    value = potential.total()(X, T)
+    assert jnp.shape(value) == ()
+    assert float(value) == 0.0

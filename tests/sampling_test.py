@@ -1,0 +1,255 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from gendiff import process, sampling
+
+EDM, DDPM = process.edm(), process.ddpm(process.linear_betas())
+COSINE = process.ddpm(process.cosine_betas(200))
+FALSE_ALARM = 1e-4
+"""Of each statistical test."""
+
+
+def plain(x, t):
+    return jnp.tanh(x) + 0.3
+
+
+def ancestral_beta(p, denoiser):
+    return sampling.ancestral(p, denoiser, "beta")
+
+
+def ddim_ancestral(p, denoiser):
+    return sampling.ddim(p, denoiser, 1.0)
+
+
+def ddim_half(p, denoiser):
+    return sampling.ddim(p, denoiser, 0.5)
+
+
+def churned(p, denoiser):
+    return sampling.heun(p, denoiser, churn=0.3)
+
+
+@pytest.mark.parametrize(
+    ("p", "kernel", "steps"),
+    [
+        (EDM, sampling.heun, 30),
+        (EDM, churned, 60),
+        (EDM, sampling.ancestral, 200),
+        (DDPM, sampling.heun, 30),
+        (DDPM, ddim_half, 100),
+        (DDPM, ancestral_beta, 1000),
+        (COSINE, sampling.ancestral, 200),
+    ],
+)
+def test_samplers_recover_the_mixture(p, kernel, steps, mixture):
+    @jax.jit
+    def draw(keys):
+        step = kernel(p, mixture.denoiser(p))
+        return jax.vmap(lambda key: sampling.sample(p, step, p.grid(steps), key, (2,)))(keys)
+
+    samples = np.asarray(draw(jax.random.split(jax.random.key(0), 3000)))
+    # Kolmogorov-Smirnov on both coordinates (Bonferroni).
+    for axis in range(2):
+        test = stats.kstest(samples[:, axis], lambda v, axis=axis: mixture.cdf(axis, v))
+        assert test.pvalue > FALSE_ALARM / 2
+
+
+def ode_solution(gaussian, x, high, low):
+    """The probability-flow ODE of a Gaussian in closed form: in y = x / alpha at noise level n = sigma / alpha,
+    (y - m) / sqrt(std^2 + n^2) is constant."""
+    (mean,), (std,) = gaussian.means[0], gaussian.stds
+    return mean + (x - mean) * np.sqrt((std**2 + low**2) / (std**2 + high**2))
+
+
+ORDERS = pytest.mark.parametrize(("kernel", "order"), [(sampling.ddim, 1), (sampling.heun, 2)], ids=["ddim", "heun"])
+
+
+def observed_order(errors: list[float]) -> float:
+    """Slope of -log2 error over halvings of the step."""
+    return -np.polyfit(np.arange(len(errors)), np.log2(errors), 1)[0]
+
+
+def errors_at_the_end(kernel, x, grids, exact) -> list[float]:
+    """Distance from the exact solution at the end of each grid; one program walks them all."""
+    step, errors = jax.jit(kernel), []
+    for grid in grids:
+        y = jnp.asarray(x)
+        for t, s in zip(grid[:-1], grid[1:], strict=True):
+            y = step(jax.random.key(0), y, t, s)
+        errors.append(abs(float((y - exact)[0])))
+    return errors
+
+
+@ORDERS
+def test_order_of_convergence_edm(kernel, order, gaussian):
+    x, high, low = np.float32([2.9]), 3.0, 0.05
+    grids = [np.float32(np.linspace(high**0.5, low**0.5, n + 1) ** 2) for n in (8, 16, 32, 64)]
+    exact = ode_solution(gaussian, x, high, low)
+    errors = errors_at_the_end(kernel(EDM, gaussian.denoiser(EDM)), x, grids, exact)
+    assert abs(observed_order(errors) - order) < 0.15
+    assert errors[-1] > 1e-6, "above the rounding errors, or the slope would mean nothing"
+
+
+@ORDERS
+def test_order_of_convergence_ddpm(kernel, order, gaussian):
+    first, last = 500, 100
+    (alpha, alpha_last), (sigma, sigma_last) = (
+        np.float64(f(np.array([first, last]))) for f in (DDPM.alpha, DDPM.sigma)
+    )
+    y = np.float32([2.9])
+    grids = [np.linspace(first, last, n + 1).astype(int) for n in (5, 10, 20, 40)]
+    exact = alpha_last * ode_solution(gaussian, y, sigma / alpha, sigma_last / alpha_last)
+    errors = errors_at_the_end(kernel(DDPM, gaussian.denoiser(DDPM)), np.float32(alpha * y), grids, exact)
+    assert abs(observed_order(errors) - order) < 0.15
+    assert errors[-1] > 1e-6, "above the rounding errors, or the slope would mean nothing"
+
+
+@given(t=st.floats(0.01, 80), ratio=st.floats(0, 0.99), x=st.floats(-3, 3, width=32))
+def test_deterministic_ddim_is_eulers_step(t, ratio, x):
+    t, s, x = np.float32(t), np.float32(t * ratio), np.float32([x])
+    step = sampling.ddim(EDM, plain)(jax.random.key(0), x, t, s)
+    np.testing.assert_allclose(step, x + (s - t) * (x - plain(x, t)) / t, rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_kernels_ignore_the_key():
+    x = np.float32([0.3, -0.2])
+    for kernel in (sampling.ddim(DDPM, plain), sampling.heun(DDPM, plain)):
+        first, second = (kernel(jax.random.key(seed), x, 500, 400) for seed in (0, 1))
+        np.testing.assert_array_equal(first, second)
+
+
+PAIRS = [(EDM, 10.0, 3.0), (EDM, 0.1, 0.02), (DDPM, 1000, 999), (DDPM, 2, 1), (DDPM, 700, 300), (DDPM, 40, 0)]
+
+
+@pytest.mark.parametrize(("p", "t", "s"), PAIRS)
+def test_ddim_with_eta_one_is_the_ancestral_kernel(p, t, s):
+    # Same key, same noise: the two are one formula, not only one distribution.
+    x = np.float32([0.3, -1.2])
+    ddim, ancestral = (kernel(p, plain)(jax.random.key(3), x, t, s) for kernel in (ddim_ancestral, sampling.ancestral))
+    np.testing.assert_allclose(ddim, ancestral, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+@pytest.mark.parametrize("p", [EDM, DDPM])
+def test_ancestral_steps_have_the_stated_moments(p, variance):
+    x, n = np.float32([0.3, -1.2]), 2000
+    draw = jax.jit(jax.vmap(sampling.ancestral(p, plain, variance), (0, None, None, None)))
+    for i, (t, s) in enumerate((t, s) for owner, t, s in PAIRS if owner is p):
+        alpha_t, sigma_t, alpha_s, sigma_s = (float(f(np.array(u))) for u in (t, s) for f in (p.alpha, p.sigma))
+        a = alpha_t / alpha_s
+        large = sigma_t**2 - a**2 * sigma_s**2  # beta_t for one step of a chain
+        small = large * sigma_s**2 / sigma_t**2
+        mean = a * sigma_s**2 / sigma_t**2 * x + alpha_s * large / sigma_t**2 * np.float64(plain(x, t))
+        draws = np.asarray(draw(jax.random.split(jax.random.key(i), n), x, t, s))
+        if s == 0:  # the step to data adds no noise
+            np.testing.assert_allclose(draws, np.broadcast_to(mean, draws.shape), rtol=1e-4, atol=1e-5)
+            continue
+        # Normal test of the mean and chi-square test of the variance; false-alarm rate 1e-4 each, two coordinates.
+        std = np.sqrt(large if variance == "beta" else small)
+        z = (draws - mean) / std
+        assert np.abs(z.mean(0)).max() < stats.norm.isf(FALSE_ALARM / 4) / np.sqrt(n) + 1e-4 * np.abs(mean).max() / std
+        low, high = stats.chi2.ppf([FALSE_ALARM / 4, 1 - FALSE_ALARM / 4], n)
+        assert ((low < (z**2).sum(0)) & ((z**2).sum(0) < high)).all()
+
+
+def test_ancestral_rejects_other_variances():
+    with pytest.raises(ValueError, match="'posterior' or 'beta'"):
+        sampling.ancestral(DDPM, plain, "learned")
+
+
+@pytest.mark.parametrize("p", [EDM, DDPM])
+def test_heun_evaluates_once_in_the_last_step(p):
+    calls = []
+
+    def counted(x, t):
+        jax.debug.callback(lambda x: calls.append(1), x)
+        return plain(x, t)
+
+    # As a batch: a `cond` that became a `select` under vmap would evaluate both branches.
+    step = jax.jit(lambda x, t, s: jax.vmap(lambda x: sampling.heun(p, counted)(jax.random.key(0), x, t, s))(x))
+    x = np.float32([[0.3], [0.4], [0.5]])
+    evaluations = []
+    for t, s in ((7, 3), (3, 0)):
+        calls.clear()
+        jax.block_until_ready(step(x, t, s))
+        jax.effects_barrier()
+        evaluations.append(len(calls) / len(x))
+    assert evaluations == [2, 1]
+    # The step to s = 0 lands on the prediction.
+    np.testing.assert_allclose(step(x, 3, 0), plain(x, 3), rtol=2e-5)
+
+
+def test_churn_adds_the_stated_noise():
+    # A denoiser that keeps x makes Heun's step the identity: what is left is the noise of Algorithm 2, of variance
+    # S_noise^2 ((t + gamma t)^2 - t^2).
+    t, gamma, factor, n = 2.0, 0.4, 1.01, 4000
+    kernel = sampling.heun(EDM, lambda x, t: x, churn=gamma, churn_noise=factor)
+    draws = jax.jit(jax.vmap(lambda key: kernel(key, jnp.zeros(1), jnp.float32(t), jnp.float32(0.5))))
+    z = np.asarray(draws(jax.random.split(jax.random.key(5), n)))[:, 0]
+    z = z / (factor * t * np.sqrt((1 + gamma) ** 2 - 1))
+    # Kolmogorov-Smirnov.
+    assert stats.kstest(z, "norm").pvalue > FALSE_ALARM
+
+
+def test_churn_stays_in_its_window():
+    x = np.float32([0.3])
+    window = sampling.heun(EDM, plain, churn=0.3, churn_low=0.1, churn_high=10.0)
+    always, never = sampling.heun(EDM, plain, churn=0.3), sampling.heun(EDM, plain)
+    for t, expected in ((0.05, never), (0.1, always), (1.0, always), (10.0, always), (20.0, never)):
+        move = lambda kernel, t=t: np.asarray(kernel(jax.random.key(6), x, jnp.float32(t), jnp.float32(t / 2)))
+        np.testing.assert_allclose(move(window), move(expected), rtol=1e-6)
+        assert not np.allclose(move(always), move(never), rtol=1e-3)
+
+
+@pytest.mark.parametrize("churn", [-0.1, 0.5])
+def test_churn_has_a_range(churn):
+    with pytest.raises(ValueError, match="churn: expected 0 <= churn"):
+        sampling.heun(EDM, plain, churn)
+
+
+def test_churn_needs_continuous_time():
+    with pytest.raises(ValueError, match="continuous time"):
+        sampling.heun(DDPM, plain, 0.1)
+
+
+@pytest.mark.parametrize("p", [EDM, DDPM])
+def test_samples_start_from_the_prior(p):
+    stay = lambda key, x, t, s: x
+    draw = lambda key: sampling.sample(p, stay, p.grid(3), key, (1,))
+    start = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(7), 3000)))[:, 0]
+    # Kolmogorov-Smirnov.
+    assert stats.kstest(start / float(p.sigma(p.grid(3)[0])), "norm").pvalue > FALSE_ALARM
+
+
+def test_noise_of_the_steps_is_independent():
+    # A kernel that records its noise: the start and steps 0 .. 3 must not share any.
+    record = lambda key, x, t, s: jnp.concatenate([x[1:], jax.random.normal(key, (1,))])
+    keys = jax.random.split(jax.random.key(8), 2000)
+    draw = lambda key: sampling.sample(EDM, record, EDM.grid(4), key, (5,))
+    rows = np.asarray(jax.jit(jax.vmap(draw))(keys))  # the last of the start's numbers, then one a step
+    correlation = np.corrcoef(rows.T) - np.eye(5)
+    # 10 correlations of independent normals, each of standard deviation 1 / sqrt(n) (Bonferroni).
+    assert np.abs(correlation).max() < stats.norm.isf(FALSE_ALARM / 20) / np.sqrt(2000)
+
+
+def test_a_sample_does_not_depend_on_its_batch(mixture):
+    draw = jax.jit(
+        jax.vmap(
+            lambda key: sampling.sample(DDPM, ddim_ancestral(DDPM, mixture.denoiser(DDPM)), DDPM.grid(20), key, (2,))
+        )
+    )
+    keys = jax.random.split(jax.random.key(9), 7)
+    together = np.asarray(draw(keys))
+    apart = np.concatenate([draw(keys[i : i + 1]) for i in range(7)])
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-6)
+
+
+def test_refine_walks_the_grid():
+    moves = lambda key, x, t, s: 2 * x + t - 10 * s
+    x = sampling.refine(moves, jnp.float32([3.0, 2.0, 0.0]), jax.random.key(0), jnp.float32([1.0]))
+    np.testing.assert_array_equal(x, [2 * (2 * 1 + 3 - 20) + 2])

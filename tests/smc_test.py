@@ -1,0 +1,204 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from gendiff import guidance, process, sampling, smc
+
+EDM = process.edm()
+FALSE_ALARM = 1e-4
+"""Of each statistical test."""
+WEIGHTS = st.lists(st.floats(-20, 5, width=32), min_size=12, max_size=12).map(np.float32)
+
+
+def test_log_normal():
+    x, mean = np.float32([0.3, -2.0, 5.0]), np.float32([0.0, 1.0, 4.5])
+    np.testing.assert_allclose(smc.log_normal(x, mean, 0.7), stats.norm(mean, 0.7).logpdf(x).sum(), rtol=1e-5)
+
+
+@given(log_weights=WEIGHTS, seed=st.integers(0, 2**31 - 1))
+def test_systematic_takes_each_particle_about_n_w_times(log_weights, seed):
+    n = len(log_weights)
+    index = np.asarray(smc.systematic(jax.random.key(seed), jnp.asarray(log_weights)))
+    weights = np.exp(np.float64(log_weights) - np.logaddexp.reduce(np.float64(log_weights)))
+    assert index.shape == (n,)
+    assert (np.abs(np.bincount(index, minlength=n) - n * weights) < 1 + 1e-4).all()
+
+
+def test_systematic_is_unbiased():
+    n, repeats = 12, 5000
+    log_weights = np.float32(np.random.default_rng(0).normal(0, 1.5, n))
+    draw = jax.jit(jax.vmap(lambda key: smc.systematic(key, jnp.asarray(log_weights))))
+    index = np.asarray(draw(jax.random.split(jax.random.key(1), repeats)))
+    counts = np.stack([np.bincount(row, minlength=n) for row in index])
+    expected = n * np.exp(log_weights) / np.exp(log_weights).sum()
+    # A count is one of two neighbours, so its variance is that of a Bernoulli.  Normal tests (Bonferroni).
+    error = np.sqrt((expected % 1) * (1 - expected % 1) / repeats)
+    assert (np.abs(counts.mean(0) - expected) < stats.norm.isf(FALSE_ALARM / 2 / n) * error + 1e-5).all()
+
+
+def test_systematic_never_takes_a_particle_without_weight():
+    # The promise of the oracle's last word.  Many particles: rounding in their cumulative weights must not open gaps.
+    good = np.random.default_rng(1).random(300_000) < 0.5
+    log_weights = np.where(good, np.random.default_rng(2).normal(size=good.size), -np.inf).astype(np.float32)
+    index = np.asarray(smc.systematic(jax.random.key(2), jnp.asarray(log_weights)))
+    assert (~good[index]).sum() == 0
+
+
+def test_systematic_with_an_offset_of_zero(monkeypatch):
+    # One in 8 million offsets is exactly 0, which must not fall to a first particle of weight 0.
+    monkeypatch.setattr(jax.random, "uniform", lambda *args, **kwargs: jnp.zeros(()))
+    index = np.asarray(smc.systematic(jax.random.key(0), jnp.array([-jnp.inf, 0.0, 0.0, -jnp.inf])))
+    assert set(index) <= {1, 2}
+
+
+@given(log_weights=WEIGHTS, shift=st.floats(-50, 50, width=32))
+def test_effective_size(log_weights, shift):
+    weights = np.exp(np.float64(log_weights) - np.float64(log_weights).max())
+    expected = weights.sum() ** 2 / (weights**2).sum()
+    size = float(smc.effective_size(jnp.asarray(log_weights)))
+    assert 1 - 1e-4 <= size <= len(weights) * (1 + 1e-4)
+    np.testing.assert_allclose(size, expected, rtol=1e-4)
+    np.testing.assert_allclose(smc.effective_size(jnp.asarray(log_weights + shift)), size, rtol=2e-4)
+
+
+def test_effective_size_at_its_ends():
+    np.testing.assert_allclose(smc.effective_size(jnp.zeros(7)), 7, rtol=1e-5)
+    np.testing.assert_allclose(smc.effective_size(jnp.array([-jnp.inf, 3.0, -jnp.inf])), 1, rtol=1e-5)
+
+
+def half_space(mixture, edge):
+    """log P(x_0[0] > edge | x_t), exact: given x_t each component of x_0 is a Gaussian."""
+
+    def log_psi(x, t):
+        means, stds = mixture.means[:, 0].astype(np.float32), mixture.stds.astype(np.float32)
+        log_share = jax.nn.log_softmax(mixture.log_joint(EDM, x, t))
+        total = stds**2 + t**2
+        mean, std = means + stds**2 / total * (x[0] - means), stds * t / jnp.sqrt(total)
+        return jax.nn.logsumexp(log_share + jax.scipy.stats.norm.logcdf((mean - edge) / std))
+
+    return log_psi
+
+
+GRID = np.asarray(process.edm(sigma_min=0.05, sigma_max=20.0).grid(10))
+EDGE = 1.0
+TWISTS = {
+    "none": lambda gaussian: lambda x, t: 0.0 * x[0],
+    "exact": lambda gaussian: half_space(gaussian, EDGE),
+    "gentle": lambda gaussian: lambda x, t: jax.nn.log_sigmoid(2 * gaussian.denoiser(EDM)(x, t)[0]),
+    "wrong": lambda gaussian: lambda x, t: 0.6 * half_space(gaussian, EDGE - 0.4)(x, t),
+}
+
+
+def chain_alpha(gaussian) -> float:
+    """P(x_0 > EDGE) under the model's ten ancestral steps: a linear Gaussian chain, in closed form."""
+    (m,), (std,) = gaussian.means[0], gaussian.stds
+    mean, variance = 0.0, np.float64(GRID[0]) ** 2
+    for t, s in zip(GRID[:-1].astype(float), GRID[1:].astype(float), strict=True):
+        gain = std**2 / (std**2 + t**2)  # x_0^ = m + gain (x - m); mean of the step (s/t)^2 x + (1 - (s/t)^2) x_0^
+        a = (s / t) ** 2 + (1 - (s / t) ** 2) * gain
+        mean = a * mean + (1 - (s / t) ** 2) * (1 - gain) * m
+        variance = a**2 * variance + (t**2 - s**2) * s**2 / t**2
+    return float(stats.norm.sf(EDGE, mean, np.sqrt(variance)))
+
+
+@pytest.fixture(scope="module")
+def populations(gaussian):
+    """(twist, threshold) -> 250 independent populations of 64 particles; one program a twist."""
+    model = gaussian.denoiser(EDM)
+
+    def program(log_psi):
+        guided = guidance.guide(EDM, log_psi)(model)
+        one = lambda key, threshold: smc.twisted(EDM, model, guided, log_psi, GRID, key, (1,), 64, threshold)
+        return jax.jit(lambda keys, threshold: jax.lax.map(lambda key: one(key, threshold), keys))
+
+    programs = {name: program(make(gaussian)) for name, make in TWISTS.items()}
+    return lambda twist, threshold=0.5: programs[twist](jax.random.split(jax.random.key(3), 250), threshold)
+
+
+@pytest.mark.parametrize(
+    ("twist", "threshold"),
+    [("none", 0.5), ("gentle", 0.0), ("gentle", 1.1), ("exact", 0.0), ("exact", 0.5), ("exact", 1.1), ("wrong", 0.5)],
+)
+def test_estimate_of_alpha_is_unbiased(twist, threshold, gaussian, populations):
+    # For any twist, guidance and threshold, and for ten coarse steps: the weights correct everything.
+    population = populations(twist, threshold)
+    weights = np.exp(np.asarray(population.log_weights, np.float64))
+    good = np.asarray(population.particles[..., 0]) > EDGE
+    alpha = (weights * good).mean(1)
+    # Student's test.
+    assert stats.ttest_1samp(alpha, chain_alpha(gaussian)).pvalue > FALSE_ALARM
+    assert stats.sem(alpha) < 0.1 * chain_alpha(gaussian)
+    # The weights alone estimate 1: they make the particles samples of the model.  A strict twist has weights of 1 / psi
+    # for the bad particles that it hardly ever makes, which no sample of this size tests.
+    if twist == "none":
+        np.testing.assert_allclose(weights, 1.0, rtol=1e-4)
+    if twist == "gentle":
+        assert stats.ttest_1samp(weights.mean(1), 1.0).pvalue > FALSE_ALARM
+    resampled = np.asarray(population.resampled)
+    if threshold == 0.0:
+        assert (resampled == 0).all()
+    if threshold > 1.0:
+        assert (resampled == len(GRID) - 2).all(), "every step but the last"
+
+
+def test_exact_twist_is_worth_its_cost(populations):
+    def spread(twist):
+        population = populations(twist)
+        good = np.asarray(population.particles[..., 0]) > EDGE
+        return (np.exp(np.asarray(population.log_weights)) * good).mean(1).std()
+
+    # About one particle in six is good without guidance; half the variance is twice the particles.
+    assert spread("exact") ** 2 < 0.5 * spread("none") ** 2
+
+
+def test_judged_samples_of_a_mixture(mixture):
+    # Against rejection sampling from the same chain: the mean of the good ones, and their share.
+    grid, edge, repeats = np.asarray(process.edm(sigma_min=0.05, sigma_max=20.0).grid(15)), 0.8, 40
+
+    @jax.jit
+    def plain(keys):
+        kernel = sampling.ancestral(EDM, mixture.denoiser(EDM))
+        return jax.vmap(lambda key: sampling.sample(EDM, kernel, grid, key, (2,)))(keys)
+
+    @jax.jit
+    def twisted(keys):
+        model, log_psi = mixture.denoiser(EDM), half_space(mixture, edge)
+        guided = guidance.guide(EDM, log_psi)(model)
+        return jax.lax.map(lambda key: smc.twisted(EDM, model, guided, log_psi, grid, key, (2,), 64), keys)
+
+    reference = np.asarray(plain(jax.random.split(jax.random.key(4), 20_000)))
+    accepted = reference[reference[:, 0] > edge]
+    population = twisted(jax.random.split(jax.random.key(5), repeats))
+    means, alphas = [], []
+    for i in range(repeats):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], population)
+        judged = smc.judge(one, one.particles[:, 0] > edge, jax.random.key(i))
+        samples = np.asarray(judged.samples)
+        assert samples.shape == (64, 2)
+        assert (samples[:, 0] > edge).all()
+        assert 1 <= float(judged.effective) <= 64 * (1 + 1e-5)
+        means.append(samples.mean(0))
+        alphas.append(np.exp(float(judged.log_alpha)))
+    # Welch's tests.  Samples are weighted within each population, which biases their mean by O(1 / particles) of the
+    # spread of the weights: far below its error here.
+    assert (stats.ttest_ind(np.array(means), accepted, equal_var=False).pvalue > FALSE_ALARM / 2).all()
+    assert stats.ttest_ind(alphas, reference[:, 0] > edge, equal_var=False).pvalue > FALSE_ALARM
+
+
+def test_judge_weighs_and_counts():
+    population = smc.Population(jnp.arange(4.0)[:, None], jnp.log(jnp.array([1.0, 2.0, 4.0, 1.0])), jnp.zeros(()))
+    judged = smc.judge(population, jnp.array([True, False, True, False]), jax.random.key(0))
+    np.testing.assert_allclose(np.exp(judged.log_alpha), 5 / 4, rtol=1e-5)
+    np.testing.assert_allclose(judged.effective, 25 / 17, rtol=1e-5)
+    assert set(np.asarray(judged.samples)[:, 0]) <= {0.0, 2.0}
+    assert judged.samples.shape == (4, 1)
+
+
+def test_judge_needs_a_good_particle():
+    population = smc.Population(jnp.zeros((3, 1)), jnp.zeros(3), jnp.zeros(()))
+    with pytest.raises(ValueError, match="at least one good particle, given 0 of 3"):
+        smc.judge(population, jnp.zeros(3, bool), jax.random.key(0))

@@ -1,0 +1,320 @@
+from collections.abc import Iterator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from gendiff import distributed, training
+from gendiff.checkpoint import Checkpoints
+from gendiff.training import Host, Settings, Task
+
+FALSE_ALARM = 1e-4
+
+
+def run_steps(settings: Settings, loss, batches) -> tuple[list, list]:
+    """Parameters and EMAs after each step from 0, with a scalar parameter."""
+    optimiser = training.adam(settings)
+    step = jax.jit(training.make_step(loss, optimiser, settings.decay))
+    state = training.init(jax.random.key(0), jnp.float32(0.0), optimiser)
+    path, ema = [], []
+    for batch in batches:
+        state, _ = step(state, batch)
+        path.append(float(state.params))
+        ema.append(float(state.ema))
+    return path, ema
+
+
+def slope(params, key, example):
+    """A loss with the gradient `example`: Adam moves by minus the rate, whatever its size."""
+    return params * example
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_rate_follows_its_schedule(warmup, cosine):
+    steps, rate = 12, 0.1
+    path, _ = run_steps(Settings(steps, rate, warmup=warmup, cosine=cosine), slope, [jnp.ones(3)] * steps)
+    k = np.arange(steps)
+    fall = 0.5 * (1 + np.cos(np.pi * (k - warmup) / (steps - warmup))) if cosine else np.ones(steps)
+    rates = np.where(k < warmup, rate * k / max(warmup, 1), rate * fall)
+    np.testing.assert_allclose(path, -np.cumsum(rates), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_ema_is_a_moving_average_with_a_quick_start(decay):
+    path, ema = run_steps(Settings(20, 0.1, decay=decay, cosine=False), slope, [jnp.ones(2)] * 20)
+    expected, average = [], 0.0
+    for k, params in enumerate(path):
+        d = min(decay, (1 + k) / (10 + k))
+        average = d * average + (1 - d) * params
+        expected.append(average)
+    np.testing.assert_allclose(ema, expected, rtol=1e-5)
+
+
+def test_gradients_are_clipped_and_reported_before():
+    # After a gradient of 1000 Adam would hardly move for a gradient of 1; clipped to 1, both move by the rate.
+    settings = Settings(2, 0.1, cosine=False, clip=1.0)
+    path, _ = run_steps(settings, slope, [jnp.array([1000.0]), jnp.array([1.0])])
+    np.testing.assert_allclose(path, [-0.1, -0.2], rtol=1e-5)
+    step = training.make_step(slope, training.adam(settings))
+    state = training.init(jax.random.key(0), jnp.float32(2.0), training.adam(settings))
+    _, metrics = step(state, jnp.array([1000.0, 0.0]))
+    np.testing.assert_allclose([metrics["loss"], metrics["gradient_norm"]], [1000.0, 500.0])
+
+
+def test_key_of_a_batch_is_no_key_of_an_example():
+    # A batch must not be drawn from the bits that noise one of its examples.  Here a batch is made of the key it is
+    # drawn with, and the loss says whether an example's key is that one.
+    draw = lambda key: jnp.broadcast_to(jax.random.key_data(key), (8, 2))
+    loss = lambda params, key, example: 0 * params + jnp.all(jax.random.key_data(key) == example).astype(float)
+    _, metrics = jax.jit(lambda key: training.fit(key, jnp.float32(0.0), Task(loss, draw), Settings(steps=4, every=1)))(
+        jax.random.key(1)
+    )
+    np.testing.assert_array_equal(metrics["loss"], np.zeros(4))
+
+
+def test_every_step_and_example_has_its_own_key():
+    number = lambda key: jax.random.uniform(key)
+    draw = lambda key: jnp.broadcast_to(number(key), (3,))
+    seen = []
+
+    def loss(params, key, example):
+        jax.debug.callback(lambda *pair: seen.append(pair), number(key), example)
+        return 0 * params
+
+    jax.block_until_ready(
+        jax.jit(lambda key: training.fit(key, jnp.float32(0.0), Task(loss, draw), Settings(5, every=5)))(
+            jax.random.key(2)
+        )
+    )
+    jax.effects_barrier()
+    assert len({float(noise) for noise, _ in seen}) == 15
+    assert len({float(batch) for _, batch in seen}) == 5
+
+
+DATA = np.random.default_rng(0).normal(1.5, 1.0, (64, 3)).astype(np.float32)
+
+
+def noisy(params, key, example):
+    """Least at the mean of the data; uses its key."""
+    return jnp.sum((params["w"] - example) ** 2) + 0.1 * jnp.dot(params["w"], jax.random.normal(key, (3,)))
+
+
+def drawn(data) -> Task:
+    return Task(noisy, lambda key: training.minibatch(key, data, 8), lambda params: jnp.sum((params["w"] - 1.5) ** 2))
+
+
+START = {"w": np.zeros(3, np.float32)}
+
+
+def same(first, second) -> None:
+    """Bit for bit, typed keys included."""
+    raw = lambda leaf: np.asarray(jax.random.key_data(leaf)) if is_key(leaf) else np.asarray(leaf)
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b), strict=True), first, second)
+
+
+def test_fit_finds_the_optimum():
+    task = Task(lambda params, key, example: jnp.sum((params["w"] - example) ** 2), lambda key: jnp.asarray(DATA))
+    state, metrics = jax.jit(lambda key: training.fit(key, START, task, Settings(400, 0.03, decay=0.9, every=100)))(
+        jax.random.key(0)
+    )
+    np.testing.assert_allclose(state.best["w"], DATA.mean(0), atol=0.01)
+    assert metrics["loss"].shape == (4,)
+    assert int(state.step) == 400
+
+
+def test_vmap_of_fit_is_a_loop():
+    fit = lambda key, start: training.fit(key, start, drawn(jnp.asarray(DATA)), Settings(20, 0.1, every=10))[0].best
+    starts = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    together = jax.jit(jax.vmap(fit))(jax.random.split(jax.random.key(0), 2), starts)
+    for i, key in enumerate(jax.random.split(jax.random.key(0), 2)):
+        alone = jax.jit(fit)(key, {"w": starts["w"][i]})
+        np.testing.assert_allclose(together["w"][i], alone["w"], rtol=1e-5)
+
+
+def test_train_is_fit_from_the_host():
+    # With other blocks, too: validation and reports come between steps and change none of them.
+    settings, reports = Settings(20, 0.1, every=10), []
+    fit = lambda key: training.fit(key, START, drawn(jnp.asarray(DATA)), settings._replace(every=5))
+    pure, metrics = jax.jit(fit)(jax.random.key(0))
+    host = Host(report=lambda step, values: reports.append((step, values)) if values else None)
+    hosted = training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), settings, host)
+    for name in ("params", "ema", "best"):
+        np.testing.assert_allclose(getattr(hosted, name)["w"], getattr(pure, name)["w"], rtol=1e-5)
+    assert [step for step, _ in reports] == [10, 20]
+    for i, (_, values) in enumerate(reports):
+        np.testing.assert_allclose(values["loss"], metrics["loss"].reshape(2, 2).mean(1)[i], rtol=1e-5)
+        np.testing.assert_allclose(values["validation_loss"], metrics["validation_loss"][2 * i + 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(10, 4), (7, 2)])
+def test_fit_wants_whole_blocks(steps, every):
+    with pytest.raises(ValueError, match="divisor of steps"):
+        training.fit(jax.random.key(0), START, drawn(jnp.asarray(DATA)), Settings(steps, every=every))
+
+
+def test_fit_draws_its_batches():
+    with pytest.raises(ValueError, match=r"task\.draw"):
+        training.fit(jax.random.key(0), START, Task(noisy), Settings(4))
+
+
+class Batches(Iterator):
+    """Batches without end, with a position, as Grain's iterators have."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __next__(self):
+        batch = np.roll(DATA, -5 * self.position, axis=0)[:8]
+        self.position += 1
+        return batch
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+class Stopped(Exception):
+    pass
+
+
+class Interrupted(Batches):
+    """Stops in the middle of a block."""
+
+    def __next__(self):
+        if self.position == 6:
+            raise Stopped
+        return super().__next__()
+
+
+def stop(step, metrics):
+    if step == 8:
+        raise Stopped
+
+
+SETTINGS = Settings(16, 0.1, every=4, warmup=2)
+SEQUENCE = [DATA[8 * (i % 8) : 8 * (i % 8) + 8] for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("data", "stopped", "report"),
+    [
+        (lambda: None, lambda: None, stop),
+        (lambda: SEQUENCE, lambda: SEQUENCE, stop),
+        (Batches, Batches, stop),
+        (Batches, Interrupted, lambda step, metrics: None),
+    ],
+    ids=["drawn", "sequence", "iterator", "iterator, within a block"],
+)
+def test_resume_is_no_interruption(data, stopped, report, tmp_path):
+    # Bit for bit on one device: parameters, EMA, optimiser, key and the best so far.
+    def train(data, **host):
+        return training.train(jax.random.key(3), START, drawn, jnp.asarray(DATA), SETTINGS, Host(**host), data)
+
+    whole = train(data())
+    with pytest.raises(Stopped):
+        train(stopped(), checkpoints=Checkpoints(tmp_path), report=report)
+    done = []
+    record = lambda step, metrics: done.append(step) if metrics else None
+    same(train(data(), checkpoints=Checkpoints(tmp_path), report=record), whole)
+    assert done in ([12, 16], [8, 12, 16]), "it went on, and did not begin again"
+    # A finished run is read, not run.
+    done.clear()
+    same(train(data(), checkpoints=Checkpoints(tmp_path), report=record), whole)
+    assert not done
+
+
+def test_resume_needs_the_position(tmp_path):
+    # The test above can fail: an iterator that cannot be set back gives other batches.
+    def train(**host):
+        data = (batch for batch in Batches())
+        return training.train(jax.random.key(3), START, drawn, jnp.asarray(DATA), SETTINGS, Host(**host), data)
+
+    with pytest.raises(Stopped):
+        train(checkpoints=Checkpoints(tmp_path), report=stop)
+    assert not np.array_equal(train(checkpoints=Checkpoints(tmp_path)).params["w"], train().params["w"])
+
+
+def test_not_finite_stops_after_the_last_good_checkpoint(tmp_path):
+    loss = lambda params, key, example: jnp.sum(params["w"] * example)
+    sequence = [np.ones((2, 3), np.float32)] * 6 + [np.full((2, 3), np.nan, np.float32)] * 6
+    task = lambda context: Task(loss)
+    settings = Settings(12, 0.1, every=2)
+    with pytest.raises(training.NotFinite, match="expected a finite number, given nan by step 8"):
+        training.train(jax.random.key(0), START, task, (), settings, Host(None, Checkpoints(tmp_path)), sequence)
+    last = Checkpoints(tmp_path).restore(
+        training.init(jax.random.key(0), jax.tree.map(jnp.asarray, START), training.adam(settings))
+    )
+    assert int(last.step) == 6
+    assert np.isfinite(last.params["w"]).all()
+
+
+def test_best_is_kept_and_patience_ends_the_run():
+    # Adam walks down by 0.1 a step; the validation loss is least where the EMA passes -0.32.
+    settings = Settings(60, 0.1, decay=0.5, every=2, cosine=False, patience=6)
+    _, ema = run_steps(settings, slope, [jnp.ones(2)] * 60)
+    validation = (np.array(ema) + 0.32) ** 2
+    reports = {}
+    task = lambda context: Task(slope, lambda key: jnp.ones(2), lambda params: (params + 0.32) ** 2)
+    host = Host(report=lambda step, metrics: reports.update({step: metrics["validation_loss"]} if metrics else {}))
+    state = training.train(jax.random.key(0), jnp.float32(0.0), task, (), settings, host)
+    for step, value in reports.items():
+        np.testing.assert_allclose(value, validation[step - 1], rtol=1e-4, atol=1e-7)
+    best = min(reports, key=lambda step: validation[step - 1])
+    assert int(state.best_step) == best
+    assert int(state.step) == best + 6
+    np.testing.assert_allclose(state.best, ema[best - 1], rtol=1e-5)
+    np.testing.assert_allclose(state.best_loss, validation[best - 1], rtol=1e-4)
+
+
+def test_without_validation_the_newest_is_the_best():
+    state = training.init(jax.random.key(0), jnp.float32(0.0), training.adam(Settings(4)))
+    moved, metrics = training.select(state._replace(ema=jnp.float32(3.0), step=jnp.int32(7)), None)
+    assert float(moved.best) == 3.0
+    assert int(moved.best_step) == 7
+    assert metrics == {}
+    # A validation loss of NaN is not better than anything.
+    kept, _ = training.select(moved._replace(ema=jnp.float32(4.0)), lambda params: jnp.float32(jnp.nan))
+    assert float(kept.best) == 3.0
+
+
+def test_too_few_batches():
+    with pytest.raises(ValueError, match="expected 16 batches, given 5"):
+        training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), SETTINGS, data=SEQUENCE[:5])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_caller_keeps_its_arrays(devices):
+    # The state is donated to each block: what the caller passed in must not be in it.
+    key, params, data = jax.random.key(4), {"w": jnp.zeros(3)}, jnp.asarray(DATA)
+    mesh = distributed.make_mesh(jax.devices()[:devices])
+    training.train(key, params, drawn, data, Settings(2, every=2), Host(mesh))
+    assert not any(leaf.is_deleted() for leaf in (key, params["w"], data))
+
+
+def test_blocks_share_one_program():
+    # Every block after the first is a cache hit: the task is traced once for blocks of one size.
+    task = chex.assert_max_traces(drawn, n=1)
+    training.train(jax.random.key(5), START, task, jnp.asarray(DATA), Settings(20, every=4))
+
+
+def test_minibatch_takes_whole_rows():
+    examples = {"a": jnp.arange(10), "b": jnp.arange(20).reshape(10, 2)}
+    batch = jax.jit(lambda key: training.minibatch(key, examples, 2000))(jax.random.key(6))
+    np.testing.assert_array_equal(batch["b"], np.stack([2 * batch["a"], 2 * batch["a"] + 1], -1))
+    # Chi-square: rows are uniform.
+    assert stats.chisquare(np.bincount(batch["a"], minlength=10)).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 8192), (8192, 8192), (8193, 16384), (100_000, 131_072)])
+def test_capacity_is_a_power_of_two(rows, expected):
+    assert training.capacity(rows) == expected
+    padded = training.padded(np.ones((rows, 2), np.float32), expected)
+    assert padded.dtype == np.float32
+    np.testing.assert_array_equal(padded, np.repeat([[1.0, 1.0], [0.0, 0.0]], [rows, expected - rows], axis=0))
