@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from gendiff.types import PRNGKey, Sample, Scalar, Time
 
@@ -73,43 +75,46 @@ def classifier_time(
     return sample
 
 
-def ddpm(betas: Float[Array, " T"]) -> Process:
+def ddpm(betas: ArrayLike) -> Process:
     """Discrete variance-preserving chain, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
 
     `betas[t - 1]` is beta_t; t = 0 is data, t = T is noise.  A time outside 0..T gives NaN, not a neighbour's value.
     """
-    betas = jnp.asarray(betas, jnp.float32)
-    if betas.ndim != 1 or not bool(jnp.all((betas > 0) & (betas < 1))):
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"ddpm: expected a vector of betas in (0, 1), given shape {betas.shape}, values {betas}")
     steps = len(betas)
-    # Products of 1000 factors near 1 lose five digits in float32 unless the logarithms are summed.
-    log_alpha_bar = jnp.concatenate([jnp.zeros(1), jnp.cumsum(jnp.log1p(-betas))])
-    alpha, sigma = jnp.exp(0.5 * log_alpha_bar), jnp.sqrt(-jnp.expm1(log_alpha_bar))
+    # In float64 on the host: a product of 1,000 factors near 1 loses digits in float32, for good.
+    log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
+    alpha = jnp.asarray(np.exp(0.5 * log_alpha_bar), jnp.float32)
+    sigma = jnp.asarray(np.sqrt(-np.expm1(log_alpha_bar)), jnp.float32)
+    # `take` gives NaN beyond the end, but counts negative times from it.
+    within = lambda t: jnp.where(jnp.asarray(t) < 0, steps + 1, t)
     return Process(
-        alpha=lambda t: jnp.take(alpha, t),
-        sigma=lambda t: jnp.take(sigma, t),
+        alpha=lambda t: jnp.take(alpha, within(t)),
+        sigma=lambda t: jnp.take(sigma, within(t)),
         sample_time=lambda key: jax.random.randint(key, (), 1, steps + 1),
         grid=lambda n: jnp.round(jnp.linspace(steps, 0, n + 1)).astype(int),
         steps=steps,
     )
 
 
-def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[Array, " T"]:
+def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[np.ndarray, " T"]:
     """Ho et al. (2020): beta_t linear in t; the ends are stated for 1,000 steps and rescaled to `steps`."""
     scale = 1000 / steps
-    return jnp.linspace(scale * first, scale * last, steps)
+    return np.linspace(scale * first, scale * last, steps)
 
 
-def sqrt_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Float[Array, " T"]:
+def sqrt_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Float[np.ndarray, " T"]:
     """Rombach et al. (2022), the schedule of Stable Diffusion: sqrt(beta_t) linear in t."""
-    return jnp.linspace(first**0.5, last**0.5, steps) ** 2
+    return np.linspace(first**0.5, last**0.5, steps) ** 2
 
 
-def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[Array, " T"]:
+def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[np.ndarray, " T"]:
     """Nichol and Dhariwal (2021), eq. 17: alpha_bar(t) = cos^2((t/T + s) / (1 + s) pi / 2)."""
-    angle = (jnp.arange(steps + 1) / steps + offset) / (1 + offset) * jnp.pi / 2
-    alpha_bar = jnp.cos(angle) ** 2
-    return jnp.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
+    angle = (np.arange(steps + 1) / steps + offset) / (1 + offset) * np.pi / 2
+    alpha_bar = np.cos(angle) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
 
 
 def perturb(process: Process, key: PRNGKey, x0: Sample, t: Time) -> tuple[Sample, Sample]:

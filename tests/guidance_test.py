@@ -67,8 +67,10 @@ def test_guiding_with_the_bayes_classifier_is_conditioning(mixture, p, times):
     # The theorem of Gen-neG: score + grad log p(y = 1 | x_t) is the score of p_t(x | y = 1), scale 1.
     guided = guidance.guide(p, mixture.log_good(p))(mixture.denoiser(p))
     conditional = mixture.part(True).denoiser(p)
-    for (alpha, sigma), (given, expected) in zip(levels(p, times), on_points(times, guided, conditional), strict=True):
-        np.testing.assert_allclose(given, expected, rtol=1e-4, atol=2e-6 * max(1.0, sigma**2 / alpha))
+    for (alpha, sigma), (steered, expected) in zip(
+        levels(p, times), on_points(times, guided, conditional), strict=True
+    ):
+        np.testing.assert_allclose(steered, expected, rtol=1e-4, atol=2e-6 * max(1.0, sigma**2 / alpha))
 
 
 @PROCESSES

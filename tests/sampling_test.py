@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,7 +81,7 @@ def errors_at_the_end(kernel, x, grids, exact) -> list[float]:
     step, errors = jax.jit(kernel), []
     for grid in grids:
         y = jnp.asarray(x)
-        for t, s in zip(grid[:-1], grid[1:], strict=True):
+        for t, s in itertools.pairwise(grid):
             y = step(jax.random.key(0), y, t, s)
         errors.append(abs(float((y - exact)[0])))
     return errors

@@ -79,23 +79,25 @@ def serve(prepare: Prepare) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     programs: Programs = {}
+    failure: str
+    answer: Any
     while True:
         try:
             message = pickle.load(requests)
         except EOFError:
             return
+        failure, answer = "", None
         try:
             if isinstance(message, str):
                 start = time.perf_counter()
                 programs[message]()
-                answer = None, time.perf_counter() - start
+                answer = time.perf_counter() - start
             else:
-                programs, prepared = prepare(message)
-                answer = None, prepared
+                programs, answer = prepare(message)
         except Exception as error:  # told to the parent, which decides
             lines = str(error).strip().splitlines() or [""]
-            answer = f"{type(error).__name__}: {lines[0]}", None
-        pickle.dump(answer, answers)
+            failure = f"{type(error).__name__}: {lines[0]}"
+        pickle.dump((failure, answer), answers)
         answers.flush()
 
 
