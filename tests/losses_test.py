@@ -93,11 +93,10 @@ def test_importance_weights_make_a_constant_classifier_the_prior(alpha):
     np.testing.assert_allclose(constant_optimum(1.0, 1.0), 0.5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("p", "t"), [(EDM, 0.8), (DDPM, 400)])
-def test_classifiers_have_their_optimum_at_the_bayes_logit(p, t):
+def test_classifiers_have_their_optimum_at_the_bayes_logit():
     # Positives N(m, std^2), negatives N(-m, std^2): the Bayes logit at time t is linear in x,
     # log(alpha / (1 - alpha)) + 2 alpha_t m x / (alpha_t^2 std^2 + sigma_t^2).
-    share, m, std, half = 0.85, 0.5, 0.6, 20_000
+    p, t, share, m, std, half = DDPM, 400, 0.85, 0.5, 0.6, 20_000
     rng = np.random.default_rng(4)
     x0 = np.concatenate([rng.normal(m, std, half), rng.normal(-m, std, half)]).astype(np.float32)[:, None]
     labels = np.repeat(np.float32([1, 0]), half)

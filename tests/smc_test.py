@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gendiff import guidance, process, sampling, smc
+from gendiff import guidance, process, smc
 
 EDM = process.edm()
 FALSE_ALARM = 1e-4
@@ -83,21 +85,46 @@ def half_space(mixture, edge):
     return log_psi
 
 
-GRID = np.asarray(process.edm(sigma_min=0.05, sigma_max=20.0).grid(10))
-EDGE = 1.0
-TWISTS = {
-    "none": lambda gaussian: lambda x, t: 0.0 * x[0],
-    "exact": lambda gaussian: half_space(gaussian, EDGE),
-    "gentle": lambda gaussian: lambda x, t: jax.nn.log_sigmoid(2 * gaussian.denoiser(EDM)(x, t)[0]),
-    "wrong": lambda gaussian: lambda x, t: 0.6 * half_space(gaussian, EDGE - 0.4)(x, t),
-}
+def grid_of(steps: int) -> np.ndarray:
+    return np.asarray(process.edm(sigma_min=0.05, sigma_max=20.0).grid(steps))
+
+
+def program(mixture, twist, grid, repeats: int):
+    """(seed, threshold, parameters of the twist) -> independent populations of 64 particles."""
+    model, shape = mixture.denoiser(EDM), mixture.means[0].shape
+
+    @jax.jit
+    def run(keys, threshold, *parameters):
+        log_psi = twist(*parameters)
+        guided = guidance.guide(EDM, log_psi)(model)
+        one = lambda key: smc.twisted(EDM, model, guided, log_psi, grid, key, shape, 64, threshold)
+        return jax.lax.map(one, keys)
+
+    return lambda seed, threshold, *parameters: run(
+        jax.random.split(jax.random.key(seed), repeats), threshold, *map(jnp.float32, parameters)
+    )
+
+
+GRID, EDGE = grid_of(10), 1.0
+
+
+@pytest.fixture(scope="module")
+def strict(gaussian):
+    """Twists psi = P(x_0 > edge | x_t)^power."""
+    return program(gaussian, lambda power, edge: lambda x, t: power * half_space(gaussian, edge)(x, t), GRID, 250)
+
+
+@pytest.fixture(scope="module")
+def gentle(gaussian):
+    """A twist that is never far from 1: the weights of all particles are moderate."""
+    return program(gaussian, lambda: lambda x, t: jax.nn.log_sigmoid(2 * gaussian.denoiser(EDM)(x, t)[0]), GRID, 250)
 
 
 def chain_alpha(gaussian) -> float:
     """P(x_0 > EDGE) under the model's ten ancestral steps: a linear Gaussian chain, in closed form."""
     (m,), (std,) = gaussian.means[0], gaussian.stds
     mean, variance = 0.0, np.float64(GRID[0]) ** 2
-    for t, s in zip(GRID[:-1].astype(float), GRID[1:].astype(float), strict=True):
+    for t, s in itertools.pairwise(GRID.astype(float)):
         gain = std**2 / (std**2 + t**2)  # x_0^ = m + gain (x - m); mean of the step (s/t)^2 x + (1 - (s/t)^2) x_0^
         a = (s / t) ** 2 + (1 - (s / t) ** 2) * gain
         mean = a * mean + (1 - (s / t) ** 2) * (1 - gain) * m
@@ -105,39 +132,22 @@ def chain_alpha(gaussian) -> float:
     return float(stats.norm.sf(EDGE, mean, np.sqrt(variance)))
 
 
-@pytest.fixture(scope="module")
-def populations(gaussian):
-    """(twist, threshold) -> 250 independent populations of 64 particles; one program a twist."""
-    model = gaussian.denoiser(EDM)
-
-    def program(log_psi):
-        guided = guidance.guide(EDM, log_psi)(model)
-        one = lambda key, threshold: smc.twisted(EDM, model, guided, log_psi, GRID, key, (1,), 64, threshold)
-        return jax.jit(lambda keys, threshold: jax.lax.map(lambda key: one(key, threshold), keys))
-
-    programs = {name: program(make(gaussian)) for name, make in TWISTS.items()}
-    return lambda twist, threshold=0.5: programs[twist](jax.random.split(jax.random.key(3), 250), threshold)
-
-
-@pytest.mark.parametrize(
-    ("twist", "threshold"),
-    [("none", 0.5), ("gentle", 0.0), ("gentle", 1.1), ("exact", 0.0), ("exact", 0.5), ("exact", 1.1), ("wrong", 0.5)],
-)
-def test_estimate_of_alpha_is_unbiased(twist, threshold, gaussian, populations):
-    # For any twist, guidance and threshold, and for ten coarse steps: the weights correct everything.
-    population = populations(twist, threshold)
+def estimates(population) -> np.ndarray:
+    """alpha by each population: the mean of weight times verdict."""
     weights = np.exp(np.asarray(population.log_weights, np.float64))
-    good = np.asarray(population.particles[..., 0]) > EDGE
-    alpha = (weights * good).mean(1)
+    return (weights * (np.asarray(population.particles[..., 0]) > EDGE)).mean(1)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.1])
+@pytest.mark.parametrize("twist", [(1.0, EDGE), (0.6, EDGE - 0.4), (0.0, EDGE)], ids=["exact", "wrong", "none"])
+def test_estimate_of_alpha_is_unbiased(twist, threshold, gaussian, strict):
+    # For any twist, guidance and threshold, and for ten coarse steps: the weights correct everything.
+    population = strict(3, threshold, *twist)
     # Student's test.
-    assert stats.ttest_1samp(alpha, chain_alpha(gaussian)).pvalue > FALSE_ALARM
-    assert stats.sem(alpha) < 0.1 * chain_alpha(gaussian)
-    # The weights alone estimate 1: they make the particles samples of the model.  A strict twist has weights of 1 / psi
-    # for the bad particles that it hardly ever makes, which no sample of this size tests.
-    if twist == "none":
-        np.testing.assert_allclose(weights, 1.0, rtol=1e-4)
-    if twist == "gentle":
-        assert stats.ttest_1samp(weights.mean(1), 1.0).pvalue > FALSE_ALARM
+    assert stats.ttest_1samp(estimates(population), chain_alpha(gaussian)).pvalue > FALSE_ALARM
+    assert stats.sem(estimates(population)) < 0.1 * chain_alpha(gaussian)
+    if twist[0] == 0:
+        np.testing.assert_allclose(population.log_weights, 0.0, atol=1e-4)
     resampled = np.asarray(population.resampled)
     if threshold == 0.0:
         assert (resampled == 0).all()
@@ -145,37 +155,32 @@ def test_estimate_of_alpha_is_unbiased(twist, threshold, gaussian, populations):
         assert (resampled == len(GRID) - 2).all(), "every step but the last"
 
 
-def test_exact_twist_is_worth_its_cost(populations):
-    def spread(twist):
-        population = populations(twist)
-        good = np.asarray(population.particles[..., 0]) > EDGE
-        return (np.exp(np.asarray(population.log_weights)) * good).mean(1).std()
+@pytest.mark.parametrize("threshold", [0.0, 1.1])
+def test_weights_make_samples_of_the_model(threshold, gaussian, gentle):
+    # Their mean is 1.  (A strict twist has weights of 1 / psi for bad particles that it hardly ever makes: no test.)
+    population = gentle(4, threshold)
+    weights = np.exp(np.asarray(population.log_weights, np.float64))
+    # Student's tests.
+    assert stats.ttest_1samp(weights.mean(1), 1.0).pvalue > FALSE_ALARM
+    assert stats.sem(weights.mean(1)) < 0.05
+    assert stats.ttest_1samp(estimates(population), chain_alpha(gaussian)).pvalue > FALSE_ALARM
 
-    # About one particle in six is good without guidance; half the variance is twice the particles.
-    assert spread("exact") ** 2 < 0.5 * spread("none") ** 2
+
+def test_exact_twist_is_worth_its_cost(gaussian, strict):
+    # Half the variance is twice the particles.  Without a twist the variance is binomial.
+    alpha = chain_alpha(gaussian)
+    assert estimates(strict(5, 0.5, 1.0, EDGE)).var() < 0.5 * alpha * (1 - alpha) / 64
 
 
 def test_judged_samples_of_a_mixture(mixture):
-    # Against rejection sampling from the same chain: the mean of the good ones, and their share.
-    grid, edge, repeats = np.asarray(process.edm(sigma_min=0.05, sigma_max=20.0).grid(15)), 0.8, 40
-
-    @jax.jit
-    def plain(keys):
-        kernel = sampling.ancestral(EDM, mixture.denoiser(EDM))
-        return jax.vmap(lambda key: sampling.sample(EDM, kernel, grid, key, (2,)))(keys)
-
-    @jax.jit
-    def twisted(keys):
-        model, log_psi = mixture.denoiser(EDM), half_space(mixture, edge)
-        guided = guidance.guide(EDM, log_psi)(model)
-        return jax.lax.map(lambda key: smc.twisted(EDM, model, guided, log_psi, grid, key, (2,), 64), keys)
-
-    reference = np.asarray(plain(jax.random.split(jax.random.key(4), 20_000)))
+    # Against rejection sampling from the same chain, which is the program with a twist of power 0.
+    edge, repeats = 0.8, 80
+    run = program(mixture, lambda power: lambda x, t: power * half_space(mixture, edge)(x, t), grid_of(15), repeats)
+    reference = np.asarray(run(6, 0.5, 0.0).particles).reshape(-1, 2)
     accepted = reference[reference[:, 0] > edge]
-    population = twisted(jax.random.split(jax.random.key(5), repeats))
-    means, alphas = [], []
+    population, means, alphas = jax.tree.map(np.asarray, run(7, 0.5, 1.0)), [], []
     for i in range(repeats):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], population)
+        one = smc.Population(*(jnp.asarray(leaf[i]) for leaf in population))
         judged = smc.judge(one, one.particles[:, 0] > edge, jax.random.key(i))
         samples = np.asarray(judged.samples)
         assert samples.shape == (64, 2)

@@ -39,14 +39,11 @@ def test_rival_gives_the_same_answers(ours):
 
 
 @NEEDS_TORCH
-@pytest.mark.parametrize("where", ["theta", "classifiers"])
-def test_comparison_notices_one_wrong_parameter(ours, where):
+def test_comparison_notices_one_wrong_parameter(ours):
     wrong = jax.tree.map(np.array, ours.answers)
-    params = wrong["theta"] if where == "theta" else wrong["classifiers"][0]["net"]
-    trunk = params["params"] if where == "theta" else params["params"]["trunk"]
-    trunk["block0_time"]["kernel"][3] += 0.1
+    wrong["classifiers"][0]["net"]["params"]["trunk"]["block0_time"]["kernel"][3] += 0.1
     setup = genneg.setup(SMALL) | wrong | {"chunk": SMALL.chunk}
-    with Worker(genneg.RIVAL, setup, {}) as rival, pytest.raises(ValueError, match="expected PyTorch to agree"):
+    with Worker(genneg.RIVAL, setup, {}) as rival, pytest.raises(ValueError, match="guidance|guided"):
         genneg.compare(ours.answers["answers"], rival.answers)
 
 
@@ -70,7 +67,9 @@ def test_work_is_what_the_compiler_counts(row):
     def evaluation(theta, phi):
         answers = [jax.vmap(denoiser.apply, (None, 0, None))(theta, points, noise)]
         if row == "sample-k2":
-            answers.append(2 * jax.vmap(jax.grad(classifier.apply, 1), (None, 0, None))(phi, points, noise))
+            # Guidance needs the value too, for (1 - C) grad logit.
+            log_c = lambda x: jax.nn.log_sigmoid(classifier.apply(phi, x, noise))
+            answers.append(jax.vmap(jax.grad(log_c))(points))
         return answers
 
     def loss_gradient(theta, phi):

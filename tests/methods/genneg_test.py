@@ -254,8 +254,8 @@ def test_weighting_sets_the_prior(problem, parts):
         )
         for weighting in ("importance", "shift", "none")
     }
-    x, t = jnp.array([0.0]), jnp.float32(20.0)  # noise alone: C is the prior
-    c = {name: float(jax.nn.sigmoid(genneg.logit(problem)(fit, x, t))) for name, fit in fits.items()}
+    odds = jax.jit(lambda fit, x, t: genneg.logit(problem)(fit, x[None], t))
+    c = {name: expit(float(odds(fit, 0.0, 20.0))) for name, fit in fits.items()}  # noise alone: C is the prior
     alpha, prior = parts[0].alpha, np.log(parts[0].alpha / (1 - parts[0].alpha))
     # Trained by stochastic steps: no interval in closed form.  alpha is 0.84, and the wrong prior is 0.34 away.
     assert abs(c["importance"] - alpha) < 0.06
@@ -264,9 +264,8 @@ def test_weighting_sets_the_prior(problem, parts):
     for name, shift in (("importance", prior), ("shift", prior), ("none", 0.0)):
         np.testing.assert_allclose(fits[name]["shift"], shift, rtol=1e-5)
     # One optimum: near the edge, where guidance acts, the two agree.
-    odds = lambda name, x: float(genneg.logit(problem)(fits[name], jnp.array([x]), jnp.float32(0.3)))
     for point in (0.7, 1.0, 1.3):
-        assert abs(odds("importance", point) - odds("shift", point)) < 0.6
+        assert abs(odds(fits["importance"], point, 0.3) - odds(fits["shift"], point, 0.3)) < 0.6
 
 
 def test_density_decides_what_is_drawn(problem, parts):
@@ -364,7 +363,7 @@ def test_stack_of_rounds(problem, tmp_path):
 def test_round_that_is_distilled(problem):
     start = lambda key: jax.tree.map(jnp.asarray, PHI)
     student = Settings(600, 0.02, decay=0.99, every=300)
-    settings = ROUNDS._replace(rounds=1, mode="distill", student=student, student_batch=128)
+    settings = ROUNDS._replace(rounds=1, mode="distill", student=student, student_batch=128, stored=8192)
     (only,) = genneg.run(problem, THETA, start, settings, jax.random.key(8))
     assert count(only.guided) == 0, "one network again"
     assert fewer(judged(problem, only.guided), labels(only.train))

@@ -62,7 +62,7 @@ def test_blurred_features_are_means_over_the_noise():
 def test_blurred_features_obey_the_heat_equation():
     # As functions of the noisy point they are smoothed by noise as the marginals are: a feature at the noise s^2 is the
     # same feature at r^2 < s^2, blurred by noise of variance s^2 - r^2.
-    module = mlp.BlurredFourier(5, high=4.0, data_std=STD)
+    module = mlp.BlurredFourier(6, data_std=STD)
     u = jnp.array([0.2, 0.5])
     params = module.init(jax.random.key(1), u, noise(0.3))
     level = lambda sigma: sigma**2 / (sigma**2 + STD**2)
@@ -74,22 +74,28 @@ def test_blurred_features_obey_the_heat_equation():
 
 
 def test_frequencies_are_not_trained():
-    module = mlp.BlurredFourier(4)
+    module = mlp.BlurredFourier(6)
     u = jnp.array([0.4, -1.1])
     params = module.init(jax.random.key(0), u, noise(0.1))
     gradient = jax.grad(lambda params: jnp.sum(module.apply(params, u, noise(0.1)) ** 3))(params)
-    np.testing.assert_array_equal(gradient["params"]["frequencies"], np.zeros((2, 4)))
+    np.testing.assert_array_equal(gradient["params"]["frequencies"], np.zeros((2, 6)))
 
 
-@pytest.mark.parametrize(("shape", "fourier"), [(1, 0), (3, 5)])
-def test_residual_mlp_shapes_and_vmap(fourier, shape):
-    module = mlp.ResidualMLP(shape, width=8, depth=2, fourier=fourier)
-    params = module.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(()))
+@pytest.mark.parametrize("fourier", [0, 5])
+@pytest.mark.parametrize("size", [1, 3])
+def test_residual_mlp_shapes(fourier, size):
+    module = mlp.ResidualMLP(size, width=8, depth=2, fourier=fourier)
+    given, params = jax.eval_shape(module.init_with_output, jax.random.key(0), jnp.zeros(size), jnp.zeros(()))
+    assert given.shape == (size,)
+    assert given.dtype == jnp.float32
     assert ("fourier" in params["params"]) == bool(fourier)
-    points = jnp.asarray(np.random.default_rng(0).normal(size=(4, shape)), jnp.float32)
-    levels = jnp.array([-1.5, -0.3, 0.2, 1.0])
+
+
+def test_residual_mlp_under_vmap():
+    module = mlp.ResidualMLP(2, width=8, depth=1, fourier=4, data_std=STD)
+    params = module.init(jax.random.key(0), jnp.zeros(2), jnp.zeros(()))
+    points, levels = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32), np.float32([-1.5, -0.3, 0.2, 1])
     together = jax.jit(jax.vmap(module.apply, (None, 0, 0)))(params, points, levels)
-    assert together.shape == (4, shape)
     one = jax.jit(module.apply)
     alone = np.stack([one(params, x, c) for x, c in zip(points, levels, strict=True)])
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-6)
