@@ -14,13 +14,13 @@ from experiments.genneg import checkerboard
 
 TINY = [
     "--preset", "smoke",
-    "--width", "8",
+    "--width", "16",
     "--depth", "1",
     "--classifier-depth", "1",
     "--rounds", "2",
-    "--baseline-steps", "40",
+    "--baseline-steps", "200",
     "--classifier-steps", "40",
-    "--student-steps", "20",
+    "--student-steps", "40",
     "--samples", "400",
     "--draw-budget", "800",
     "--per-class", "100",
@@ -29,7 +29,7 @@ TINY = [
     "--stored", "256",
     "--smc-particles", "32",
     "--smc-steps", "6",
-    "--sampler-steps", "4",
+    "--sampler-steps", "8",
 ]  # fmt: skip
 NAMES = ["data", "baseline", "round-1-unweighted", "round-1", "distilled-1", "round-2", "distilled-2", "rejection",
          "refit", "replay", "smc"]  # fmt: skip
