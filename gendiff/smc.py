@@ -45,9 +45,14 @@ def log_normal(x: Sample, mean: Sample, std: Scalar) -> Scalar:
 def systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
     """Indices (n,) of a systematic resampling: one uniform offset, each particle about n w_i times."""
     n = len(log_weights)
-    edges = jnp.cumsum(jax.nn.softmax(log_weights))
+    weights = jax.nn.softmax(log_weights)
+    edges = jnp.cumsum(weights)
     places = (jnp.arange(n) + jax.random.uniform(key)) / n
-    return jnp.minimum(jnp.searchsorted(edges, places * edges[-1]), n - 1)
+    index = jnp.minimum(jnp.searchsorted(edges, places * edges[-1], side="right"), n - 1)
+    # Sums in float32 may step at a particle without weight: take the last one before it that has some, or the first.
+    there = weights > 0
+    before = jax.lax.cummax(jnp.where(there, jnp.arange(n), -1))
+    return jnp.where(before[index] < 0, jnp.argmax(there), before[index])
 
 
 def effective_size(log_weights: Float[Array, " n"]) -> Scalar:

@@ -26,6 +26,7 @@ def label(oracle: Oracle, samples: Samples) -> np.ndarray:
         raise OracleError(f"oracle: expected Booleans, given dtype {given.dtype}")
     if np.isnan(given.astype(np.float64)).any():
         raise OracleError(f"oracle: expected Booleans, given NaN for {np.isnan(given).sum()} of {n} samples")
-    if not np.isin(given, (0, 1)).all():
-        raise OracleError(f"oracle: expected Booleans, given numbers other than 0 and 1, such as {given.max()}")
+    other = given[~np.isin(given, (0, 1))]
+    if other.size:
+        raise OracleError(f"oracle: expected Booleans, given numbers other than 0 and 1, such as {other[0]}")
     return given.astype(bool)
