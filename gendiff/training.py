@@ -109,7 +109,8 @@ def make_block(
     """`size` steps on batches drawn on the device, in one scan, then `select`; the metrics are means over the block."""
 
     def one(state: State, _: None) -> tuple[State, Metrics]:
-        batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1))
+        # Not below the step's own key: `split(key, n)[i]` of its examples is `fold_in(key, i)`.
+        batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, np.uint32(2**32 - 1)), state.step))
         if mesh is not None:
             batch = distributed.split_batch(mesh, batch)
         return step(state, batch)

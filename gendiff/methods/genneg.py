@@ -260,7 +260,8 @@ def fit_classifier(
             share = jnp.where(labels == 1, positive / context["counts"][0], negative / context["counts"][1]) / 2
             there = place < jnp.where(labels == 1, context["counts"][0], context["counts"][1])
             share = jnp.where(there, share, 0.0)
-            keys = jax.random.split(context["key"], len(samples))
+            # The same noise at every validation, on purpose.
+            keys = jax.random.split(jax.random.clone(context["key"]), len(samples))
             return jnp.sum(jax.vmap(loss, (None, 0, 0))(phi, keys, (samples, labels, share)))
 
         return training.Task(loss, draw_batch, validate)
@@ -492,8 +493,6 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
       and negatives, for `fit_classifier`.
     """
     first = rounds[0].train
-    counts = np.array([float(each.train.good) + float(each.train.bad) for each in rounds])
-    shares = counts / counts.sum()
     low = problem.process.grid(problem.steps)[-2]
 
     @jax.jit
@@ -510,5 +509,8 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
         ratios = np.cumprod(np.asarray(probabilities(classifiers, rows))[: len(points)] / alphas, axis=1)
         ratios = np.concatenate([np.ones((len(points), 1)), ratios[:, :-1]], axis=1)
         pools.append(points)
-        weights.append(1.0 / (ratios @ shares))
+        # m_k samples of the class stand for m_k / P_k(class) draws of round k, whatever the selection left of them.
+        drawn = np.array([len(getattr(each.train, name)) for each in rounds])
+        shares = drawn / (alphas if name == "positives" else 1 - alphas)
+        weights.append(1.0 / (ratios @ (shares / shares.sum())))
     return first._replace(positives=pools[0], negatives=pools[1]), rounds[0].held_out, (weights[0], weights[1])
