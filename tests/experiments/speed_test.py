@@ -43,7 +43,7 @@ def test_comparison_notices_one_wrong_parameter(ours):
     wrong = jax.tree.map(np.array, ours.answers)
     wrong["classifiers"][0]["net"]["params"]["trunk"]["block0_time"]["kernel"][3] += 0.1
     setup = genneg.setup(SMALL) | wrong | {"chunk": SMALL.chunk}
-    with Worker(genneg.RIVAL, setup, {}) as rival, pytest.raises(ValueError, match="guidance|guided"):
+    with Worker(genneg.RIVAL, setup, {}) as rival, pytest.raises(ValueError, match=r"guidance|guided"):
         genneg.compare(ours.answers["answers"], rival.answers)
 
 
