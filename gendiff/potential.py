@@ -63,6 +63,7 @@ def leading_size(params: Params) -> int:
     return int(sizes.pop() or 0)
 
 
+@jax.jit
 def stacked(*members: Params) -> Params:
     """Stacks trees of equal structure on a new leading axis, for `stack`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)

@@ -42,6 +42,7 @@ def log_normal(x: Sample, mean: Sample, std: Scalar) -> Scalar:
     return -0.5 * jnp.sum(((x - mean) / std) ** 2) - x.size * (jnp.log(std) + 0.5 * jnp.log(2 * jnp.pi))
 
 
+@jax.jit
 def systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
     """Indices (n,) of a systematic resampling: one uniform offset, each particle about n w_i times."""
     n = len(log_weights)
@@ -55,6 +56,7 @@ def systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
     return jnp.where(before[index] < 0, jnp.argmax(there), before[index])
 
 
+@jax.jit
 def effective_size(log_weights: Float[Array, " n"]) -> Scalar:
     """1 / sum w_i^2 of the normalised weights, between 1 and n."""
     return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))

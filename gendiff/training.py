@@ -59,7 +59,7 @@ def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) 
     """The state before the first step.  The EMA is a copy: a donated buffer must not be held twice."""
     copy = partial(jax.tree.map, jnp.copy)
     zero = jnp.zeros((), jnp.int32)
-    best_loss, best_step = jnp.full((), jnp.inf), jnp.zeros((), jnp.int32)
+    best_loss, best_step = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
     return State(zero, copy(params), copy(params), optimiser.init(params), key, copy(params), best_loss, best_step)
 
 
@@ -192,7 +192,8 @@ def train(
 
     Args:
       task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the
-        compiled program and not constants in it.
+        compiled program and not constants in it.  Runs that share the function (see `functools.cache`) share the
+        program.
       context: a pytree of arrays.
       data: batches from the host, where the task draws none: a sequence whose element i is the batch of step i (exact
         resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
@@ -201,42 +202,26 @@ def train(
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
     """
     mesh = distributed.training_mesh() if host.mesh is None else host.mesh
-    optimiser = adam(settings)
-    begin = jax.jit(lambda key, params: init(key, params, optimiser))  # one program, not one for each array
-    state = distributed.replicate(mesh, begin(key, params))
+    state = distributed.replicate(mesh, _begin(settings, key, params))
     context = distributed.replicate(mesh, context)
     if host.checkpoints is not None:
         state = host.checkpoints.restore(state, data)
-
-    @partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def draw_block(state: State, context: Any, size: int) -> tuple[State, Metrics]:
-        loss, draw, validate = task(context)
-        assert draw is not None
-        return make_block(make_step(loss, optimiser, settings.decay), draw, size, validate, mesh)(state)
-
-    @partial(jax.jit, donate_argnums=0)
-    def host_step(state: State, context: Any, batch: Any) -> tuple[State, Metrics]:
-        return make_step(task(context).loss, optimiser, settings.decay)(state, batch)
-
-    @partial(jax.jit, donate_argnums=0)
-    def host_select(state: State, context: Any) -> tuple[State, Metrics]:
-        return select(state, task(context).validate)
 
     host.report(int(state.step), {})
     batches = None if data is None else _batches(data, int(state.step))
     while not _finished(state, settings):
         size = min(settings.every, settings.steps - int(state.step))
         if batches is None:
-            state, metrics = draw_block(state, context, size)
+            state, metrics = _block(task, settings, size, mesh, state, context)
         else:
             collected = []
             for _ in range(size):
                 batch = next(batches, None)
                 if batch is None:
                     raise ValueError(f"training: data: expected {settings.steps} batches, given {int(state.step)}")
-                state, metrics = host_step(state, context, distributed.shard(mesh, batch))
+                state, metrics = _step(task, settings, state, context, distributed.shard(mesh, batch))
                 collected.append(metrics)
-            state, validation = host_select(state, context)
+            state, validation = _select(task, state, context)
             means = {name: jnp.mean(jnp.stack([each[name] for each in collected])) for name in collected[0]}
             metrics = means | validation
         values = {name: float(value) for name, value in metrics.items()}
@@ -247,6 +232,41 @@ def train(
             host.checkpoints.save(int(state.step), state, data)
         host.report(int(state.step), values)
     return state
+
+
+# A task that is the same function, with settings that are equal, runs the same compiled program.
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(settings: Settings, key: PRNGKey, params: Params) -> State:
+    return init(key, params, adam(settings))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _block(
+    task: Callable[[Any], Task],
+    settings: Settings,
+    size: int,
+    mesh: jax.sharding.Mesh,
+    state: State,
+    context: Any,
+) -> tuple[State, Metrics]:
+    loss, draw, validate = task(context)
+    if draw is None:
+        raise ValueError("training: data: expected batches from the host, since the task draws none; given None")
+    return make_block(make_step(loss, adam(settings), settings.decay), draw, size, validate, mesh)(state)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _step(
+    task: Callable[[Any], Task], settings: Settings, state: State, context: Any, batch: Any
+) -> tuple[State, Metrics]:
+    return make_step(task(context).loss, adam(settings), settings.decay)(state, batch)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _select(task: Callable[[Any], Task], state: State, context: Any) -> tuple[State, Metrics]:
+    return select(state, task(context).validate)
 
 
 def _finished(state: State, settings: Settings) -> bool:

@@ -230,10 +230,10 @@ def test_samples_start_from_the_prior(p):
 
 def test_noise_of_the_steps_is_independent():
     # A kernel that records its noise: the start and steps 0 .. 3 must not share any.
-    record = lambda key, x, t, s: jnp.concatenate([x[1:], jax.random.normal(key, (1,))])
+    record = lambda key, x, t, s: jnp.concatenate([x[:1], x[2:], jax.random.normal(key, (1,))])
     keys = jax.random.split(jax.random.key(8), 2000)
     draw = lambda key: sampling.sample(EDM, record, EDM.grid(4), key, (5,))
-    rows = np.asarray(jax.jit(jax.vmap(draw))(keys))  # the last of the start's numbers, then one a step
+    rows = np.asarray(jax.jit(jax.vmap(draw))(keys))  # the start's first number, then one a step
     correlation = np.corrcoef(rows.T) - np.eye(5)
     # 10 correlations of independent normals, each of standard deviation 1 / sqrt(n) (Bonferroni).
     assert np.abs(correlation).max() < stats.norm.isf(FALSE_ALARM / 20) / np.sqrt(2000)

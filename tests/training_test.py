@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,7 +199,7 @@ def stop(step, metrics):
 
 
 SETTINGS = Settings(16, 0.1, every=4, warmup=2)
-SEQUENCE = [DATA[8 * (i % 8) : 8 * (i % 8) + 8] for i in range(16)]
+SEQUENCE = [np.roll(DATA, -5 * i, axis=0)[:8] for i in range(16)]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +296,12 @@ def test_the_caller_keeps_its_arrays(devices):
     mesh = distributed.make_mesh(jax.devices()[:devices])
     training.train(key, params, drawn, data, Settings(2, every=2), Host(mesh))
     assert not any(leaf.is_deleted() for leaf in (key, params["w"], data))
+
+
+def test_blocks_share_one_program():
+    # Every block after the first is a cache hit: the task is traced once for blocks of one size.
+    task = chex.assert_max_traces(drawn, n=1)
+    training.train(jax.random.key(5), START, task, jnp.asarray(DATA), Settings(20, every=4))
 
 
 def test_minibatch_takes_whole_rows():

@@ -6,7 +6,7 @@ rounds of classifiers steer it away from those. One run prints every row, beside
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -100,7 +100,7 @@ class CheckerboardConfig(Config):
 
 PRESETS = {
     "smoke": CheckerboardConfig(
-        preset="smoke", rounds=2, width=32, depth=1, classifier_width=32, classifier_depth=1, baseline_steps=300,
+        preset="smoke", rounds=1, width=32, depth=1, classifier_width=32, classifier_depth=1, baseline_steps=300,
         patience=300, per_class=500, draw_budget=8000, classifier_steps=150, classifier_batch=256, student_steps=150,
         stored=4096, sampler_steps=8, smc_steps=12, smc_particles=128, smc_populations=4, samples=4000,
         elbo_points=500, elbo_levels=8,
@@ -149,6 +149,12 @@ def student_network(config: CheckerboardConfig) -> ResidualMLP:
     return ResidualMLP(2, config.width, config.depth, fourier=64, high=24.0, data_std=DATA_STD)
 
 
+@cache
+def student_model(config: CheckerboardConfig) -> denoiser.Model:
+    """The denoiser of a student."""
+    return denoiser.from_edm(student_network(config).apply, DATA_STD)
+
+
 def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
     """The network of every classifier."""
     return MLPClassifier(config.classifier_width, config.classifier_depth, data_std=DATA_STD)
@@ -156,9 +162,10 @@ def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
 
 def initialised(network: Any, key: Array) -> Params:
     """Fresh parameters of a network of points."""
-    return network.init(key, jnp.zeros(2), jnp.zeros(()))
+    return jax.jit(network.init)(key, jnp.zeros(2), jnp.zeros(()))
 
 
+@cache
 def problem(config: CheckerboardConfig) -> genneg.Problem:
     """EDM in two dimensions, with its networks, sampler and oracle."""
     classifier = classifier_network(config)
@@ -204,7 +211,7 @@ class Run:
     def __init__(self, config: CheckerboardConfig, archive: Archive, progress: Progress, seed: int) -> None:
         self.config, self.archive, self.progress = config, archive, progress
         self.problem, self.key = problem(config), jax.random.key(seed)
-        self.student = self.problem._replace(model=denoiser.from_edm(student_network(config).apply, DATA_STD))
+        self.student = self.problem._replace(model=student_model(config))
         self.mesh = distributed.make_mesh()
         self.rows: list[Row] = []
         self.evaluations: dict[str, Evaluation] = {}
@@ -356,7 +363,7 @@ class Run:
             ]
             evaluation = self.add(name, each.guided, phases, calls)
             if config.mode == "stack" and each.number in (1, config.rounds):
-                self.distilled(each, theta, evaluation, phases, calls)
+                self.distilled(done, evaluation, phases, calls)
         return done
 
     def unweighted(self, theta: Params, first: genneg.Round) -> None:
@@ -373,18 +380,19 @@ class Run:
         start = self.new_classifier(key)
         return genneg.fit_classifier(self.problem, samples.train, samples.held_out, start, settings, key, host)
 
-    def distilled(
-        self, teacher: genneg.Round, theta: Params, evaluation: Evaluation, phases: list[str], calls: float
-    ) -> None:
-        """One network in place of the stack, taught on good samples of the stack."""
-        config, name = self.config, f"distilled-{teacher.number}"
+    def distilled(self, rounds: list[genneg.Round], evaluation: Evaluation, phases: list[str], calls: float) -> None:
+        """One network in place of the stack, taught on good samples of the stack and bad ones of all its rounds."""
+        config, teacher = self.config, rounds[-1]
+        name = f"distilled-{teacher.number}"
         settings = self.student_training()._replace(rate=5e-3)
         start = initialised(student_network(config), self.fold(STUDENT))
+        bad = np.concatenate([each.train.negatives for each in rounds])
+        x0 = genneg.mixture(evaluation.accepted, bad, config.stored, jax.random.fold_in(self.fold(STUDENT), 1))
         psi = self.archive.once(
             name,
             lambda: genneg.distill(
-                self.problem, teacher.guided, evaluation.accepted, start, 1000, settings, self.fold(STUDENT),
-                self.host(name, settings.steps), config.stored, self.mesh, self.student.model,
+                self.problem, teacher.guided, x0, start, 1000, settings, self.fold(STUDENT),
+                self.host(name, settings.steps), self.mesh, self.student.model,
             ),
         )  # fmt: skip
         made = [*phases, f"evaluate/round-{teacher.number}", name]

@@ -1,5 +1,7 @@
 """Points uniform on the filled cells of a checkerboard, made on the spot."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float
 from gendiff.types import PRNGKey
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def draw(key: PRNGKey, n: int, cells: int = 4, half_width: float = 1.0) -> Float[Array, "n 2"]:
     """n points uniform on the filled cells (column + row even) of the cells x cells board on [-half_width,
     half_width)^2.

@@ -12,7 +12,7 @@ With the Bayes classifier the guided model is p(x | y = 1): each data point gain
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -116,8 +116,12 @@ def append(guided: Guided, classifier: Params) -> Guided:
     """The model with one more classifier."""
     if guided.classifiers is None:
         return guided._replace(classifiers=potential.stacked(classifier))
-    joined = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), guided.classifiers, classifier)
-    return guided._replace(classifiers=joined)
+    return guided._replace(classifiers=_joined(guided.classifiers, classifier))
+
+
+@jax.jit
+def _joined(classifiers: Params, classifier: Params) -> Params:
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), classifiers, classifier)
 
 
 def draw(
@@ -241,6 +245,19 @@ def fit_classifier(
     }
     context = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), context) | {"key": jax.random.fold_in(key, 2**31 - 1)}
 
+    task = classifier_task(problem, settings.half)
+    state = training.train(key, start, task, context, settings.training, host)
+    return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else prior)}
+
+
+HELD_OUT = 4096
+"""The most held-out samples of each class that a validation uses; calibration uses all."""
+
+
+@cache
+def classifier_task(problem: Problem, half: int) -> Callable[[dict], training.Task]:
+    """The task of `fit_classifier`; the same function for the same problem, so that all rounds share one program."""
+
     def task(context: dict) -> training.Task:
         loss = classifier_loss(problem, context["shift"])
         positive, negative = context["weights"]
@@ -248,9 +265,9 @@ def fit_classifier(
         def draw_batch(key: PRNGKey) -> tuple:
             halves = []
             for i, (pool, edges) in enumerate(zip(context["pools"], context["edges"], strict=True)):
-                places = edges[-1] * jax.random.uniform(jax.random.fold_in(key, i), (settings.half,))
+                places = edges[-1] * jax.random.uniform(jax.random.fold_in(key, i), (half,))
                 halves.append(pool[jnp.searchsorted(edges, places, side="right")])
-            labels = jnp.repeat(jnp.array([1.0, 0.0]), settings.half, total_repeat_length=2 * settings.half)
+            labels = jnp.repeat(jnp.array([1.0, 0.0]), half, total_repeat_length=2 * half)
             return jnp.concatenate(halves), labels, jnp.where(labels == 1, positive, negative)
 
         def validate(phi: Params) -> Scalar:
@@ -266,21 +283,20 @@ def fit_classifier(
 
         return training.Task(loss, draw_batch, validate)
 
-    state = training.train(key, start, task, context, settings.training, host)
-    return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else prior)}
-
-
-HELD_OUT = 4096
-"""The most held-out samples of each class that a validation uses; calibration uses all."""
+    return task
 
 
 def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: PRNGKey, times: Array) -> Calibration:
     """Calibration of one classifier on the held-out part of the samples that it was made for."""
+    positives, negatives = held_out.positives, held_out.negatives
+    c = probability(problem)
+    return calibrate(problem.process, c, classifier, positives, negatives, held_out.alpha, key, times)
 
-    def probability(x: Sample, t: Time) -> Scalar:
-        return jax.nn.sigmoid(logit(problem)(classifier, x, t))
 
-    return calibrate(problem.process, probability, held_out.positives, held_out.negatives, held_out.alpha, key, times)
+@cache
+def probability(problem: Problem) -> Callable[[Params, Sample, Time], Scalar]:
+    """(classifier, x, t) -> C(x, t); the same function for the same problem, so that compiled programs are shared."""
+    return lambda classifier, x, t: jax.nn.sigmoid(logit(problem)(classifier, x, t))
 
 
 def distill(
@@ -292,51 +308,68 @@ def distill(
     settings: training.Settings,
     key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
-    stored: int = 2**18,
     mesh: jax.sharding.Mesh | None = None,
     model: Model | None = None,
 ) -> Params:
     """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
 
     Args:
-      x0: the points that are noised; good samples of the teacher.
+      x0: the points that are noised (see `mixture`).  The teacher is asked once about each: its answers have no Monte
+        Carlo noise, so they bear being used again, and training costs the same for any number of classifiers.
       start: psi to begin from: theta, or a new network's parameters with its `model`.
       batch: examples a step.
-      stored: the teacher is asked so many times, once and for all.  Its answers have no Monte Carlo noise, so they bear
-        being used again, and training costs the same for any number of classifiers.
       mesh: the devices that ask it.
       model: the student's, (psi, x, t) -> x_0; default the problem's own.
     """
     if len(x0) == 0:
         raise ValueError("distill: x0: expected at least one sample, given none")
     asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1)))
-    examples = teach(problem, stored, mesh, *asked)
-
-    def task(examples: tuple) -> training.Task:
-        loss = losses.regression(problem.model if model is None else model, problem.weight)
-        return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
-
+    examples = teach(problem, mesh, *asked)
+    task = student_task(problem.model if model is None else model, problem.weight, batch)
     return training.train(jax.random.fold_in(key, 2), start, task, examples, settings, host).best
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def teach(
-    problem: Problem, n: int, mesh: Any, teacher: Guided, x0: Samples, key: PRNGKey
-) -> tuple[Samples, Array, Samples]:
-    """n examples (x_t, t, guided denoiser at x_t).
+@cache
+def student_task(model: Model, weight: losses.Weight, batch: int) -> Callable[[tuple], training.Task]:
+    """The task of `distill`: regression on stored answers."""
+
+    def task(examples: tuple) -> training.Task:
+        loss = losses.regression(model, weight)
+        return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
+
+    return task
+
+
+def mixture(good: Samples, bad: Samples, n: int, key: PRNGKey, share: float = 0.25) -> np.ndarray:
+    """n points for `distill`, with replacement, `share` of them bad.
+
+    A student that is asked about good samples alone never sees the regions that the teacher pushes samples out of, and
+    what strays there stays there.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"genneg: share: expected a number in [0, 1), given {share}")
+    for name, points in (("good", good), *([("bad", bad)] if share else [])):
+        if len(points) == 0:
+            raise ValueError(f"genneg: {name}: expected at least one sample, given none")
+    pick = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    parts = (good, n - int(share * n)), (bad, int(share * n))
+    return np.concatenate([np.asarray(points)[pick.integers(0, len(points), size)] for points, size in parts if size])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def teach(problem: Problem, mesh: Any, teacher: Guided, x0: Samples, key: PRNGKey) -> tuple[Samples, Array, Samples]:
+    """An example (x_t, t, guided denoiser at x_t) for each x_0.
 
     At the classifiers' times, not the denoiser's: that is where the teacher differs from theta.
     """
     guided = denoiser(problem, teacher)
     process = problem.process._replace(sample_time=problem.classifier_time)
 
-    def example(key: PRNGKey) -> tuple[Sample, Time, Sample]:
-        row_key, noise_key = jax.random.split(key)
-        point = x0[jax.random.randint(row_key, (), 0, len(x0))]
-        x, t = losses.noised(process, noise_key, point)
+    def example(given: tuple[PRNGKey, Sample]) -> tuple[Sample, Time, Sample]:
+        x, t = losses.noised(process, *given)
         return x, t, guided(x, t)
 
-    return distributed.chunked(example, jax.random.split(key, n), problem.chunk, mesh)
+    return distributed.chunked(example, (jax.random.split(key, len(x0)), x0), problem.chunk, mesh)
 
 
 def refit(
@@ -449,14 +482,13 @@ def one_round(
         return Round(number, stack, classifier, train, held_out)
     if settings.student is None:
         raise ValueError("genneg: student: expected training settings in mode 'distill', given None")
-    pool_key, student_key = jax.random.split(student_key)
+    pool_key, mixture_key, student_key = jax.random.split(student_key, 3)
     student, place = settings.student, host(archive, report, f"{name}/student", settings.student.steps)
 
     def teach_student() -> Params:
-        x0 = accepted(problem, stack, pool_key, wanted, settings, mesh)
-        return distill(
-            problem, stack, x0, guided.theta, settings.student_batch, student, student_key, place, settings.stored, mesh
-        )
+        good = accepted(problem, stack, pool_key, wanted, settings, mesh)
+        x0 = mixture(good, synthetic.negatives, settings.stored, mixture_key)
+        return distill(problem, stack, x0, guided.theta, settings.student_batch, student, student_key, place, mesh)
 
     psi = archive.once(f"{name}/student", teach_student)
     return Round(number, Guided(psi), classifier, train, held_out)
@@ -497,7 +529,7 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
 
     @jax.jit
     def probabilities(classifiers: Params, points: Samples) -> Array:
-        one = lambda classifier, x: jax.nn.sigmoid(logit(problem)(classifier, x, low))
+        one = lambda classifier, x: probability(problem)(classifier, x, low)
         return jax.vmap(lambda x: jax.vmap(one, (0, None))(classifiers, x))(points)
 
     classifiers = potential.stacked(*(each.classifier for each in rounds))

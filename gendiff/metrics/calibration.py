@@ -1,6 +1,7 @@
 """Is a time-dependent classifier calibrated at every noise level?"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from gendiff.process import Process
 from gendiff.training import capacity, padded
-from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
 
 class Calibration(NamedTuple):
@@ -29,7 +30,8 @@ class Calibration(NamedTuple):
 
 def calibrate(
     process: Process,
-    probability: Callable[[Sample, Time], Scalar],
+    probability: Callable[[Params, Sample, Time], Scalar],
+    params: Params,
     positives: Samples,
     negatives: Samples,
     alpha: float,
@@ -37,7 +39,7 @@ def calibrate(
     times: Float[Array, " L"],
     bins: int = 10,
 ) -> Calibration:
-    """Noises held-out samples to each time and compares C = probability(x_t, t) with their labels.
+    """Noises held-out samples to each time and compares C = probability(params, x_t, t) with their labels.
 
     Args:
       positives, negatives: samples that C was not trained on; weighted alpha and 1 - alpha in all.
@@ -50,16 +52,20 @@ def calibrate(
     labels = np.repeat([1.0, 0.0], [len(positives), len(negatives)])
     weights = np.repeat([alpha / len(positives), (1 - alpha) / len(negatives)], [len(positives), len(negatives)])
 
-    @jax.jit
-    def predict(samples: Samples, t: Time, key: PRNGKey) -> Array:
-        noise = jax.random.normal(key, samples.shape)
-        return jax.vmap(lambda x, e: probability(process.alpha(t) * x + process.sigma(t) * e, t))(samples, noise)
-
     rows = []
     for i, t in enumerate(times):
-        c = np.asarray(predict(samples, t, jax.random.fold_in(key, i))[:n], np.float64)
+        c = np.asarray(_predict(process, probability, params, samples, t, jax.random.fold_in(key, i))[:n], np.float64)
         index = np.minimum((c * bins).astype(int), bins - 1)
         share, predicted, positive = (np.bincount(index, weights * v, bins) for v in (np.ones_like(c), c, labels))
         with np.errstate(invalid="ignore"):
             rows.append((weights @ c, np.abs(predicted - positive).sum(), predicted / share, positive / share, share))
     return Calibration(jnp.asarray(times), *(jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _predict(
+    process: Process, probability: Callable, params: Params, samples: Samples, t: Time, key: PRNGKey
+) -> Float[Array, " n"]:
+    noise = jax.random.normal(key, samples.shape)
+    one = lambda x, e: probability(params, process.alpha(t) * x + process.sigma(t) * e, t)
+    return jax.vmap(one)(samples, noise)

@@ -1,5 +1,8 @@
 """The checkerboard: a point is good on the filled cells of a square board."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -11,6 +14,7 @@ def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Ar
     return (x / half_width + 1) * (cells / 2)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def on_board(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -> Bool[Array, "*n"]:
     """True on the filled cells of the cells x cells board on [-half_width, half_width)^2.
 
@@ -25,6 +29,7 @@ BAND = 0.1
 """Share of a cell's side that its outer band takes, half of it at each edge."""
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -> Bool[Array, "*n"]:
     """True in the frame that takes the outer BAND of a cell's side, 1 - (1 - BAND)^2 of its area."""
     u = position(x, cells, half_width) % 1

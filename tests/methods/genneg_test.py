@@ -288,14 +288,30 @@ def test_density_decides_what_is_drawn(problem, parts):
 
 def test_teacher_answers_with_the_guided_denoiser(exact_problem, gaussian):
     guided = genneg.append(Guided(THETA), {"net": jnp.float32(0.0), "shift": jnp.float32(0.0)})
-    x0 = jnp.asarray(synthetic(500, gaussian).positives)
-    x, t, target = genneg.teach(exact_problem, 256, None, guided, x0, jax.random.key(4))
+    x0 = jnp.asarray(synthetic(500, gaussian).positives[:256])
+    x, t, target = genneg.teach(exact_problem, None, guided, x0, jax.random.key(4))
     expected = jax.jit(jax.vmap(genneg.denoiser(exact_problem, guided)))(x, t)
     np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-6)
     # At the classifiers' times, which are log-uniform: Kolmogorov-Smirnov.
     times = stats.uniform(np.log(0.02), np.log(20.0) - np.log(0.02))
     assert stats.kstest(np.log(np.asarray(t)), times.cdf).pvalue > FALSE_ALARM
     assert len(np.unique(np.asarray(x))) == 256
+
+
+def test_mixture_of_good_and_bad():
+    good, bad = np.arange(5.0)[:, None], -np.arange(1.0, 4.0)[:, None]
+    points = genneg.mixture(good, bad, 4000, jax.random.key(0), share=0.3)
+    assert points.shape == (4000, 1)
+    assert (points < 0).sum() == 1200
+    # Each of the points of a class is as likely as the others: chi-squared.
+    for pool in (good, bad):
+        counts = [(points == value).sum() for value in pool[:, 0]]
+        assert stats.chisquare(counts).pvalue > FALSE_ALARM
+    assert (genneg.mixture(good, bad[:0], 8, jax.random.key(0), share=0.0) >= 0).all()
+    with pytest.raises(ValueError, match="bad: expected at least one sample"):
+        genneg.mixture(good, bad[:0], 8, jax.random.key(0))
+    with pytest.raises(ValueError, match="share: expected a number in"):
+        genneg.mixture(good, bad, 8, jax.random.key(0), share=1.0)
 
 
 def test_refit_learns_what_was_accepted(problem):

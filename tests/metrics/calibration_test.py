@@ -23,8 +23,8 @@ def pools(mixture, n=12_000):
 def test_bayes_classifier_is_calibrated_at_all_levels(p, times, mixture):
     positives, negatives = pools(mixture)
     log_c = mixture.log_good(p)
-    probability = lambda x, t: jnp.exp(log_c(x, t))
-    report = calibrate(p, probability, positives, negatives, mixture.alpha, jax.random.key(0), jnp.array(times))
+    probability = lambda _, x, t: jnp.exp(log_c(x, t))
+    report = calibrate(p, probability, None, positives, negatives, mixture.alpha, jax.random.key(0), jnp.array(times))
     np.testing.assert_array_equal(report.times, jnp.array(times))
     # C is in [0, 1], so the standard error of the weighted mean is at most half of sqrt(alpha^2 / n_1 + ...).  Normal
     # test at four levels.
@@ -47,10 +47,12 @@ def test_wrong_prior_and_confidence_are_seen(mixture):
     positives, negatives = pools(mixture)
     log_c = mixture.log_good(EDM)
     odds = lambda x, t: log_c(x, t) - jnp.log1p(-jnp.exp(jnp.minimum(log_c(x, t), -1e-6)))
-    shifted = lambda x, t: jax.nn.sigmoid(odds(x, t) + 1.0)
-    confident = lambda x, t: jax.nn.sigmoid(3 * odds(x, t))
+    shifted = lambda _, x, t: jax.nn.sigmoid(odds(x, t) + 1.0)
+    confident = lambda _, x, t: jax.nn.sigmoid(3 * odds(x, t))
     times = jnp.array([0.5])
-    run = lambda probability: calibrate(EDM, probability, positives, negatives, mixture.alpha, jax.random.key(1), times)
+    run = lambda probability: calibrate(
+        EDM, probability, None, positives, negatives, mixture.alpha, jax.random.key(1), times
+    )
     assert float(run(shifted).mean[0]) > mixture.alpha + 0.05
     assert float(run(shifted).error[0]) > 0.05
     assert float(run(confident).error[0]) > 0.05
@@ -60,7 +62,15 @@ def test_calibration_of_a_constant(mixture):
     # All of C in one bin: predicted is the constant, observed is alpha, and the error is their distance.
     positives, negatives = pools(mixture, 500)
     report = calibrate(
-        EDM, lambda x, t: jnp.float32(0.25), positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]), bins=4
+        EDM,
+        lambda _, x, t: jnp.float32(0.25),
+        None,
+        positives,
+        negatives,
+        0.6,
+        jax.random.key(0),
+        jnp.array([1.0]),
+        bins=4,
     )
     np.testing.assert_allclose(report.mean, [0.25], rtol=1e-5)
     np.testing.assert_allclose(report.error, [0.35], rtol=1e-5)
@@ -73,7 +83,15 @@ def test_certain_classifier_has_a_last_bin(mixture):
     # C = 1 belongs to the last bin, not to one beyond it.
     positives, negatives = pools(mixture, 500)
     report = calibrate(
-        EDM, lambda x, t: jnp.float32(1.0), positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]), bins=4
+        EDM,
+        lambda _, x, t: jnp.float32(1.0),
+        None,
+        positives,
+        negatives,
+        0.6,
+        jax.random.key(0),
+        jnp.array([1.0]),
+        bins=4,
     )
     np.testing.assert_allclose(report.share, [[0, 0, 0, 1]], atol=1e-6)
     np.testing.assert_allclose(report.error, [0.4], rtol=1e-5)
