@@ -67,7 +67,7 @@ def by_round(
       lines: quantity -> a horizontal line.
       logarithmic: the quantities with a logarithmic axis.
     """
-    figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(5 * len(curves), 3.6), squeeze=False, layout="constrained")
     for axis, (quantity, points) in zip(axes.flat, curves.items(), strict=True):
         value, low, high = np.array(points, float).T
         low, high = np.where(np.isfinite(low), low, value), np.where(np.isfinite(high), high, value)

@@ -530,7 +530,8 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
     @jax.jit
     def probabilities(classifiers: Params, points: Samples) -> Array:
         one = lambda classifier, x: probability(problem)(classifier, x, low)
-        return jax.vmap(lambda x: jax.vmap(one, (0, None))(classifiers, x))(points)
+        each = lambda x: jax.vmap(one, (0, None))(classifiers, x)
+        return distributed.chunked(each, points, problem.chunk)
 
     classifiers = potential.stacked(*(each.classifier for each in rounds))
     alphas = np.array([each.train.alpha for each in rounds])
