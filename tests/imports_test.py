@@ -12,6 +12,9 @@ HOMES = {
     "orbax": "gendiff/checkpoint.py",
     "grain": "gendiff/data",
     "tensorflow_datasets": "gendiff/data",
+    "starlette": "gendiff/feedback",
+    "uvicorn": "gendiff/feedback",
+    "PIL": "gendiff/feedback",
 }
 
 

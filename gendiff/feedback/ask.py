@@ -1,0 +1,207 @@
+"""Opening the labelling page, and waiting until there are labels enough."""
+
+import contextlib
+import dataclasses
+import getpass
+import ipaddress
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gendiff.feedback import consensus, labels, samples
+from gendiff.feedback.board import Board
+from gendiff.feedback.consensus import Classes
+from gendiff.feedback.render import Up
+from gendiff.feedback.samples import Kind, Samples
+
+GRACE = 20.0
+"""Seconds without a mark after which enough labels count as final: the rater may want to take the last one back."""
+FILE = "labels.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a page can be told."""
+
+    labels: Path | None = None
+    """File of labels, made if missing and only ever appended to. Default: labels.jsonl beside the samples."""
+    kind: Kind | None = None
+    """What the samples are. Default: inferred from type, shape and range."""
+    up: Up = "y"
+    """Vertical axis of motions."""
+    meaning: str = ""
+    """What "malign" means, such as "a seven with a stroke": shown on the page, where it can be changed, and kept in the
+    file of labels."""
+    rater: str = ""
+    """Name of the person who marks; the page can change it. Default: the login name."""
+    columns: int = 8
+    """Columns of the grid (the page can change it)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than loopback addresses let other machines in, over an unencrypted connection."""
+    port: int = 8765
+    """Port to listen on; 0 takes a free one."""
+
+
+def print_now(text: str) -> None:
+    """Prints also where the output is a pipe."""
+    print(text, flush=True)
+
+
+def ask(
+    place: Path,
+    malign: int = 1,
+    benign: int = 1,
+    options: Options = Options(),
+    grace: float = GRACE,
+    show: Callable[[str], None] = print_now,
+) -> Classes:
+    """Labels of samples: opens the page until there are enough, or answers at once where there are.
+
+    The page closes when the rater says so on it, when nothing was marked for `grace` seconds although there is enough,
+    or with Ctrl-C.  Every mark is in the file of labels by then.
+
+    Args:
+      place: folder (or array file) of samples, see `samples.load`.
+      malign: how many malign samples are needed.
+      benign: how many benign samples are needed.
+      options: see there.
+      grace: in seconds.
+      show: gets what is to be printed, the address among it.
+
+    Raises:
+      SampleError: the samples cannot be read.
+      LabelError: the labels are of other samples or damaged, or when the page was closed there were too few.
+      OSError: the port is in use, or the file of labels cannot be written.
+      ModuleNotFoundError: labels are missing, and so are the packages for the page.
+    """
+    board = make_board(place, options, need=(malign, benign))
+    if not board.refresh().enough:
+        hold(board, options, grace, show)
+    return consensus.classes(board.samples, board.refresh().marks, malign, benign)
+
+
+def make_board(place: Path, options: Options, need: tuple[int, int] | None = None) -> Board:
+    """The samples and their labels, checked against each other."""
+    if not 1 <= options.columns <= 40:
+        raise ValueError(f"--columns: expected 1 to 40, given {options.columns}")
+    found = samples.load(place, options.kind)
+    rater = options.rater or _login()
+    board = Board(found, label_file(found, options), rater, options.columns, need, options.up)
+    if options.meaning and options.meaning != board.refresh().meaning:
+        board.add([labels.as_json(labels.Meaning(options.meaning, rater, time=labels.now()))])
+    return board
+
+
+def label_file(found: Samples, options: Options) -> Path:
+    """Where the labels of these samples are kept."""
+    return options.labels or found.folder / FILE
+
+
+def hold(board: Board, options: Options, grace: float = GRACE, show: Callable[[str], None] = print_now) -> None:
+    """Serves the page until it is finished (see `ask`) or Ctrl-C."""
+    with serving(board, options) as address:
+        show(invitation(board, options, address))
+        with contextlib.suppress(KeyboardInterrupt):
+            _wait(board, grace)
+
+
+@contextlib.contextmanager
+def serving(board: Board, options: Options) -> Iterator[str]:
+    """The page's address, token included, while a thread serves it.
+
+    Raises:
+      ModuleNotFoundError: the extra `feedback` is not installed.
+    """
+    from gendiff.feedback import server  # only here: who has the labels already needs no web library
+
+    token = secrets.token_urlsafe(24)
+    with contextlib.closing(listen(options.host, options.port)) as listening:
+        host, port = listening.getsockname()[:2]
+        page = server.runner(board, token, loopback=_loopback(host))
+        thread = threading.Thread(target=page.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            while not page.started and thread.is_alive():
+                time.sleep(0.01)
+            if not page.started:
+                raise OSError(f"--port {port}: the page could not be started")
+            name = socket.gethostname() if host in ("0.0.0.0", "::") else _bracketed(host)
+            yield f"http://{name}:{port}/?token={token}"
+        finally:
+            page.should_exit = True
+            thread.join(timeout=10)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+      OSError: names the port, if another program has it, or the address.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise OSError(f"--host {host} --port {port}: expected an address of this machine ({error})") from None
+    try:
+        if os.name == "posix":  # elsewhere it would share the port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        raise OSError(
+            f"--port {port}: expected a free port of {host}, given one that cannot be had ({error.strerror}). "
+            "Close the other page or name another port; 0 takes a free one"
+        ) from None
+    return listening
+
+
+def invitation(board: Board, options: Options, address: str) -> str:
+    """What is printed when the page is open: the address, and how to reach it from elsewhere."""
+    port = address.partition("/?")[0].rpartition(":")[2]
+    host = options.host if _loopback(options.host) else "127.0.0.1"
+    tunnel = f"-N -L {port}:{_bracketed(host)}:{port}"
+    lines = [
+        f"{len(board.samples)} {board.samples.kind}s of {board.samples.place}; labels go to {board.path}",
+        f"  open       {address}",
+        "  from another machine, first run there",
+        f"             ssh {tunnel} {_login()}@{socket.gethostname()}",
+        f"  TPU VM     gcloud compute tpus tpu-vm ssh NAME --zone ZONE -- {tunnel}",
+        "  Ctrl-C stops; every mark is on the disk at once.",
+    ]
+    if not _loopback(options.host):
+        lines.append(f"  warning: {options.host} lets other machines in, and the connection is not encrypted.")
+    return "\n".join(lines)
+
+
+def _wait(board: Board, grace: float) -> None:
+    seen, since = -1, time.monotonic()
+    while not board.finished.wait(0.2):
+        state = board.refresh()
+        if len(state.marks) != seen:
+            seen, since = len(state.marks), time.monotonic()
+        if state.enough and time.monotonic() - since >= grace:
+            return
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        return "rater"

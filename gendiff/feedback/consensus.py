@@ -1,0 +1,160 @@
+"""What several raters say together: the label of each sample, the two classes, and how far the raters agree."""
+
+import collections
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gendiff.feedback.labels import LABELS, Label, LabelError, Mark, latest, seconds
+from gendiff.feedback.samples import Samples
+
+
+class Classes(NamedTuple):
+    """Indices into the samples, in their order."""
+
+    malign: np.ndarray
+    """(M,), int."""
+    benign: np.ndarray
+    """(B,), int."""
+
+
+class Pair(NamedTuple):
+    """Two raters on the samples that both have marked."""
+
+    n: int
+    share: float
+    """Of equal labels, in [0, 1]; NaN without common samples."""
+    kappa: float
+    """Cohen's, at most 1, 0 for chance; NaN where both always say the same one label."""
+
+
+class Agreement(NamedTuple):
+    """How far raters agree, over the three labels."""
+
+    pairs: dict[tuple[str, str], Pair]
+    n: int
+    """Samples that all raters have marked."""
+    kappa: float
+    """Fleiss' over those; NaN with less than two raters, no such samples, or one label only."""
+
+
+def merge(marks: Iterable[Mark]) -> dict[str, Label]:
+    """The label of each marked sample, by content hash: that of most raters, undecided where most are tied."""
+    votes: dict[str, collections.Counter[Label]] = collections.defaultdict(collections.Counter)
+    for mark in latest(marks).values():
+        if mark.label is not None:
+            votes[mark.hash][mark.label] += 1
+    return {content: _winner(counter) for content, counter in votes.items()}
+
+
+def _winner(votes: collections.Counter[Label]) -> Label:
+    ranked = votes.most_common(2)
+    return "undecided" if len(ranked) == 2 and ranked[0][1] == ranked[1][1] else ranked[0][0]
+
+
+def check(samples: Samples, marks: Iterable[Mark]) -> None:
+    """Raises LabelError at the first mark whose content hash is none of the samples'."""
+    known, by_id = set(samples.hashes), dict(zip(samples.ids, samples.hashes, strict=True))
+    for mark in marks:
+        if mark.hash not in known:
+            wanted = f"the content hash {by_id[mark.sample][:12]}" if mark.sample in by_id else "the hash of a sample"
+            raise LabelError(
+                f"label of sample {mark.sample}: expected {wanted} in {samples.place}, given {mark.hash[:12]}: these "
+                "are labels of other samples. They are left as they are: name another file for these samples"
+            )
+
+
+def aligned(samples: Samples, marks: Sequence[Mark]) -> list[Label | None]:
+    """The merged label of each sample, None where it has none; `check` first."""
+    check(samples, marks)
+    merged = merge(marks)
+    return [merged.get(content) for content in samples.hashes]
+
+
+def classes(samples: Samples, marks: Sequence[Mark], malign: int = 1, benign: int = 1) -> Classes:
+    """The malign and the benign samples.
+
+    Args:
+      samples: what was labelled.
+      marks: of one rater or of several.
+      malign: how many malign samples are needed.
+      benign: how many benign samples are needed.
+
+    Raises:
+      LabelError: the marks are of other samples, or there are too few of a class.
+    """
+    merged = aligned(samples, marks)
+    indices = lambda label: np.array([i for i, each in enumerate(merged) if each == label], int)
+    found = Classes(indices("malign"), indices("benign"))
+    if len(found.malign) < malign or len(found.benign) < benign:
+        raise LabelError(
+            f"labels of {samples.place}: expected at least {malign} malign and {benign} benign, given "
+            f"{len(found.malign)} malign and {len(found.benign)} benign ({merged.count('undecided')} undecided, "
+            f"{merged.count(None)} unmarked). All are kept; go on with `python -m gendiff.feedback {samples.place}`"
+        )
+    return found
+
+
+def agreement(marks: Iterable[Mark]) -> Agreement:
+    """Share of equal labels and Cohen's kappa of each two raters, and Fleiss' kappa of all."""
+    by_rater: dict[str, dict[str, Label]] = collections.defaultdict(dict)
+    for mark in latest(marks).values():
+        if mark.label is not None:
+            by_rater[mark.rater][mark.hash] = mark.label
+    pairs = {(a, b): _pair(by_rater[a], by_rater[b]) for a, b in itertools.combinations(sorted(by_rater), 2)}
+    common = sorted(set.intersection(*(set(said) for said in by_rater.values()))) if by_rater else []
+    counts = [[sum(said[content] == label for said in by_rater.values()) for label in LABELS] for content in common]
+    return Agreement(pairs, len(common), fleiss(np.array(counts).reshape(-1, len(LABELS))))
+
+
+def cohen(table: np.ndarray) -> float:
+    """Kappa = (p_o - p_e) / (1 - p_e) of a contingency table (L, L) of two raters' counts (Cohen 1960, eq. 1)."""
+    share = table / table.sum()
+    return _beyond_chance(np.trace(share), share.sum(1) @ share.sum(0))
+
+
+def fleiss(counts: np.ndarray) -> float:
+    """Kappa of (N, L) counts: how many of the n >= 2 raters gave sample i label j (Fleiss 1971, eqs. 3 to 7)."""
+    raters = counts[0].sum() if len(counts) else 0
+    if raters < 2:
+        return math.nan
+    observed = ((counts**2).sum(1) - raters) / (raters * (raters - 1))
+    return _beyond_chance(observed.mean(), ((counts.sum(0) / counts.sum()) ** 2).sum())
+
+
+def _beyond_chance(observed: float, expected: float) -> float:
+    return float((observed - expected) / (1 - expected)) if expected < 1 else math.nan
+
+
+def _pair(first: dict[str, Label], second: dict[str, Label]) -> Pair:
+    table = np.zeros((len(LABELS), len(LABELS)))
+    for content in first.keys() & second.keys():
+        table[LABELS.index(first[content]), LABELS.index(second[content])] += 1
+    n = int(table.sum())
+    return Pair(n, float(np.trace(table)) / n, cohen(table)) if n else Pair(0, math.nan, math.nan)
+
+
+def report(samples: Samples, marks: Sequence[Mark]) -> str:
+    """Counts, minutes and agreement as a few lines of text."""
+    merged, minutes = aligned(samples, marks), seconds(marks)
+    mine = collections.Counter((mark.rater, mark.label) for mark in latest(marks).values())
+    lines = [f"{len(samples) - merged.count(None)} of {len(samples)} {samples.kind}s marked: {_counts(merged.count)}"]
+    for rater in sorted(minutes):
+        lines.append(f"  {rater}: {_counts(lambda label, r=rater: mine[r, label])}; {minutes[rater] / 60:.1f} minutes")
+    agreed = agreement(marks)
+    for (a, b), pair in agreed.pairs.items():
+        lines.append(f"  {a} and {b}: {_percent(pair.share)} equal on {pair.n}, Cohen's kappa {pair.kappa:.2f}")
+    if len(agreed.pairs) > 1:
+        lines.append(f"  all raters: Fleiss' kappa {agreed.kappa:.2f} on {agreed.n}")
+    return "\n".join(lines)
+
+
+def _counts(count: Callable[[Label], int]) -> str:
+    return ", ".join(f"{count(label)} {label}" for label in LABELS)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * share:.0f} %"

@@ -1,0 +1,174 @@
+"""One sample as a picture: a small function for each kind.  Plots are SVG in mid tones, for light and dark pages."""
+
+import io
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from PIL import Image
+from scipy.sparse import csgraph
+
+from gendiff.feedback.samples import Samples
+
+EXACT, SIDE = 256, 512
+"""Pixels of the longer side up to which the grid gets every pixel, and of its copies of larger images."""
+CLOUD, PATHS, FRAMES = 2000, 200, 120
+"""At most so many points, trajectories and frames are drawn."""
+FPS = 20
+INK, FAINT = "#8b5cf6", "#8a919c"
+Up: TypeAlias = Literal["y", "z"]
+
+
+class Picture(NamedTuple):
+    """An encoded picture."""
+
+    body: bytes
+    media: str
+    """Its media type."""
+
+
+class Frame(NamedTuple):
+    """A square window on the plane, the same for all samples of a set."""
+
+    centre: np.ndarray
+    """(2,)."""
+    half: float
+
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """Coordinates (..., 2) in the SVG's box of 100 x 100, y upwards."""
+        return 50 + 50 * (points - self.centre) / self.half * np.array([1, -1])
+
+
+class Drawing(NamedTuple):
+    """How a set of samples is shown."""
+
+    draw: Callable[[int, bool], Picture]
+    """(index, whole): whole asks for every pixel, otherwise large images are shrunk."""
+    backdrop: Picture | None
+    """What lies behind every sample."""
+
+
+def drawing(samples: Samples, up: Up = "y") -> Drawing:
+    """The functions below for each kind, with what the samples have in common."""
+    if samples.kind == "image":
+        return Drawing(lambda i, whole: image(samples[i], whole), None)
+    every = np.asarray(samples.source)
+    if samples.kind == "motion":
+        joined = bones(every, samples.parents)
+        return Drawing(lambda i, whole: motion(samples[i], joined, up), None)
+    window = frame(every)
+    if samples.kind == "point":
+        return Drawing(lambda i, whole: point(samples[i], window), cloud(every, window))
+    return Drawing(lambda i, whole: trajectory(samples[i], window), paths(every, window))
+
+
+def image(sample: np.ndarray, whole: bool = False) -> Picture:
+    """PNG of (H, W) or (H, W, 1, 3 or 4), uint8 or float in [-1, 1]; of large ones a smaller JPEG, unless `whole`."""
+    if sample.dtype != np.uint8:
+        sample = np.floor((np.clip(sample, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
+    picture = Image.fromarray(sample[..., 0] if sample.shape[2:] == (1,) else sample)
+    copy = not whole and max(picture.size) > EXACT
+    if copy:
+        picture.thumbnail((SIDE, SIDE))
+    encoding = "JPEG" if copy and picture.mode != "RGBA" else "PNG"  # JPEG knows no transparency
+    body = io.BytesIO()
+    picture.save(body, encoding, quality=90)
+    return Picture(body.getvalue(), f"image/{encoding.lower()}")
+
+
+def point(sample: np.ndarray, window: Frame) -> Picture:
+    """A point (2,), to lie on the `cloud` of all."""
+    x, y = window.place(sample)
+    ring = f'<circle cx="{x:.2f}" cy="{y:.2f}" r="6" fill="none" stroke="{INK}" stroke-opacity=".5"/>'
+    return _svg(ring + f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{INK}"/>')
+
+
+def cloud(every: np.ndarray, window: Frame) -> Picture:
+    """All points (N, 2), or as many as can be told apart, and the axes."""
+    dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in window.place(_some(every, CLOUD)))
+    return _svg(_axes(window) + f'<path d="{dots}" stroke="{FAINT}" stroke-width="1.3" stroke-linecap="round"/>')
+
+
+def trajectory(sample: np.ndarray, window: Frame) -> Picture:
+    """A path (T, 2) from a dot to a ring."""
+    placed = window.place(sample)
+    (x, y), (u, v) = placed[0], placed[-1]
+    line = f'<path d="{_line(placed)}" fill="none" stroke="{INK}" stroke-width="1.8" stroke-linejoin="round"/>'
+    start = f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.8" fill="{INK}"/>'
+    end = f'<circle cx="{u:.2f}" cy="{v:.2f}" r="2.8" fill="none" stroke="{INK}" stroke-width="1.5"/>'
+    return _svg(line + start + end)
+
+
+def paths(every: np.ndarray, window: Frame) -> Picture:
+    """Some of all trajectories (N, T, 2), faint, and the axes."""
+    lines = "".join(_line(window.place(each)) for each in _some(every, PATHS))
+    return _svg(_axes(window) + f'<path d="{lines}" fill="none" stroke="{FAINT}" stroke-width=".5" opacity=".35"/>')
+
+
+def motion(sample: np.ndarray, joined: np.ndarray, up: Up = "y") -> Picture:
+    """A stick figure (T, J, 3) that moves, with faint figures of a few moments, seen from a side and a little above.
+
+    Args:
+      sample: joint positions in any unit.
+      joined: (B, 2) pairs of joints.
+      up: the vertical axis.
+    """
+    flat = _projected(sample[:: max(1, -(-len(sample) // FRAMES))], up)
+    placed = frame(flat).place(flat)
+    figures = ["".join(_line(moment[pair]) for pair in joined) for moment in placed]
+    ghosts = "".join(figures[i] for i in np.unique(np.linspace(0, len(figures) - 1, 5).astype(int)))
+    drawn = f'stroke-linecap="round" fill="none" d="{figures[0]}" stroke="{INK}" stroke-width="1.8"'
+    moves = f'<animate attributeName="d" dur="{len(sample) / FPS:.2f}s" repeatCount="indefinite"'
+    return _svg(
+        f'<path d="{ghosts}" fill="none" stroke="{FAINT}" stroke-width=".8" opacity=".45"/>'
+        f'<path {drawn}>{moves} values="{";".join(figures)}"/></path>'
+    )
+
+
+def bones(every: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
+    """Pairs of joints (B, 2) of motions (N, T, J, 3): those of `parents`, or a guess.
+
+    The guess is the minimum spanning tree for how much the distance of two joints varies in a few of the motions (bones
+    are stiff), plus a tenth of the mean distance (bones are short).
+    """
+    if parents is not None:
+        return np.array([(joint, parent) for joint, parent in enumerate(parents) if parent >= 0]).reshape(-1, 2)
+    some = _some(every, 20).reshape(-1, *every.shape[2:])
+    apart = np.linalg.norm(some[:, :, None] - some[:, None], axis=-1)
+    cost = apart.std(0) + 0.1 * apart.mean(0)
+    tree = csgraph.minimum_spanning_tree(1 + cost / (cost.max() or 1))  # SciPy takes zeros for no edge
+    return np.stack(tree.nonzero(), axis=1)
+
+
+def frame(points: np.ndarray) -> Frame:
+    """The smallest square around points (..., 2), with a margin."""
+    flat = points.reshape(-1, 2).astype(np.float64)
+    low, high = flat.min(0), flat.max(0)
+    return Frame((low + high) / 2, max(0.56 * float((high - low).max()), 1e-9))
+
+
+def _projected(sample: np.ndarray, up: Up) -> np.ndarray:
+    """(T, J, 3) to (T, J, 2): turned by 35 degrees, seen from 12 degrees above."""
+    turn, above = np.deg2rad(35), np.deg2rad(12)
+    first, vertical, second = (0, 1, 2) if up == "y" else (1, 2, 0)
+    across = np.cos(turn) * sample[..., first] + np.sin(turn) * sample[..., second]
+    away = np.sin(turn) * sample[..., first] - np.cos(turn) * sample[..., second]
+    return np.stack([across, np.cos(above) * sample[..., vertical] + np.sin(above) * away], axis=-1)
+
+
+def _some(every: np.ndarray, most: int) -> np.ndarray:
+    return every[:: max(1, -(-len(every) // most))]
+
+
+def _axes(window: Frame) -> str:
+    x, y = window.place(np.zeros(2)).clip(-1, 101)
+    return f'<path d="M{x:.1f} 0V100M0 {y:.1f}H100" stroke="{FAINT}" stroke-width=".4" stroke-dasharray="1 2"/>'
+
+
+def _line(points: np.ndarray) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _svg(content: str) -> Picture:
+    body = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 100 100">{content}</svg>'
+    return Picture(body.encode(), "image/svg+xml")
