@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import optax
+from jaxtyping import Array, Bool, Float
 
 from gendiff.denoiser import Denoiser
 from gendiff.potential import Potential
@@ -14,6 +15,10 @@ from gendiff.process import Process
 from gendiff.types import Sample, Scalar, Time
 
 Guidance: TypeAlias = Callable[[Denoiser], Denoiser]
+Strength: TypeAlias = Callable[[Time], Scalar]
+"""t -> the factor between grad log r and the shift of x_0."""
+Reward: TypeAlias = Callable[[Sample], Scalar]
+"""log r of a clean sample."""
 
 
 def chain(*guidances: Guidance) -> Guidance:
@@ -27,22 +32,50 @@ def chain(*guidances: Guidance) -> Guidance:
     return guidance
 
 
+def score_strength(process: Process) -> Strength:
+    """sigma^2 / alpha: x_0 is shifted as the score is by grad log r (Tweedie)."""
+    return lambda t: process.sigma(t) ** 2 / process.alpha(t)
+
+
+def mean_strength(process: Process, next_time: Callable[[Time], Time], variance: str = "posterior") -> Strength:
+    """The shift of x_0 that moves the mean of an ancestral step by Sigma grad log r.
+
+    With mu = c_x x + c_0 x_0 it is Sigma / c_0: sigma_s^2 / alpha_s for the posterior variance, and sigma_t^2 / alpha_s
+    for beta_t, on any grid of times.
+
+    Args:
+      next_time: t -> s, the sampler's next time (`lambda t: t - 1` on the full chain of a DDPM; `successor(grid)`).
+      variance: "posterior" or "beta", the Sigma of the sampler.
+    """
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"guidance: variance: expected 'posterior' or 'beta', given {variance!r}")
+
+    def strength(t: Time) -> Scalar:
+        s = next_time(t)
+        return process.sigma(s if variance == "posterior" else t) ** 2 / process.alpha(s)
+
+    return strength
+
+
+def successor(grid: Float[Array, " steps+1"]) -> Callable[[Time], Time]:
+    """t -> the next time of a decreasing grid, the largest that is below t."""
+    return lambda t: jnp.max(jnp.where(grid < t, grid, grid[-1]))
+
+
+def steer(potential: Potential, strength: Strength) -> Guidance:
+    """x_0 + strength(t) grad log r, with the gradient at the noisy x, not through the denoiser."""
+    gradient = jax.grad(potential)
+    return lambda denoiser: lambda x, t: denoiser(x, t) + strength(t) * gradient(x, t)
+
+
 def guide(process: Process, potential: Potential, scale: Scalar | float = 1.0) -> Guidance:
     """Steers with the score form, x_0 + scale sigma^2 / alpha grad log r.
 
-    By Tweedie's formula this is score + scale grad log r: the denoiser of p_t(x) r(x, t)^scale (Gen-neG, eq. 8).  The
-    gradient is taken at the noisy x, not through the denoiser.  A Bayes classifier needs scale 1.
+    By Tweedie's formula this is score + scale grad log r: the denoiser of p_t(x) r(x, t)^scale (Gen-neG, eq. 8).  A
+    Bayes classifier needs scale 1.
     """
-    gradient = jax.grad(potential)
-
-    def guidance(denoiser: Denoiser) -> Denoiser:
-        def guided(x: Sample, t: Time) -> Sample:
-            strength = scale * process.sigma(t) ** 2 / process.alpha(t)
-            return denoiser(x, t) + strength * gradient(x, t)
-
-        return guided
-
-    return guidance
+    strength = score_strength(process)
+    return steer(potential, lambda t: scale * strength(t))
 
 
 def guide_mean(
@@ -54,27 +87,53 @@ def guide_mean(
 ) -> Guidance:
     """Steers with the mean form, mu + scale Sigma grad log r, of Dhariwal and Nichol (2021), Algorithm 1.
 
-    Stated as a denoiser: with mu = c_x x + c_0 x_0 the shift is x_0 + scale Sigma / c_0 grad log r, which is
-    sigma_s^2 / alpha_s for the posterior variance and sigma_t^2 / alpha_s for beta_t.  With the posterior variance the
-    last step (s = 0) is not guided at all, where infractions are decided: prefer `guide`.
+    With the posterior variance the last step (s = 0) is not guided at all, where infractions are decided: prefer
+    `guide`.  Censored sampling's DDPM mode is this with variance "beta".  Arguments: see `mean_strength`.
+    """
+    strength = mean_strength(process, next_time, variance)
+    return steer(potential, lambda t: scale * strength(t))
+
+
+def universal(reward: Reward, strength: Strength) -> Guidance:
+    """x_0 + strength(t) grad_x log r(x_0_hat(x)), with the gradient through the denoiser (Bansal et al. 2023).
 
     Args:
-      next_time: t -> s, the sampler's next time (`lambda t: t - 1` on the full chain of a DDPM).
-      variance: "posterior" or "beta", the Sigma of the sampler.
+      reward: log r of a clean sample.
     """
-    if variance not in ("posterior", "beta"):
-        raise ValueError(f"guide_mean: variance: expected 'posterior' or 'beta', given {variance!r}")
-    gradient = jax.grad(potential)
 
     def guidance(denoiser: Denoiser) -> Denoiser:
         def guided(x: Sample, t: Time) -> Sample:
-            s = next_time(t)
-            noise = process.sigma(s if variance == "posterior" else t)
-            return denoiser(x, t) + scale * noise**2 / process.alpha(s) * gradient(x, t)
+            x0, pull = jax.vjp(lambda x: denoiser(x, t), x)
+            return x0 + strength(t) * pull(jax.grad(reward)(x0))[0]
 
         return guided
 
     return guidance
+
+
+def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: float = 1.0) -> Guidance:
+    """`steps` of Adam from x_0_hat up log r, with fresh moments each time, kept within [low, high] (2307.02770).
+
+    Adam moves a pixel by about `rate` a step whatever the gradient, so none moves by more than about steps * rate.
+    steps = 0 only clips.
+    """
+    if steps < 0:
+        raise ValueError(f"backward: steps: expected 0 or more, given {steps}")
+    optimiser = optax.adam(rate)
+
+    def move(state: tuple, _: None) -> tuple[tuple, None]:
+        x0, moments = state
+        x0 = jnp.clip(x0, low, high)
+        change, moments = optimiser.update(-jax.grad(reward)(x0), moments)
+        return (optax.apply_updates(x0, change), moments), None
+
+    def ascend(x0: Sample) -> Sample:
+        if not steps:
+            return jnp.clip(x0, low, high)
+        (x0, _), _ = jax.lax.scan(move, (x0, optimiser.init(x0)), length=steps)
+        return jnp.clip(x0, low, high)
+
+    return lambda denoiser: lambda x, t: ascend(denoiser(x, t))
 
 
 def clip(low: float | Array, high: float | Array) -> Guidance:

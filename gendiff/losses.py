@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from gendiff import potential
 from gendiff.denoiser import Denoiser, Model
 from gendiff.potential import Logit
 from gendiff.process import Process, perturb
@@ -73,6 +74,25 @@ def regression(model: Model, weight: Weight) -> Loss:
         return weight(t) * jnp.sum((model(params, x, t) - target) ** 2)
 
     return loss
+
+
+def ensemble(loss: Loss) -> Loss:
+    """The sum of a loss over K members: parameters are stacked on axis 0, and so is an example, one for each member.
+
+    The gradient of each member is that of its own loss, so one training run trains all of them (with an optimiser that
+    works element by element, without a common limit on the norm of the gradient).
+    """
+
+    def total(params: Params, key: PRNGKey, examples: Any) -> Scalar:
+        # As numbers: where members are a loop, its gradient reads the keys a second time, on purpose.
+        keys = jax.random.key_data(jax.random.split(key, potential.leading_size(params)))
+        return jnp.sum(
+            potential.over_members(
+                lambda each: loss(each[0], jax.random.wrap_key_data(each[1]), each[2]), (params, keys, examples)
+            )
+        )
+
+    return total
 
 
 def mean(loss: Loss) -> Loss:

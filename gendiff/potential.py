@@ -37,12 +37,12 @@ def stack(potential: Logit, params: Params) -> Potential:
     def potential_of_all(x: Sample, t: Time) -> Scalar:
         @jax.custom_jvp
         def value(x: Sample) -> Scalar:
-            return jnp.sum(_each(lambda member: potential(member, x, t), params))
+            return jnp.sum(over_members(lambda member: potential(member, x, t), params))
 
         @value.defjvp
         def value_and_change(primals: tuple[Sample], tangents: tuple[Sample]) -> tuple[Scalar, Scalar]:
             member = lambda member: jax.value_and_grad(potential, 1)(member, *primals, t)
-            values, gradients = _each(member, params)
+            values, gradients = over_members(member, params)
             return jnp.sum(values), jnp.sum(jnp.sum(gradients, 0) * tangents[0])
 
         return value(x)
@@ -50,7 +50,7 @@ def stack(potential: Logit, params: Params) -> Potential:
     return potential_of_all
 
 
-def _each(function: Callable[[Params], Any], members: Params) -> Any:
+def over_members(function: Callable[[Params], Any], members: Params) -> Any:
     """`vmap(function)(members)`; on a CPU one member after the other, since what one needs fits the cache."""
     return jax.lax.map(function, members) if jax.default_backend() == "cpu" else jax.vmap(function)(members)
 

@@ -1,11 +1,11 @@
 """Kernel: (key, x_t, t, s) -> x_s with s < t.  Sampler: a `lax.scan` of a kernel down a grid of times."""
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from gendiff.denoiser import Denoiser
 from gendiff.process import Process, posterior, transition
@@ -102,6 +102,30 @@ def heun(
     return kernel
 
 
+def recurrent(process: Process, kernel: Kernel, times: int) -> Kernel:
+    """`kernel` taken `times` times in each step, with its result noised back from s to t in between (Bansal et al.
+    2023).
+
+    The noise is the process's own q(x_t | x_s), so x_t keeps its distribution.  times = 1 is `kernel`.
+    """
+    if times < 1:
+        raise ValueError(f"recurrent: times: expected 1 or more, given {times}")
+
+    def recurring(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
+        ratio, variance = transition(process, t, s)
+
+        def once(carry: tuple[Sample, Sample], i: Array) -> tuple[tuple[Sample, Sample], None]:
+            x, _ = carry
+            move_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+            new = kernel(move_key, x, t, s)
+            back = ratio * new + jnp.sqrt(jnp.maximum(variance, 0.0)) * jax.random.normal(noise_key, x.shape)
+            return (back, new), None
+
+        return jax.lax.scan(once, (x, x), jnp.arange(times))[0][1]
+
+    return kernel if times == 1 else recurring
+
+
 def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
     """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in float32."""
     steps = len(grid) - 1
@@ -109,10 +133,25 @@ def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key
     return refine(kernel, grid, key, x)
 
 
-def refine(kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, x: Sample) -> Sample:
+def watched(
+    process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple
+) -> tuple[Sample, Int[Array, ""]]:
+    """`sample`, and the number of its steps that gave finite numbers: less than `steps` where guidance diverged."""
+    steps = len(grid) - 1
+
+    def kept(key: PRNGKey, state: tuple, t: Time, s: Time) -> tuple:
+        x, finite = state
+        new = kernel(key, x, t, s)
+        return new, finite + jnp.all(jnp.isfinite(new)).astype(jnp.int32)
+
+    x = process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, steps), shape)
+    return refine(kept, grid, key, (x, jnp.zeros((), jnp.int32)))
+
+
+def refine(kernel: Callable, grid: Float[Array, " steps+1"], key: PRNGKey, x: Any) -> Any:
     """Runs `kernel` down `grid` from x, a sample at time grid[0]."""
 
-    def step(x: Sample, move: tuple) -> tuple[Sample, None]:
+    def step(x: Any, move: tuple) -> tuple[Any, None]:
         i, t, s = move
         return kernel(jax.random.fold_in(key, i), x, t, s), None
 

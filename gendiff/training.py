@@ -8,7 +8,7 @@ from the host, with progress, checkpoints and resume.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +45,21 @@ class NotFinite(FloatingPointError):
 
 
 def adam(settings: "Settings") -> optax.GradientTransformation:
-    """Adam with clipped gradients; the rate rises linearly over `warmup` steps, then falls along a cosine or stays."""
+    """Adam (AdamW where there is weight decay) with clipped gradients and a schedule for the rate."""
     rate, warmup, steps = settings.rate, settings.warmup, settings.steps
     first = 0.0 if warmup else rate
-    if settings.cosine:
+    if settings.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(first, rate, warmup, max(steps, warmup + 1))
+    elif settings.schedule == "linear":
+        rise, fall = (
+            optax.linear_schedule(first, rate, warmup),
+            optax.linear_schedule(rate, 0.0, max(steps - warmup, 1)),
+        )
+        schedule = optax.join_schedules([rise, fall], [warmup])
     else:
         schedule = optax.warmup_constant_schedule(first, rate, warmup)
-    return optax.chain(optax.clip_by_global_norm(settings.clip), optax.adam(schedule))
+    clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
+    return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay))
 
 
 def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) -> State:
@@ -143,10 +150,12 @@ class Settings(NamedTuple):
     every: int = 500
     """Steps between validations, checkpoints and reports."""
     warmup: int = 0
-    cosine: bool = True
-    """The rate falls to 0 along a cosine."""
-    clip: float = 1.0
-    """Largest norm of a gradient."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls to 0 by the last step, after the warm-up; or that it stays."""
+    clip: float | None = 1.0
+    """Largest norm of a gradient; None for no limit."""
+    weight_decay: float = 0.0
+    """Decoupled (AdamW), relative to the rate."""
     patience: int | None = None
     """Stop when the validation loss has not improved for so many steps."""
 
@@ -180,7 +189,7 @@ def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[S
 
 def train(
     key: PRNGKey,
-    params: Params,
+    params: Params | State,
     task: Callable[[Any], Task],
     context: Any,
     settings: Settings,
@@ -191,6 +200,8 @@ def train(
     stopped.
 
     Args:
+      params: to begin from; or a `State` to go on from, with its moments, key and step (so `settings.steps` counts the
+        steps of both runs).
       task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the
         compiled program and not constants in it.  Runs that share the function (see `functools.cache`) share the
         program.
@@ -202,7 +213,8 @@ def train(
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
     """
     mesh = distributed.training_mesh() if host.mesh is None else host.mesh
-    state = distributed.replicate(mesh, _begin(settings, key, params))
+    begun = params if isinstance(params, State) else _begin(settings, key, params)
+    state = distributed.replicate(mesh, begun)
     context = distributed.replicate(mesh, context)
     if host.checkpoints is not None:
         state = host.checkpoints.restore(state, data)
@@ -232,6 +244,20 @@ def train(
             host.checkpoints.save(int(state.step), state, data)
         host.report(int(state.step), values)
     return state
+
+
+def packed(state: State) -> dict[str, Any]:
+    """The arrays of a state as a flat dict, to store it as the result of a phase; `unpacked` gives the state back."""
+    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    return {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}
+
+
+def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> State:
+    """The state that was `packed`; `params` and `settings` say of what structure."""
+    key = jax.random.key(0)
+    like = jax.eval_shape(partial(_begin, settings), key, params)._replace(key=jax.random.key_data(key))
+    state = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in sorted(arrays)])
+    return state._replace(key=jax.random.wrap_key_data(state.key))
 
 
 # A task that is the same function, with settings that are equal, runs the same compiled program.

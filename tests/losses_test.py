@@ -180,3 +180,15 @@ def test_mean_is_over_the_batch_with_a_key_each():
     draw = losses.mean(lambda params, key, example: jax.random.uniform(key))
     # The mean of n uniforms; with one key for all it would be one uniform.
     assert abs(float(draw(0.0, jax.random.key(1), batch)) - 0.5) < stats.norm.isf(FALSE_ALARM / 2) / np.sqrt(12 * n)
+
+
+def test_ensemble_trains_each_member_by_its_own_loss():
+    loss = lambda params, key, x: (params["a"] * x - 1) ** 2 + 0 * jax.random.normal(key)
+    members = {"a": jnp.array([0.5, -1.0, 2.0])}
+    examples = jnp.array([1.0, 3.0, -2.0])
+    value, gradient = jax.value_and_grad(losses.ensemble(loss))(members, jax.random.key(0), examples)
+    each = [
+        jax.value_and_grad(loss)({"a": a}, jax.random.key(0), x) for a, x in zip(members["a"], examples, strict=True)
+    ]
+    np.testing.assert_allclose(value, sum(v for v, _ in each), rtol=1e-6)
+    np.testing.assert_allclose(gradient["a"], [g["a"] for _, g in each], rtol=1e-6)

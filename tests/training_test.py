@@ -33,19 +33,20 @@ def slope(params, key, example):
 
 
 @pytest.mark.parametrize("warmup", [0, 4])
-@pytest.mark.parametrize("cosine", [False, True])
-def test_rate_follows_its_schedule(warmup, cosine):
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_rate_follows_its_schedule(warmup, schedule):
     steps, rate = 12, 0.1
-    path, _ = run_steps(Settings(steps, rate, warmup=warmup, cosine=cosine), slope, [jnp.ones(3)] * steps)
+    path, _ = run_steps(Settings(steps, rate, warmup=warmup, schedule=schedule), slope, [jnp.ones(3)] * steps)
     k = np.arange(steps)
-    fall = 0.5 * (1 + np.cos(np.pi * (k - warmup) / (steps - warmup))) if cosine else np.ones(steps)
+    done = (k - warmup) / (steps - warmup)
+    fall = {"constant": np.ones(steps), "linear": 1 - done, "cosine": 0.5 * (1 + np.cos(np.pi * done))}[schedule]
     rates = np.where(k < warmup, rate * k / max(warmup, 1), rate * fall)
     np.testing.assert_allclose(path, -np.cumsum(rates), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.999])
 def test_ema_is_a_moving_average_with_a_quick_start(decay):
-    path, ema = run_steps(Settings(20, 0.1, decay=decay, cosine=False), slope, [jnp.ones(2)] * 20)
+    path, ema = run_steps(Settings(20, 0.1, decay=decay, schedule="constant"), slope, [jnp.ones(2)] * 20)
     expected, average = [], 0.0
     for k, params in enumerate(path):
         d = min(decay, (1 + k) / (10 + k))
@@ -54,9 +55,39 @@ def test_ema_is_a_moving_average_with_a_quick_start(decay):
     np.testing.assert_allclose(ema, expected, rtol=1e-5)
 
 
+def test_weight_decay_is_decoupled():
+    # Loshchilov and Hutter 2019: with a loss that is constant only the decay is left, w (1 - rate decay)^n.
+    settings = Settings(5, 0.1, schedule="constant", weight_decay=0.5, clip=None)
+    optimiser = training.adam(settings)
+    step = training.make_step(lambda params, key, example: 0 * params * example, optimiser)
+    state = training.init(jax.random.key(0), jnp.float32(2.0), optimiser)
+    for _ in range(5):
+        state, _ = step(state, jnp.ones(2))
+    np.testing.assert_allclose(state.params, 2.0 * (1 - 0.1 * 0.5) ** 5, rtol=1e-6)
+
+
+def test_run_goes_on_from_a_state():
+    # 8 steps, then on to 20, are 20 steps: moments, key and step are carried over.
+    run = lambda start, steps: training.train(
+        jax.random.key(1), start, drawn, jnp.asarray(DATA), Settings(steps, 0.1, schedule="constant", every=4)
+    )
+    half = run(START, 8)
+    np.testing.assert_array_equal(run(half, 20).params["w"], run(START, 20).params["w"])
+    assert not half.params["w"].is_deleted()
+
+
+def test_packed_state_is_the_state():
+    settings = Settings(8, 0.1, every=4)
+    state = training.train(jax.random.key(1), START, drawn, jnp.asarray(DATA), settings)
+    again = training.unpacked(jax.tree.map(np.asarray, training.packed(state)), START, settings)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), again, state)
+    assert all(jax.tree.leaves(same))
+
+
 def test_gradients_are_clipped_and_reported_before():
     # After a gradient of 1000 Adam would hardly move for a gradient of 1; clipped to 1, both move by the rate.
-    settings = Settings(2, 0.1, cosine=False, clip=1.0)
+    settings = Settings(2, 0.1, schedule="constant", clip=1.0)
     path, _ = run_steps(settings, slope, [jnp.array([1000.0]), jnp.array([1.0])])
     np.testing.assert_allclose(path, [-0.1, -0.2], rtol=1e-5)
     step = training.make_step(slope, training.adam(settings))
@@ -257,7 +288,7 @@ def test_not_finite_stops_after_the_last_good_checkpoint(tmp_path):
 
 def test_best_is_kept_and_patience_ends_the_run():
     # Adam walks down by 0.1 a step; the validation loss is least where the EMA passes -0.32.
-    settings = Settings(60, 0.1, decay=0.5, every=2, cosine=False, patience=6)
+    settings = Settings(60, 0.1, decay=0.5, every=2, schedule="constant", patience=6)
     _, ema = run_steps(settings, slope, [jnp.ones(2)] * 60)
     validation = (np.array(ema) + 0.32) ** 2
     reports = {}

@@ -308,7 +308,7 @@ class Run:
         config, setup = self.config, self.problem
         levels, held_out = min(32, config.elbo_levels), min(4000, config.elbo_points)
         settings = training.Settings(
-            config.baseline_steps, decay=0.998, cosine=False, every=min(500, config.baseline_steps),
+            config.baseline_steps, decay=0.998, schedule="constant", every=min(500, config.baseline_steps),
             patience=config.patience,
         )  # fmt: skip
 

@@ -94,7 +94,7 @@ def sample(problem: Problem, guided: Guided, n: int, key: Array) -> Callable[[],
 def train(problem: Problem, theta: Params, points: Array, steps: int, key: Array) -> Callable[[], Any]:
     """Goes on training theta for `steps` full batches, as `training.train` does between two validations."""
     mesh = distributed.training_mesh()
-    optimiser = training.adam(training.Settings(6000, cosine=False))
+    optimiser = training.adam(training.Settings(6000, schedule="constant"))
     step = training.make_step(losses.denoising(problem.process, problem.model, problem.weight), optimiser, 0.998)
     state = distributed.replicate(mesh, training.init(key, theta, optimiser))
     points = distributed.replicate(mesh, points)
