@@ -107,3 +107,73 @@ def calibration(path: Path, reports: Mapping[str, Any], alphas: Mapping[str, flo
         below.legend(fontsize=6, title="noise level", title_fontsize=6)
     figure.tight_layout()
     _save(figure, path)
+
+
+def image_sheets(
+    path: Path, sheets: Mapping[str, tuple[np.ndarray, np.ndarray]], across: int = 10, down: int = 6
+) -> None:
+    """Sample sheets of images (n, h, w, 1) in [-1, 1], each malign one in a red frame.
+
+    Args:
+      sheets: title -> (images, benign).
+    """
+    columns = min(4, len(sheets))
+    lines = -(-len(sheets) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.5 * lines), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, (images, benign)) in zip(axes.flat, sheets.items(), strict=False):
+        axis.imshow(_sheet(images[: across * down], benign[: across * down], across, down), interpolation="nearest")
+        axis.set_title(f"{title}: {(~benign).sum()} of {len(benign)} malign", fontsize=8)
+    _save(figure, path)
+
+
+def _sheet(images: np.ndarray, benign: np.ndarray, across: int, down: int) -> np.ndarray:
+    side = images.shape[1] + 2
+    sheet = np.ones((down * side, across * side, 3))
+    for i, (image, good) in enumerate(zip(images, benign, strict=True)):
+        tile = np.ones((side, side, 3)) if good else np.tile([0.82, 0.2, 0.18], (side, side, 1))
+        tile[1:-1, 1:-1] = np.clip((image + 1) / 2, 0, 1)
+        row, column = divmod(i, across)
+        sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = tile
+    return sheet
+
+
+def trade_off(path: Path, curve: Mapping[float, tuple[Any, Any]], others: Mapping[str, tuple[Any, Any]]) -> None:
+    """Malign rate against recall along omega, and for other ways.
+
+    Args:
+      curve: omega -> (recall, malign rate), as estimates.
+      others: title -> the same.
+    """
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    axis.plot(*zip(*[(r.value, m.value) for r, m in curve.values()], strict=True), "-", color=GOOD, lw=1)
+    for scale, (r, m) in curve.items():
+        _cross(axis, r, m, GOOD, "o")
+        axis.annotate(f"{scale:g}", (r.value, m.value), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    for marker, (name, (r, m)) in zip("s^Dv", others.items(), strict=False):
+        _cross(axis, r, m, BAD, marker, name)
+    axis.set(xlabel="recall", ylabel="malign rate", title="the numbers are omega")
+    axis.set_yscale("symlog", linthresh=0.005)
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _cross(axis: Any, x: Any, y: Any, color: str, marker: str, label: str | None = None) -> None:
+    errors = [[[max(e.value - e.low, 0)], [max(e.high - e.value, 0)]] for e in (x, y)]
+    axis.errorbar(x.value, y.value, xerr=errors[0], yerr=errors[1], marker=marker, color=color, lw=0.8, label=label)
+
+
+def by_labels(path: Path, curves: Mapping[str, Sequence[tuple[int, Any]]]) -> None:
+    """Malign rate against the number of labels, with intervals."""
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for color, (name, points) in zip((LINE, GOOD), curves.items(), strict=False):
+        x, y = [n for n, _ in points], [each.value for _, each in points]
+        low, high = [each.value - each.low for _, each in points], [each.high - each.value for _, each in points]
+        axis.errorbar(x, y, (np.maximum(low, 0), np.maximum(high, 0)), marker="o", color=color, capsize=2, label=name)
+    axis.set(xlabel="labels", ylabel="malign rate", xscale="log")
+    axis.set_xticks(x, [str(n) for n in x])
+    axis.minorticks_off()
+    axis.legend()
+    _save(figure, path)

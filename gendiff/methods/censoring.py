@@ -27,7 +27,7 @@ from gendiff.process import Process
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
-"""Samples (n, *shape) -> True where benign: a person's marks, or an oracle."""
+"""Samples (n, *shape) -> 1 where benign, 0 where malign, NaN where undecided: a person's marks, or an oracle."""
 Draw: TypeAlias = Callable[[PRNGKey], Samples]
 """key -> a batch of samples."""
 
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 class Censoring(NamedTuple):
     """How the rewards guide (section 1.5 of the method: names of the reference in brackets)."""
 
-    scale: float = 1.0
+    scale: Scalar | float = 1.0
     """omega, on the sum over the ensemble."""
     recurrence: int = 1
     """R, passes through each step."""
@@ -180,8 +180,9 @@ def draw(
       Diverged: a sample is not finite.
     """
     check(settings)
-    given = distributed.place(mesh, (theta, rewards, key))
-    samples, finite = map(np.asarray, _draw(problem, settings, n, mesh, *given))
+    given = distributed.place(mesh, (theta, rewards, key, float(settings.scale)))
+    # The scale is an argument, so that all scales share one program.
+    samples, finite = map(np.asarray, _draw(problem, settings._replace(scale=0.0), n, mesh, *given))
     if finite.min() < problem.steps:
         raise Diverged(
             f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {n} samples, first in step "
@@ -204,9 +205,16 @@ def check(settings: Censoring) -> None:
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _draw(
-    problem: Problem, settings: Censoring, n: int, mesh: Any, theta: Params, rewards: Params, key: PRNGKey
+    problem: Problem,
+    settings: Censoring,
+    n: int,
+    mesh: Any,
+    theta: Params,
+    rewards: Params,
+    key: PRNGKey,
+    scale: Scalar,
 ) -> tuple[Samples, Int[Array, " n"]]:
-    step = kernel(problem, theta, rewards, settings)
+    step = kernel(problem, theta, rewards, settings._replace(scale=scale))
     grid = problem.process.grid(problem.steps)
     one = lambda key: sampling.watched(problem.process, step, grid, key, problem.shape)
     return distributed.chunked(one, jax.random.split(key, n), problem.chunk, mesh)
@@ -239,17 +247,18 @@ def collect(draw: Draw, rater: Rater, malign: int, benign: int, budget: int, key
     while True:
         samples = np.asarray(draw(jax.random.fold_in(key, len(found))))[: budget - sum(map(len, found))]
         found.append(samples)
-        marks.append(np.asarray(rater(samples), bool))
-        is_benign = np.concatenate(marks)
-        enough = np.flatnonzero((np.cumsum(~is_benign) >= malign) & (np.cumsum(is_benign) >= benign))
+        marks.append(np.asarray(rater(samples), np.float64))
+        if marks[-1].shape != (len(samples),):
+            raise ValueError(f"censoring: labels: expected one a sample, ({len(samples)},), given {marks[-1].shape}")
+        mark = np.concatenate(marks)
+        enough = np.flatnonzero((np.cumsum(mark == 0) >= malign) & (np.cumsum(mark == 1) >= benign))
         if len(enough):
-            seen = np.concatenate(found)[: enough[0] + 1]
-            is_benign = is_benign[: enough[0] + 1]
-            return Labelled(seen[~is_benign][:malign], seen[is_benign], len(seen))
-        if len(is_benign) >= budget:
+            seen, mark = np.concatenate(found)[: enough[0] + 1], mark[: enough[0] + 1]
+            return Labelled(seen[mark == 0][:malign], seen[mark == 1], len(seen))
+        if len(mark) >= budget:
             raise ValueError(
                 f"censoring: labels: expected {malign} malign and {benign} benign samples within {budget}, given "
-                f"{np.sum(~is_benign)} and {np.sum(is_benign)}"
+                f"{np.sum(mark == 0)} and {np.sum(mark == 1)}"
             )
 
 
@@ -276,10 +285,14 @@ def augmented(
     images = np.stack([np.concatenate(pair) for pair in pairs])
     labels = np.stack([np.repeat([0.0, 1.0], [len(malign), len(benign)]) for malign, benign in pairs])
     keys = jax.random.split(key, (len(pairs), copies, images.shape[1]))
-    over_members = jax.vmap(jax.vmap(jax.vmap(change), (0, None)))
-    changed = np.asarray(jax.jit(over_members)(keys, jnp.asarray(images)))
+    changed = np.asarray(_changed(change, keys, jnp.asarray(images, jnp.float32)))
     every = np.concatenate([images[:, None], changed], 1)
     return Sets(every.reshape(len(pairs), -1, *images.shape[2:]), np.tile(labels, (1, copies + 1)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _changed(change: Callable[[PRNGKey, Sample], Sample], keys: PRNGKey, images: Array) -> Array:
+    return jax.vmap(jax.vmap(jax.vmap(change), (0, None)))(keys, images)
 
 
 def rotation(degrees: float, background: float = -1.0) -> Callable[[PRNGKey, Sample], Sample]:
@@ -316,7 +329,10 @@ def fit(
     for name, there in (("malign", sets.labels == 0), ("benign", sets.labels == 1)):
         if not np.all(np.any(there, axis=1)):
             raise ValueError(f"censoring: {name}: expected at least one label for every reward, given none")
-    context = (jnp.asarray(sets.images, jnp.float32), jnp.asarray(sets.labels, jnp.float32))
+    # Padded, so that sets of other sizes share the compiled program.
+    n = sets.labels.shape[1]
+    pad = lambda a: np.pad(a, [(0, 0), (0, (1 << max(n - 1, 255).bit_length()) - n)] + [(0, 0)] * (a.ndim - 2))
+    context = (*(jnp.asarray(pad(a), jnp.float32) for a in sets), jnp.int32(n))
     task = reward_task(problem, settings.batch, settings.benign_weight)
     return training.train(key, start, task, context, settings.training, host)
 
@@ -325,9 +341,9 @@ def fit(
 def reward_task(problem: Problem, batch: int, benign_weight: float) -> Callable[[tuple], training.Task]:
     """alpha-weighted cross-entropy, -alpha y log r - (1 - y) log (1 - r), at uniform times, of all members."""
 
-    def task(context: tuple[Array, Array]) -> training.Task:
-        images, labels = context
-        members, n = labels.shape
+    def task(context: tuple[Array, Array, Array]) -> training.Task:
+        images, labels, n = context
+        members = len(labels)
 
         def draw_batch(key: PRNGKey) -> tuple:
             rows = jax.random.randint(key, (batch, members), 0, n)

@@ -1,0 +1,1 @@
+"""Public PyTorch checkpoints -> Flax parameters; the only folder that knows PyTorch."""

@@ -1,0 +1,35 @@
+"""torchvision's ResNet checkpoints -> `gendiff.nets.resnet`."""
+
+import jax
+import numpy as np
+
+from gendiff.convert import state_dict
+from gendiff.convert.state_dict import StateDict
+from gendiff.types import Params
+
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def resnet(state: StateDict, like: Params) -> Params:
+    """Variables (`params` and `batch_stats`) of a `ResNet`.
+
+    Args:
+      state: `state_dict.read(file)`.
+      like: `jax.eval_shape(net.init, key, x)`, with as many outputs as the checkpoint; `with_head_of` exchanges them.
+
+    Raises:
+      ValueError: keys or shapes differ from the network's; the message names them.
+    """
+    kept = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    return state_dict.parameters(kept, like, name)
+
+
+def name(path: tuple[str, ...]) -> str:
+    """The key of a leaf: params/layer2_0/downsample_0/kernel -> layer2.0.downsample.0.weight."""
+    *layers, leaf = path[1:]
+    return ".".join([*(layer.replace("_", ".") for layer in layers), LEAVES[leaf]])
+
+
+def with_head_of(variables: Params, start: Params) -> Params:
+    """The variables with the last layer of `start`: a network for other classes on the features of the first."""
+    return variables | {"params": variables["params"] | {"fc": jax.tree.map(np.asarray, start["params"]["fc"])}}

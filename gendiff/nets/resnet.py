@@ -1,0 +1,114 @@
+"""ResNet-18 (He et al. 2016, "Deep residual learning for image recognition") with one logit, for clean images.
+
+Structure and initial values are torchvision's, whose ImageNet weights `gendiff.convert` reads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float
+
+from gendiff.nets.conv import Conv, Linear
+from gendiff.types import Scalar
+
+BATCH = "batch"
+"""Name of the mapped axis over which the statistics of a batch are taken."""
+Image = Float[Array, "h w c"]
+
+kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class BatchNorm(nn.Module):
+    """Normalisation of channels by the moments of a batch in training, and by their running averages otherwise.
+
+    As PyTorch's: the batch is normalised by its biased variance, and the running variance averages the unbiased one.
+    In training the examples are mapped by `vmap(..., axis_name="batch")`.
+    """
+
+    momentum: float = 0.1
+    """Weight of the newest batch in the running averages."""
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Image, train: bool = False) -> Image:
+        """The normalised image; in training the collection `batch_stats` is updated and must be mutable."""
+        shape = (x.shape[-1],)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        variance = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
+        if not train or self.is_initializing():
+            return _affine(x, mean.value, variance.value + self.eps, scale, bias)
+        now = lax.pmean(jnp.mean(x, (0, 1)), BATCH)
+        spread = lax.pmean(jnp.mean((x - now[None, None]) ** 2, (0, 1)), BATCH)
+        count = lax.psum(x.shape[0] * x.shape[1], BATCH)
+        keep = 1 - self.momentum
+        mean.value = keep * mean.value + self.momentum * lax.stop_gradient(now)
+        variance.value = keep * variance.value + self.momentum * lax.stop_gradient(spread) * (count / (count - 1))
+        return _affine(x, now, spread + self.eps, scale, bias)
+
+
+def _affine(x: Image, mean: Array, variance: Array, scale: Array, bias: Array) -> Image:
+    factor = scale * lax.rsqrt(variance)
+    return x * factor[None, None] + (bias - mean * factor)[None, None]
+
+
+def max_pool(x: Image) -> Image:
+    """The largest of 3 x 3 pixels around every other pixel, as a maximum of slices: fast with all its derivatives."""
+    h, w, _ = x.shape
+    x = jnp.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    y = x[:h:2, :w:2]
+    for i, j in ((0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)):
+        y = jnp.maximum(y, x[i : h + i : 2, j : w + j : 2])
+    return y
+
+
+class Block(nn.Module):
+    """relu(skip(x) + norm(conv(relu(norm(conv(x))))))."""
+
+    features: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Image, train: bool) -> Image:
+        """The block's output."""
+        conv = lambda name, window, stride: Conv(self.features, window, stride, bias=False, initial=kaiming, name=name)
+        h = nn.relu(BatchNorm(name="bn1")(conv("conv1", (3, 3), self.stride)(x), train))
+        h = BatchNorm(name="bn2")(conv("conv2", (3, 3), 1)(h), train)
+        if self.stride > 1 or x.shape[-1] != self.features:
+            x = BatchNorm(name="downsample_1")(conv("downsample_0", (1, 1), self.stride)(x), train)
+        return nn.relu(h + x)
+
+
+class ResNet(nn.Module):
+    """x -> logit: ResNet-18 for one image, of 11,177,025 parameters with one output and three channels.
+
+    Variables are `params` and `batch_stats`.  For guidance `apply(variables, x)` is a pure function of one image; in
+    training a batch is needed, see `train_logits`.
+    """
+
+    outputs: int | None = None
+    """Number of logits; None for one, as a scalar."""
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+
+    @nn.compact
+    def __call__(self, x: Image, train: bool = False) -> Scalar | Float[Array, " outputs"]:
+        """The logit of an image of any extents, or the logits (outputs,)."""
+        h = Conv(self.widths[0], (7, 7), 2, bias=False, initial=kaiming, name="conv1")(x)
+        h = max_pool(nn.relu(BatchNorm(name="bn1")(h, train)))
+        for level, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):
+            for i in range(count):
+                stride = 2 if level and not i else 1
+                h = Block(width, stride, name=f"layer{level + 1}_{i}")(h, train)
+        logits = Linear(self.outputs or 1, name="fc")(jnp.mean(h, (0, 1)))
+        return logits[0] if self.outputs is None else logits
+
+
+def train_logits(net: ResNet, variables: Any, images: Float[Array, "n h w c"]) -> tuple[Float[Array, " n"], Any]:
+    """Logits (n,) of a batch, normalised by its own moments, and the `batch_stats` after it."""
+    one = lambda x: net.apply(variables, x, train=True, mutable=["batch_stats"])
+    logits, updated = jax.vmap(one, axis_name=BATCH, out_axes=(0, None))(images)
+    return logits, updated["batch_stats"]

@@ -1,0 +1,294 @@
+"""ADM's U-Net, a network for denoisers of images, and its encoder, a classifier of noisy images (Dhariwal and Nichol
+2021, "Diffusion models beat GANs on image synthesis", section 3 and appendix H).
+
+Both are functions of one image (h, w, c) and one time; the structure, the initial values and the order of the channels
+are those of the public checkpoints, which `gendiff.convert` reads.  The arithmetic follows the type of image and
+parameters, except for norms, softmax and embedding, which are in float32.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.initializers import normal, ones, zeros
+from jaxtyping import Array, Float, Int
+
+from gendiff.nets.conv import Conv, Linear
+from gendiff.types import Scalar, Time
+
+Image = Float[Array, "h w c"]
+Embedding = Float[Array, " e"]
+
+
+def embedding(t: Time, features: int) -> Embedding:
+    """cos, then sin, of t exp(-ln(10000) i / n) for i < n = features / 2, with t in steps 0 .. T - 1."""
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(features // 2, dtype=jnp.float32) / (features // 2))
+    angles = jnp.asarray(t, jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of one image, in float32, and a modulation (FiLM) of the result: y (1 + scale) + shift.
+
+    The channels form 32 groups, or the largest divisor below that leaves `least` channels in each: public checkpoints
+    have at least 4 if their width is 128 or more.
+    """
+
+    least: int = 4
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Image, film: tuple[Array, Array] | None = None) -> Image:
+        """The normalised image, modulated by scale and shift (c,)."""
+        channels = x.shape[-1]
+        count = groups(channels, self.least)
+        scale = self.param("scale", ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", zeros, (channels,)).astype(jnp.float32)
+        values = x.astype(jnp.float32)
+        # Sums over pixels first; between channels and groups by a matrix of zeros and ones, for XLA on a CPU would look
+        # up the group of every pixel anew and lose a factor of two in all that follows.
+        member = (jnp.arange(channels)[:, None] // (channels // count) == jnp.arange(count)[None]).astype(jnp.float32)
+        times = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+        pixels = x.size // count
+        mean = times(jnp.sum(values, (0, 1)), member) / pixels
+        square = times(jnp.sum(values**2, (0, 1)), member) / pixels
+        size = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.eps)
+        # One multiplication and one addition for each pixel, whatever is behind them.
+        factor = times(size, member.T) * scale
+        offset = bias - times(mean, member.T) * factor
+        if film is not None:
+            factor, offset = factor * (1 + film[0]), offset * (1 + film[0]) + film[1]
+        return (values * factor[None, None] + offset[None, None]).astype(x.dtype)
+
+
+def groups(channels: int, least: int) -> int:
+    """The largest divisor of `channels` up to 32 that leaves at least `least` channels in a group; 1 if there is none."""
+    most = max(1, min(32, channels // least))
+    return next(count for count in range(most, 0, -1) if channels % count == 0)
+
+
+def halved(x: Image) -> Image:
+    """Means over 2 x 2 pixels."""
+    h, w, c = x.shape
+    return jnp.mean(x.reshape(h // 2, 2, w // 2, 2, c), (1, 3))
+
+
+def doubled(x: Image) -> Image:
+    """Every pixel 2 x 2 times."""
+    h, w, c = x.shape
+    return jnp.broadcast_to(x[:, None, :, None], (h, 2, w, 2, c)).reshape(2 * h, 2 * w, c)
+
+
+class Residual(nn.Module):
+    """x + Conv(silu(norm(h))), h = Conv(silu(norm(x))), with the embedding in the second norm (FiLM) or added to h."""
+
+    features: int
+    resample: str = ""
+    """ "down" or "up": halves or doubles h before its first convolution, and x."""
+    film: bool = True
+    dropout: float = 0.0
+    least: int = 4
+
+    @nn.compact
+    def __call__(self, x: Image, e: Embedding, train: bool = False) -> Image:
+        """The block's output; `train` switches dropout on."""
+        resample = {"": lambda x: x, "down": halved, "up": doubled}[self.resample]
+        h = nn.silu(GroupNorm(self.least, name="norm_in")(x))
+        h = Conv(self.features, name="conv_in")(resample(h))
+        e = Linear(self.features * (2 if self.film else 1), name="embedding")(nn.silu(e))
+        if self.film:
+            scale, shift = jnp.split(e, 2)
+            h = GroupNorm(self.least, name="norm_out")(h, (scale, shift))
+        else:
+            h = GroupNorm(self.least, name="norm_out")(h + e[None, None])
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = Conv(self.features, initial=zeros, name="conv_out")(h)
+        x = resample(x)
+        return h + (x if x.shape[-1] == self.features else Linear(self.features, name="skip")(x))
+
+
+class Attention(nn.Module):
+    """x + self-attention between the pixels of norm(x); channels are laid out head by head, q, k and v within each."""
+
+    heads: int
+    least: int = 4
+
+    @nn.compact
+    def __call__(self, x: Image) -> Image:
+        """The block's output."""
+        h, w, c = x.shape
+        qkv = Linear(3 * c, name="qkv")(GroupNorm(self.least, name="norm")(x))
+        q, k, v = jnp.moveaxis(qkv.reshape(h * w, self.heads, 3, -1), 2, 0)
+        y = attend(q, k, v).reshape(h, w, c)
+        return x + Linear(c, initial=zeros, name="output")(y)
+
+
+def attend(
+    q: Float[Array, "t heads d"], k: Float[Array, "s heads d"], v: Float[Array, "s heads d"]
+) -> Float[Array, "t heads d"]:
+    """softmax(q k^T / sqrt(d)) v; q and k each take half of the factor, which keeps low precisions in range."""
+    scale = q.shape[-1] ** -0.25
+    logits = jnp.einsum("thd,shd->hts", q * scale, k * scale)
+    weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(v.dtype)
+    return jnp.einsum("hts,shd->thd", weights, v)
+
+
+class AttentionPool(nn.Module):
+    """Pools an image by attention: the mean pixel asks, the mean and all pixels answer.
+
+    With learned positions; here all q come first, then all k and all v, unlike in `Attention`.
+    """
+
+    features: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: Image) -> Float[Array, " features"]:
+        """The pooled features."""
+        channels = x.shape[-1]
+        pixels = x.reshape(-1, channels)
+        tokens = jnp.concatenate([jnp.mean(pixels, 0, keepdims=True), pixels])
+        initial = normal(channels**-0.5)
+        tokens = tokens + self.param("positions", initial, tokens.shape).astype(x.dtype)
+        qkv = Linear(3 * channels, name="qkv")(tokens).reshape(len(tokens), 3, self.heads, -1)
+        y = attend(qkv[:1, 0], qkv[:, 1], qkv[:, 2])
+        return Linear(self.features, name="output")(y.reshape(channels))
+
+
+class Trunk(nn.Module):
+    """What the U-Net and the half U-Net have in common: sizes, the embedding, and the way down."""
+
+    width: int = 32
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    """Channels of each level in units of `width`; the extents are halved from level to level."""
+    blocks: int = 2
+    """Residual blocks of a level."""
+    attention: tuple[int, ...] = (8,)
+    """Heights of the feature maps that have attention, besides the innermost."""
+    head_channels: int | None = 64
+    """Channels of an attention head; None for `heads` of them whatever the channels."""
+    heads: int = 4
+    resample_blocks: bool = False
+    """Extents change by residual blocks and not by a plain convolution."""
+    film: bool = True
+    dropout: float = 0.0
+    classes: int | None = None
+    """Number of classes of a class-conditional network."""
+    least: int = 4
+    """Channels of a group of the norms at least; 1 for public checkpoints of a width below 128."""
+
+    def embed(self, x: Image, t: Time, label: Int[Array, ""] | None) -> Embedding:
+        """The embedding of time, and of the class where there are classes."""
+        if (label is None) != (self.classes is None):
+            raise ValueError(f"{type(self).__name__}: label: given {label} to a network of {self.classes} classes")
+        e = embedding(t, self.width).astype(x.dtype)
+        e = Linear(4 * self.width, name="time_2")(nn.silu(Linear(4 * self.width, name="time_0")(e)))
+        if self.classes is not None:
+            table = self.param("label", normal(1.0), (self.classes, 4 * self.width))
+            e = e + jnp.take(table, jnp.asarray(label), axis=0).astype(x.dtype)  # NaN outside of the classes
+        return e
+
+    def residual(self, channels: int, name: str, resample: str = "") -> Residual:
+        """A residual block."""
+        return Residual(channels, resample, self.film, self.dropout, self.least, name=name)
+
+    def attend(self, channels: int, name: str) -> Attention:
+        """A block of attention."""
+        return Attention(self.heads_of(channels), self.least, name=name)
+
+    def heads_of(self, channels: int) -> int:
+        """Number of attention heads; one where the channels do not fill a head."""
+        heads = self.heads if self.head_channels is None else max(1, channels // self.head_channels)
+        if channels % heads:
+            raise ValueError(f"{type(self).__name__}: {channels} channels do not divide into {heads} heads")
+        return heads
+
+    def descend(self, x: Image, e: Embedding, train: bool) -> list[Image]:
+        """The feature maps on the way down; the last has been through the innermost blocks."""
+        factor = 2 ** (len(self.multipliers) - 1)
+        if x.ndim != 3 or x.shape[0] % factor or x.shape[1] % factor:
+            raise ValueError(f"{type(self).__name__}: x: expected (h, w, c), h, w multiples of {factor}: {x.shape}")
+        maps = [Conv(self.multipliers[0] * self.width, name="input_0_0")(x)]
+        for level, multiplier in enumerate(self.multipliers):
+            for _ in range(self.blocks):
+                name = f"input_{len(maps)}"
+                h = self.residual(multiplier * self.width, f"{name}_0")(maps[-1], e, train)
+                maps.append(self.attend(h.shape[-1], f"{name}_1")(h) if h.shape[0] in self.attention else h)
+            if level < len(self.multipliers) - 1:
+                maps.append(self.down(maps[-1], e, train, f"input_{len(maps)}_0"))
+        h = self.residual(maps[-1].shape[-1], "middle_0")(maps[-1], e, train)
+        h = self.attend(h.shape[-1], "middle_1")(h)
+        return [*maps, self.residual(h.shape[-1], "middle_2")(h, e, train)]
+
+    def down(self, h: Image, e: Embedding, train: bool, name: str) -> Image:
+        """Half the extents."""
+        if self.resample_blocks:
+            return self.residual(h.shape[-1], name, "down")(h, e, train)
+        return Conv(h.shape[-1], stride=2, name=name)(h)
+
+    def up(self, h: Image, e: Embedding, train: bool, name: str) -> Image:
+        """Twice the extents."""
+        if self.resample_blocks:
+            return self.residual(h.shape[-1], name, "up")(h, e, train)
+        return Conv(h.shape[-1], name=name)(doubled(h))
+
+
+class UNet(Trunk):
+    """(x, t) -> (h, w, channels): ADM's U-Net for one image.
+
+    A network with a learned variance has 2 c channels of output, of which `eps` reads the first c.
+    """
+
+    channels: int = 1
+
+    @nn.compact
+    def __call__(self, x: Image, t: Time, label: Int[Array, ""] | None = None, train: bool = False) -> Image:
+        """The prediction at time t, a scalar in the network's own steps (0 .. T - 1 for public checkpoints).
+
+        Args:
+          label: class, an integer; given if and only if the network has classes.
+          train: dropout, with the key `rngs={"dropout": key}`.
+
+        Raises:
+          ValueError: the extents cannot be halved often enough, or the label does not fit the network.
+        """
+        e = self.embed(x, t, label)
+        *maps, h = self.descend(x, e, train)
+        index = 0
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for block in range(self.blocks + 1):
+                name = f"output_{index}"
+                h = jnp.concatenate([h, maps.pop()], -1)
+                h = self.residual(multiplier * self.width, f"{name}_0")(h, e, train)
+                attentive = h.shape[0] in self.attention
+                h = self.attend(h.shape[-1], f"{name}_1")(h) if attentive else h
+                if level and block == self.blocks:
+                    h = self.up(h, e, train, f"{name}_{1 + attentive}")
+                index += 1
+        h = nn.silu(GroupNorm(self.least, name="out_0")(h))
+        return Conv(self.channels, initial=zeros, name="out_2")(h)
+
+
+class HalfUNet(Trunk):
+    """(x, t) -> logit: the encoder of ADM's U-Net with a pooling by attention, a classifier of one noisy image."""
+
+    outputs: int | None = None
+    """Number of logits; None for one, as a scalar."""
+    resample_blocks: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Image, t: Time, label: Int[Array, ""] | None = None, train: bool = False
+    ) -> Scalar | Float[Array, " outputs"]:
+        """The logit, or the logits (outputs,); arguments and errors are those of `UNet`."""
+        h = self.descend(x, self.embed(x, t, label), train)[-1]
+        h = nn.silu(GroupNorm(self.least, name="out_0")(h))
+        logits = AttentionPool(self.outputs or 1, self.heads_of(h.shape[-1]), name="out_2")(h)
+        return logits[0] if self.outputs is None else logits
+
+
+def eps(prediction: Float[Array, "h w two_c"], x: Image) -> Image:
+    """The first c channels of a prediction of 2 c (eps and the learned variance); all of one of c."""
+    return prediction[..., : x.shape[-1]]

@@ -1,0 +1,195 @@
+"""Crossed sevens: a seven is good if no stroke crosses its stem.
+
+The oracle is a small convolutional network that has seen hundreds of thousands of drawn strokes, and the strokes of
+MNIST's own writers.  Its parameters, for images of 16 x 16 and of 32 x 32 pixels, lie beside this file;
+`python -m experiments.censoring.oracle --size 16` makes them and measures its errors.  Its last hidden layer gives the
+features for precision and recall (`gendiff.metrics.diversity`).
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from gendiff.nets.conv import correlate
+from gendiff.oracles.oracle import Oracle
+from gendiff.types import Params, PRNGKey, Samples, Scalar
+
+Image = Float[Array, "s s 1"]
+"""In [-1, 1], 1 is ink."""
+
+SIZES = (16, 32)
+WIDTHS = (16, 24, 32, 48, 64)
+FEATURES = 64
+CHUNK = 512
+"""Images that are judged at a time."""
+
+
+class Answer(NamedTuple):
+    """What the network says of one image, or of n."""
+
+    logit: Float[Array | np.ndarray, "*n"]
+    """Log-odds that the seven is crossed."""
+    features: Float[Array | np.ndarray, "*n 64"]
+    """The last hidden layer."""
+
+
+def initial(key: PRNGKey) -> Params:
+    """Fresh parameters, for either size: kernels with the variance 2 / fan-in, no offsets."""
+    convolutions = [(w, w, i, o) for w, i, o in zip((5, 3, 3, 3, 3), (1, *WIDTHS), WIDTHS, strict=False)]
+    shapes = [*convolutions, (4 * 4 * WIDTHS[-1], FEATURES), (FEATURES, 1)]
+    kernels = []
+    for i, shape in enumerate(shapes):
+        fan_in = math.prod(shape[:-1])
+        kernels.append((2 / fan_in) ** 0.5 * jax.random.normal(jax.random.fold_in(key, i), shape))
+    layers = [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])} for kernel in kernels]
+    return {f"layer_{i}": layer for i, layer in enumerate(layers)}
+
+
+def network(params: Params, image: Image) -> Answer:
+    """Five convolutions down to 4 x 4 pixels, a hidden layer, the logit.
+
+    Args:
+      params: of `initial` or `load`.
+      image: (16, 16, 1) or (32, 32, 1), and parameters that were trained for this size.
+    """
+    strides = (1 if image.shape[0] == 16 else 2, 1, 2, 1, 2)
+    layers = [params[f"layer_{i}"] for i in range(len(params))]
+    h = image
+    for layer, stride in zip(layers, strides, strict=False):
+        pad = layer["kernel"].shape[0] // 2
+        h = correlate(h[None, None], layer["kernel"][None], (stride,) * 2, ((pad, pad),) * 2)[0, 0]
+        h = jax.nn.silu(h + layer["bias"][None, None])
+    hidden = jax.nn.silu(h.reshape(-1) @ layers[-2]["kernel"] + layers[-2]["bias"])
+    return Answer((hidden @ layers[-1]["kernel"] + layers[-1]["bias"])[0], hidden)
+
+
+# The kept parameters.
+
+
+def path(size: int) -> Path:
+    """Where the parameters for size x size pixels are kept."""
+    return Path(__file__).with_name(f"crossed_seven_{size}.npz")
+
+
+@cache
+def load(size: int) -> Params:
+    """The kept parameters for size x size pixels.
+
+    Raises:
+      ValueError: there are none for this size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"crossed seven: expected images of {' or '.join(map(str, SIZES))} pixels, given {size}")
+    return read(path(size))
+
+
+def read(file: Path) -> Params:
+    """Parameters that `save` wrote."""
+    params: Params = {}
+    with np.load(file, allow_pickle=False) as stored:
+        for name in stored.files:
+            layer, part = name.split(".")
+            params.setdefault(layer, {})[part] = stored[name].astype(np.float32)
+    return params
+
+
+def save(file: Path, params: Params) -> None:
+    """Keeps parameters in float16."""
+    flat = {
+        f"{layer}.{part}": np.asarray(a, np.float16) for layer, parts in params.items() for part, a in parts.items()
+    }
+    np.savez_compressed(file, **flat)  # type: ignore[arg-type]
+
+
+# Batches.
+
+
+def judge(samples: Samples, params: Params | None = None) -> Answer:
+    """Logits (n,) and features (n, 64) of images (n, s, s, 1), as NumPy arrays.
+
+    Args:
+      samples: in [-1, 1]; values beyond are clipped, as they are when an image is shown.
+      params: default: the kept ones for this size.
+
+    Raises:
+      ValueError: no such images, or a pixel is NaN.
+    """
+    samples = np.asarray(samples)
+    if samples.ndim != 4 or samples.shape[1] != samples.shape[2] or samples.shape[3] != 1:
+        raise ValueError(f"crossed seven: expected images (n, s, s, 1), given shape {samples.shape}")
+    params = load(samples.shape[1]) if params is None else params
+    if np.isnan(samples).any():
+        raise ValueError(
+            f"crossed seven: expected numbers, given NaN in {np.isnan(samples).any((1, 2, 3)).sum()} images"
+        )
+    answers = []
+    for first in range(0, len(samples), CHUNK):
+        part = samples[first : first + CHUNK]
+        filled = np.concatenate([part, np.zeros((CHUNK - len(part), *part.shape[1:]), part.dtype)])
+        answers.append(jax.tree.map(np.asarray, _judge(params, filled)))
+    if not answers:
+        return Answer(np.zeros(0, np.float32), np.zeros((0, FEATURES), np.float32))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(samples)], *answers)
+
+
+@jax.jit
+def _judge(params: Params, images: Float[Array, "n s s 1"]) -> Answer:
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(network, (None, 0))(params, jnp.clip(images.astype(jnp.float32), -1, 1))
+
+
+def crossed_seven() -> Oracle:
+    """The oracle, for images (n, 16, 16, 1) or (n, 32, 32, 1) in [-1, 1]: True where no stroke crosses the stem."""
+    return lambda samples: judge(samples).logit < 0
+
+
+def features(samples: Samples) -> Float[np.ndarray, "n 64"]:
+    """The oracle's last hidden layer, for precision and recall."""
+    return np.asarray(judge(samples).features)
+
+
+# Training images that are as imperfect as generated ones.
+
+
+def perturbed(key: PRNGKey, image: Image) -> Image:
+    """The image moved, turned, stretched, blurred, with another contrast, and noisy.
+
+    Shifts up to a 14th of the side, turns up to 8 degrees, stretches up to 8 %, blur up to 0.5 (of 16 pixels) or 0.8
+    pixels (of 32), noise up to 0.1.
+    """
+    keys = iter(jax.random.split(key, 9))
+    uniform = lambda low, high: jax.random.uniform(next(keys), (), minval=low, maxval=high)
+    size = image.shape[0]
+    angle, shear = jnp.deg2rad(uniform(-8.0, 8.0)), uniform(-0.1, 0.1)
+    matrix = jnp.array([[jnp.cos(angle), -jnp.sin(angle) + shear], [jnp.sin(angle), jnp.cos(angle)]])
+    matrix = matrix * jnp.stack([uniform(0.92, 1.08), uniform(0.92, 1.08)])[:, None]
+    shift = jnp.stack([uniform(-1.0, 1.0), uniform(-1.0, 1.0)]) * size / 14
+    moved = affine(image[..., 0], matrix, shift)
+    sharp = blurred(moved, uniform(0.0, 0.3 + size / 64))
+    ink = 0.5 * (sharp + 1)
+    ink = jnp.clip(ink, 0.0, 1.0) ** jnp.exp(uniform(-0.35, 0.35))
+    noise_key, size_key = jax.random.split(next(keys))
+    noise = 0.1 * jax.random.uniform(size_key) ** 2 * jax.random.normal(noise_key, ink.shape)
+    return jnp.clip(2 * ink - 1 + noise, -1.0, 1.0)[..., None]
+
+
+def affine(image: Float[Array, "s s"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]) -> Float[Array, "s s"]:
+    """image[M (p - c) + c + shift] at every pixel p, c the centre, bilinearly; -1 outside."""
+    centre = (image.shape[0] - 1) / 2
+    places = jnp.stack(jnp.meshgrid(*[jnp.arange(side) - centre for side in image.shape], indexing="ij"))
+    source = jnp.einsum("ij,jhw->ihw", matrix, places) + centre + shift[:, None, None]
+    return jax.scipy.ndimage.map_coordinates(image, list(source), order=1, mode="constant", cval=-1.0)
+
+
+def blurred(image: Float[Array, "s s"], width: Scalar) -> Float[Array, "s s"]:
+    """Gaussian blur of a standard deviation in pixels, with -1 outside."""
+    taps = jnp.exp(-0.5 * (jnp.arange(-2, 3) / jnp.maximum(width, 0.05)) ** 2)
+    taps = taps / jnp.sum(taps)
+    once = lambda a: sum(tap * jnp.pad(a, ((2, 2), (0, 0)))[i : i + a.shape[0]] for i, tap in enumerate(taps))
+    return once(once(image + 1).T).T - 1

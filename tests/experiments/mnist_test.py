@@ -1,0 +1,131 @@
+"""The censoring experiment from its command line, at the smallest size that has every row."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.censoring import mnist
+from experiments.contract import ConfigError, parse
+from gendiff.data import drawn_sevens
+
+ROOT = Path(__file__).parents[2]
+NAMES = [
+    "omega-1", "uncensored", "single", "union", "ensemble", "ensemble-recurrence", "ensemble-backward",
+    "ensemble-recurrence-backward", "universal", "rejection", "random-3", "random-4", "active-3", "active-4",
+    "uncensored-malign-dominant", "non-imitation", "imitation-1", "imitation-2", "imitation-3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One run of the smoke preset, stopped by kill -9 in the middle and started again."""
+    place = tmp_path_factory.mktemp("mnist") / "run"
+    command = [sys.executable, "-m", "experiments.censoring.mnist", "--preset", "smoke", "--output", str(place)]
+    environment = os.environ | {"GENDIFF_TRACEBACK": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while first.poll() is None and not (place / "checkpoints" / "single").exists():
+        try:
+            first.wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+    first.kill()
+    first.wait()
+    assert (place / "checkpoints" / "base" / "result").exists()
+    assert not (place / "results.json").exists()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=600)
+    return place
+
+
+def test_every_row_and_file(folder):
+    document = json.loads((folder / "results.json").read_text())
+    assert document["experiment"] == "censoring.mnist"
+    assert [row["name"] for row in document["rows"] if row["name"] != "rejection"] == [
+        n for n in NAMES if n != "rejection"
+    ]
+    for row in document["rows"]:
+        wanted = {"malign_rate", "precision", "recall", "evaluations_per_sample", "seconds_per_sample", "labels"}
+        assert wanted <= set(row["metrics"])
+        rate = row["metrics"]["malign_rate"]
+        assert 0 <= rate["value"] <= 1
+    for name in ("samples.png", "trade-off.png", "labels.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_numbers_of_labels_and_evaluations(folder):
+    rows = {row["name"]: row["metrics"] for row in json.loads((folder / "results.json").read_text())["rows"]}
+    value = lambda name, metric: rows[name][metric]["value"]
+    config = mnist.PRESETS["smoke"]
+    steps, k = config.sampler_steps, config.members
+    assert value("uncensored", "evaluations_per_sample") == steps
+    assert value("single", "evaluations_per_sample") == steps * 4
+    assert value("ensemble", "evaluations_per_sample") == steps * (1 + 3 * k)
+    assert value("ensemble-recurrence-backward", "evaluations_per_sample") == steps * 2 * (1 + 3 * k * 2)
+    assert value("universal", "evaluations_per_sample") == steps * 2 * (3 + 3 * k)
+    assert [value(f"imitation-{i}", "labels") for i in (1, 2, 3)] == [4, 8, 12]
+    assert value("non-imitation", "labels") == 12
+    assert value("single", "labels") == 4
+    assert 4 <= value("union", "labels") <= 2 + 2 * k
+
+
+def test_parameter_counts_of_the_paper():
+    shapes = lambda network, config: jax.eval_shape(lambda: mnist.initialised(network, config, jax.random.key(0)))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    paper = mnist.PRESETS["paper"]
+    assert count(shapes(mnist.unet_of(paper), paper)) == 52_538_369
+    assert count(shapes(mnist.reward_of(paper), paper)) == 17_835_521
+    default = mnist.MnistConfig()
+    assert 1e6 < count(shapes(mnist.unet_of(default), default)) < 3e6
+
+
+def test_kept_base_model_is_small_and_fits_the_default():
+    assert mnist.KEPT.stat().st_size < 5e6
+    default = mnist.MnistConfig()
+    like = mnist.initialised(mnist.unet_of(default), default, jax.random.key(0))
+    theta = mnist.kept(like, default)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
+    with pytest.raises(ValueError, match="--base kept: expected the network of the default preset, given another"):
+        mnist.kept({"other": np.zeros(3)}, default)
+
+
+def test_chosen_scale_keeps_recall():
+    point = lambda malign, recall: {"malign_rate": mnist.rates.exact(malign), "recall": mnist.rates.exact(recall)}
+    curve = {0.0: point(0.12, 0.8), 1.0: point(0.05, 0.8), 2.0: point(0.02, 0.75), 4.0: point(0.0, 0.3)}
+    assert mnist.chosen(curve) == 2.0
+    assert mnist.chosen({0.0: point(0.1, 0.8), 1.0: point(0.05, 0.2), 2.0: point(0.01, 0.1)}) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "smoke", "--recurrence", "0"], "--recurrence: expected 1 to 100, given 0"),
+        (["--preset", "smoke", "--backward", "-1"], "--backward: expected 0 to 1000, given -1"),
+        (["--preset", "smoke", "--labels", "0"], "--labels: expected 1 to 10000, given 0"),
+    ],
+)
+def test_options_out_of_range(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(mnist.MnistConfig, mnist.PRESETS, arguments)
+
+
+def test_drawn_sevens_differ_and_are_reproducible():
+    first, again, other = drawn_sevens.draw(20, 1), drawn_sevens.draw(20, 1), drawn_sevens.draw(20, 2)
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (20, 28, 28)
+    assert first.dtype == np.uint8
+    assert not np.array_equal(first, other)
+    assert len(np.unique(first.reshape(20, -1), axis=0)) == 20
+    # Ink is a bar above and one stem below: most of it in the upper half, and nothing at the border.
+    assert (first[:, :2] == 0).all()
+    assert (first.max((1, 2)) > 250).all()
+
+
+def test_distance_to_a_segment():
+    # From (3, 5) to (9, 5): perpendicular beside it, to the nearer end beyond it.
+    d = drawn_sevens.to_segment(np.array([[3.0, 5.0]]), np.array([[9.0, 5.0]]))[0]
+    np.testing.assert_allclose([d[5, 6], d[9, 6], d[5, 0], d[9, 12]], [0, 4, 3, 5])
