@@ -19,21 +19,13 @@ time of the work at that rate.
 """
 
 import dataclasses
-import importlib.util
-import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
-
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
+from experiments.contract import Between, Column, Folder, Results, main
 from experiments.genneg import checkerboard
 from experiments.genneg.checkerboard import CheckerboardConfig
-from experiments.speed.worker import Worker
-from gendiff.metrics import rates
-from gendiff.metrics.rates import Estimate
+from experiments.speed import table
+from experiments.speed.table import Sides, TimedConfig, Work
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 
 OURS, RIVAL = "experiments.speed.ours", "experiments.speed.rival"
@@ -43,12 +35,10 @@ PRODUCTS = 20
 """Skinny products timed together."""
 TOLERANCE = {"samples": 1e-3}
 """Largest difference between the sides over the largest answer; 18 steps amplify what one evaluation rounds."""
-POINTWISE = 1e-4
-"""The same for all other answers."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SpeedConfig(Config):
+class SpeedConfig(TimedConfig):
     """The sizes; by default those of the checkerboard experiment."""
 
     samples: Annotated[int, Between(1, 100_000_000)] = 10_000
@@ -71,19 +61,12 @@ class SpeedConfig(Config):
     classifier_depth: Annotated[int, Between(1, 64)] = CheckerboardConfig.classifier_depth
     """Residual blocks of a classifier."""
 
-    repetitions: Annotated[int, Between(1, 10_000)] = 5
-    """Timed calls of each program."""
-    matmul: Annotated[int, Between(16, 65_536)] = 2048
-    """Rows and columns of the large product that measures the peak."""
     chunk: Annotated[int, Between(1, 100_000_000)] = 2000
     """Samples at a time of the chunked PyTorch sampler."""
-    rivals: Literal["all", "eager", "none"] = "all"
-    """What to measure beside gendiff; `torch.compile` takes most of the time of a run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.classifiers or min(self.classifiers) < 0 or max(self.classifiers) > 64:
-            raise ValueError(f"--classifiers: expected numbers from 0 to 64, given {self.classifiers}")
+        table.check_members("--classifiers", self.classifiers)
 
 
 PRESETS = {
@@ -95,21 +78,7 @@ PRESETS = {
     "paper": SpeedConfig(preset="paper", samples=100_000, repetitions=7),
 }  # fmt: skip
 
-COLUMNS = (
-    Column("seconds", "gendiff s", digits=4),
-    Column("samples_per_second", "samples / s", digits=0),
-    Column("gflops_per_second", "GF/s", digits=1),
-    Column("peak_share", "% of peak", percent=True, digits=1),
-    Column("roofline_seconds", "roofline s", digits=4),
-    Column("eager_seconds", "eager s", digits=4),
-    Column("eager_ratio", "eager / gendiff", digits=2),
-    Column("chunked_ratio", "chunked / gendiff", digits=2),
-    Column("compiled_seconds", "compiled s", digits=4),
-    Column("compiled_ratio", "compiled / gendiff", digits=2),
-    Column("compile_seconds", "compile s", digits=2),
-    Column("warm_compile_seconds", "compile s, cached", digits=2),
-    Column("compiled_compile_seconds", "torch.compile s", digits=1),
-)
+COLUMNS = (*table.SPEED, Column("chunked_ratio", "chunked / gendiff", digits=2), *table.COMPILED)
 NOTES = """\
 Median [smallest, largest] of {repetitions} interleaved calls; ratios are of calls of the same repetition. `matmul` is
 a product of two {matmul} x {matmul} matrices, `skinny` of ({samples} x {width}) and ({width} x {width}), both by JAX
@@ -119,79 +88,29 @@ of gendiff with an empty compile cache and in a second process with the first on
 caches."""
 
 
-class Measured(NamedTuple):
-    """What a run measured; programs are named "row/variant"."""
-
-    seconds: dict[str, np.ndarray]
-    """Of each repetition, for one call's work."""
-    first: dict[str, float]
-    """Of the first call, which compiles."""
-    warm: dict[str, float]
-    """Of gendiff's first calls in a second process."""
-    errors: dict[str, float]
-    """How far the sides' answers differ, relative to the largest answer."""
-    missing: list[str]
-    """What could not be measured, and why."""
-
-
 def run(config: SpeedConfig) -> Results:
     """Compares the sides, times them, and writes the table; nothing is kept from an earlier run."""
     folder = Folder("speed.genneg", config)
-    with tempfile.TemporaryDirectory() as cache:
-        measured = measure(config, Path(cache), Progress(folder))
-    products = [seconds for name, seconds in measured.seconds.items() if name.startswith("matmul/")]
-    peak = work(config, "matmul") / min(seconds.min() for seconds in products)
-    rows = [table_row(config, name, measured, peak) for name in row_names(config)]
-    same = ", ".join(f"{name} {error:.0e}" for name, error in measured.errors.items())
-    parity = [f"Largest differences of the sides, relative to the largest answer: {same}."] if same else []
-    notes = NOTES.format(**dataclasses.asdict(config), peak=peak / 1e9)
-    return folder.finish(rows, COLUMNS, "\n".join([notes, *parity, *measured.missing]))
+    rows = rows_of(config)
+    measured = table.measure(config, sides(config), rows, folder)
+    return table.finish(folder, rows, measured, COLUMNS, NOTES)
 
 
-def row_names(config: SpeedConfig) -> list[str]:
+def rows_of(config: SpeedConfig) -> dict[str, Work]:
     """The rows of the table."""
-    return [*(f"sample-k{members}" for members in config.classifiers), "train-step", "matmul", "skinny"]
-
-
-def variants(config: SpeedConfig, name: str) -> list[str]:
-    """The programs of a row beside gendiff's."""
-    if config.rivals == "none":
-        return []
-    chunked = ["chunked"] if name.startswith("sample") else []
-    compiled = ["compiled"] if config.rivals == "all" and name not in ("matmul", "skinny") else []
-    return ["eager", *chunked, *compiled]
-
-
-def measure(config: SpeedConfig, cache: Path, progress: Progress) -> Measured:
-    """Starts the workers with empty compile caches, compares their answers, and times their programs."""
-    environment = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+    sampling, training = table.rivals(config, ("eager", "chunked")), table.rivals(config)
+    names = [f"sample-k{members}" for members in config.classifiers]
+    return {
+        **{name: Work(work(config, name), config.samples, 1, sampling) for name in names},
+        "train-step": Work(work(config, "train-step"), config.points, config.train_steps, training),
+        "matmul": table.product(config),
+        "skinny": Work(2.0 * config.samples * config.width**2, config.samples, PRODUCTS, table.product(config).rivals),
     }
-    names, missing, errors = row_names(config), [], {}
-    with ExitStack() as stack:
-        ours = stack.enter_context(Worker(OURS, setup(config), environment))
-        workers = {"gendiff": ours}
-        if config.rivals != "none" and importlib.util.find_spec("torch") is None:
-            missing.append("PyTorch is not installed, so its columns are empty: `pip install -e .[speed]`.")
-        elif config.rivals != "none":
-            told = setup(config) | ours.answers | {"chunk": config.chunk}
-            rival = stack.enter_context(Worker(RIVAL, told, environment))
-            errors = compare(ours.answers["answers"], rival.answers)
-            workers |= dict.fromkeys(("eager", "chunked", "compiled"), rival)
-        programs = {
-            f"{name}/{variant}": workers[variant]
-            for name in names
-            for variant in ("gendiff", *variants(config, name))
-            if variant in workers
-        }
-        first, failed = first_calls(programs, progress)
-        missing += failed
-        seconds = repeat({name: programs[name] for name in first}, config.repetitions, progress)
-    with Worker(OURS, setup(config), environment) as second:
-        warm = {name: second.seconds(f"{name}/gendiff") for name in names}
-    return Measured(seconds, first, warm, errors, missing)
+
+
+def sides(config: SpeedConfig) -> Sides:
+    """The workers and what they are told."""
+    return Sides(OURS, RIVAL, setup(config), {"chunk": config.chunk}, TOLERANCE)
 
 
 def setup(config: SpeedConfig) -> dict[str, Any]:
@@ -211,89 +130,8 @@ def network_fields(config: SpeedConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def compare(ours: Mapping[str, np.ndarray], rival: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Largest difference of each answer, relative to the largest value of the answer.
-
-    Raises:
-      ValueError: they differ by more than rounding, so the sides do not compute the same thing.
-    """
-    errors = {}
-    for name, ours_value in ours.items():
-        scale = np.abs(ours_value).max()
-        errors[name] = float(np.abs(ours_value - rival[name]).max() / scale)
-        limit = TOLERANCE.get(name, POINTWISE)
-        if not errors[name] <= limit:  # also where one is not a number
-            raise ValueError(f"speed: {name}: expected PyTorch to agree to {limit:g}, given {errors[name]:.2g}")
-    return errors
-
-
-def first_calls(programs: Mapping[str, Worker], progress: Progress) -> tuple[dict[str, float], list[str]]:
-    """Seconds of the first calls, and why `torch.compile` failed where it did: its programs are then left out."""
-    seconds, reasons = {}, []
-    for i, (name, worker) in enumerate(programs.items()):
-        try:
-            seconds[name] = worker.seconds(name)
-        except ChildProcessError as error:
-            if not name.endswith("/compiled") or worker.process.poll() is not None:
-                raise
-            reasons.append(f"torch.compile could not be measured: {error}")
-        progress("compile", i + 1, len(programs), {})
-    return seconds, list(dict.fromkeys(reasons))
-
-
-def repeat(programs: Mapping[str, Worker], repetitions: int, progress: Progress) -> dict[str, np.ndarray]:
-    """Seconds of each program in each repetition, after one call to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for i in range(repetitions + 1):
-        for name, worker in programs.items():
-            seconds[name].append(worker.seconds(name))
-        progress("measure", i, repetitions, {})
-        progress.folder.log(repetition=i, seconds={name: values[-1] for name, values in seconds.items()})
-    return {name: np.array(values[1:]) for name, values in seconds.items()}
-
-
-def table_row(config: SpeedConfig, name: str, measured: Measured, peak: float) -> Row:
-    """A row; what was not measured is left out."""
-    units = {"train-step": config.train_steps, "skinny": PRODUCTS}.get(name, 1)
-    items = {"train-step": config.points, "matmul": config.matmul}.get(name, config.samples)
-    ours = measured.seconds[f"{name}/gendiff"] / units
-    rate = work(config, name) / ours
-    metrics = {
-        "seconds": spread(ours),
-        "samples_per_second": spread(items / ours),
-        "gflops_per_second": spread(rate / 1e9),
-        "peak_share": spread(rate / peak),
-        "roofline_seconds": rates.exact(work(config, name) / peak),
-        "compile_seconds": beyond(measured.first[f"{name}/gendiff"], measured.seconds[f"{name}/gendiff"]),
-        "warm_compile_seconds": beyond(measured.warm[name], measured.seconds[f"{name}/gendiff"]),
-    }
-    for variant in variants(config, name):
-        seconds = measured.seconds.get(f"{name}/{variant}")
-        if seconds is None:
-            continue
-        metrics[f"{variant}_seconds"] = spread(seconds / units)
-        metrics[f"{variant}_ratio"] = spread(seconds / units / ours)
-        if variant == "compiled":
-            metrics["compiled_compile_seconds"] = beyond(measured.first[f"{name}/{variant}"], seconds)
-    return Row(name, metrics)
-
-
-def spread(values: np.ndarray) -> Estimate:
-    """Median, smallest and largest of the repetitions."""
-    return Estimate(float(np.median(values)), float(values.min()), float(values.max()), len(values))
-
-
-def beyond(first: float, seconds: np.ndarray) -> Estimate:
-    """What the first call took beyond the others."""
-    return rates.exact(max(0.0, first - float(np.median(seconds))))
-
-
 def work(config: SpeedConfig, name: str) -> float:
-    """FLOPs of one unit of a row: a batch of samples, a training step, a product."""
-    if name == "matmul":
-        return 2.0 * config.matmul**3
-    if name == "skinny":
-        return 2.0 * config.samples * config.width**2
+    """FLOPs of a batch of samples or of a training step."""
     fields = CheckerboardConfig(**network_fields(config))
     denoiser, classifier = checkerboard.denoiser_network(fields), checkerboard.classifier_network(fields)
     if name == "train-step":

@@ -1,4 +1,4 @@
-"""gendiff's side of the speed table: the public functions as the checkerboard experiment calls them."""
+"""gendiff's side of the first speed table: the public functions as the checkerboard experiment calls them."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,6 +16,7 @@ from experiments.genneg.checkerboard import CheckerboardConfig
 from gendiff import distributed, losses, potential, training
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided, Problem
+from gendiff.training import Settings, Task
 from gendiff.types import Params
 
 LEVELS = (0.01, 0.3, 10.0)
@@ -43,7 +44,15 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     programs: dict[str, Callable[[], Any]] = {
         "matmul/gendiff": matmul(setup["matmul"], setup["matmul"], 1),
         "skinny/gendiff": matmul(setup["samples"], config.width, setup["products"]),
-        "train-step/gendiff": train(problem, theta, points, setup["train_steps"], jax.random.fold_in(key, 2)),
+        "train-step/gendiff": train(
+            lambda points: Task(losses.denoising(problem.process, problem.model, problem.weight), lambda key: points),
+            theta,
+            points,
+            Settings(6000, decay=0.998, schedule="constant"),
+            setup["train_steps"],
+            jax.random.fold_in(key, 2),
+            distributed.training_mesh(),
+        ),
     }
     for members in setup["members"]:
         guided = stack(theta, classifiers[:members])
@@ -91,21 +100,29 @@ def sample(problem: Problem, guided: Guided, n: int, key: Array) -> Callable[[],
     return lambda: jax.block_until_ready(genneg.draw(problem, guided, key, n, mesh))
 
 
-def train(problem: Problem, theta: Params, points: Array, steps: int, key: Array) -> Callable[[], Any]:
-    """Goes on training theta for `steps` full batches, as `training.train` does between two validations."""
-    mesh = distributed.training_mesh()
-    optimiser = training.adam(training.Settings(6000, schedule="constant"))
-    step = training.make_step(losses.denoising(problem.process, problem.model, problem.weight), optimiser, 0.998)
-    state = distributed.replicate(mesh, training.init(key, theta, optimiser))
-    points = distributed.replicate(mesh, points)
+def train(
+    task: Callable[[Any], Task],
+    params: Params,
+    context: Any,
+    settings: Settings,
+    steps: int,
+    key: Array,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[], Any]:
+    """Goes on training for `steps` steps, as `training.train` does between two validations."""
+    optimiser = training.adam(settings)
+    state = distributed.replicate(mesh, training.init(key, params, optimiser))
+    context = distributed.replicate(mesh, context)
 
     @partial(jax.jit, donate_argnums=0)
-    def block(state: training.State, points: Array) -> tuple[training.State, Any]:
-        return training.make_block(step, lambda key: points, steps, mesh=mesh)(state)
+    def block(state: training.State, context: Any) -> tuple[training.State, Any]:
+        loss, draw, _ = task(context)
+        assert draw is not None
+        return training.make_block(training.make_step(loss, optimiser, settings.decay), draw, steps, mesh=mesh)(state)
 
     def go_on() -> None:
         nonlocal state
-        state = jax.block_until_ready(block(state, points)[0])
+        state = jax.block_until_ready(block(state, context)[0])
 
     return go_on
 

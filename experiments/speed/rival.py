@@ -7,6 +7,7 @@ the speed table imports this file, and PyTorch with it.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -156,8 +157,10 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
         "skinny/eager": matmul(n, setup["shapes"]["denoiser"]["width"], setup["products"]),
     }
     for name, loss in (("eager", denoising_loss), ("compiled", torch.compile(denoising_loss, dynamic=False))):
-        points = torch.tensor(setup["points"])
-        programs[f"train-step/{name}"] = train(load_denoiser(setup), loss, points, setup["train_steps"])
+        trained = load_denoiser(setup)
+        batch_loss = partial(noisy_loss, partial(loss, trained), torch.tensor(setup["points"]))
+        optimiser = torch.optim.Adam(trained.parameters(), 1e-3, fused=True)
+        programs[f"train-step/{name}"] = train(batch_loss, optimiser, setup["train_steps"], clip=1.0, decay=0.998)
     for members in setup["members"]:
         row, chosen = f"sample-k{members}", classifiers[:members]
         programs[f"{row}/eager"] = sample(eager(denoiser, chosen), times, n, n)
@@ -228,22 +231,33 @@ def sample(denoise: Denoise, times: Tensor, n: int, chunk: int) -> Callable[[], 
     return draw
 
 
-def train(denoiser: Denoiser, loss: Callable[..., Tensor], points: Tensor, steps: int) -> Callable[[], Any]:
-    """Goes on training the denoiser for `steps` full batches: Adam, clipped gradients, an average of weights."""
-    parameters: list[Tensor] = list(denoiser.parameters())
-    optimiser = torch.optim.Adam(parameters, 1e-3, fused=True)
-    average = [parameter.detach().clone() for parameter in parameters]
+def noisy_loss(loss: Callable[[Tensor, Tensor, Tensor], Tensor], points: Tensor) -> Tensor:
+    """The loss of all points at noise levels drawn anew."""
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(points), 1))
+    return loss(points, points + sigma * torch.randn_like(points), sigma)
+
+
+def train(
+    loss: Callable[[], Tensor],
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    clip: float | None = None,
+    decay: float | None = None,
+) -> Callable[[], Any]:
+    """Goes on training for `steps` steps; gradients are clipped and weights averaged where a number says so."""
+    parameters: list[Tensor] = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    average = [] if decay is None else [parameter.detach().clone() for parameter in parameters]
 
     def go_on() -> None:
         for _ in range(steps):
-            sigma = torch.exp(-1.2 + 1.2 * torch.randn(len(points), 1))
-            x = points + sigma * torch.randn_like(points)
             optimiser.zero_grad()
-            loss(denoiser, points, x, sigma).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            loss().backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip)
             optimiser.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(average, parameters, 0.002)
+            if decay is not None:
+                with torch.no_grad():
+                    torch._foreach_lerp_(average, parameters, 1 - decay)
 
     return go_on
 

@@ -4,8 +4,6 @@ A width below 128 needs `least=1` in the network, since those models always have
 `use_new_attention_order` of that code, which no published checkpoint has, lays out channels that we read wrongly.
 """
 
-import re
-
 from gendiff.convert import state_dict
 from gendiff.convert.state_dict import StateDict
 from gendiff.types import Params

@@ -47,15 +47,15 @@ def parameters(state: StateDict, like: Params, name: Name) -> Params:
     wrong = [f"{key}: missing" for key in dict.fromkeys(keys) if key not in state]
     wrong += [f"{key}: unknown" for key in state if key not in set(keys)]
     wrong += [f"{key}: asked for {keys.count(key)} times" for key in dict.fromkeys(keys) if keys.count(key) > 1]
-    arrays = []
-    for key, (_, leaf) in zip(keys, leaves, strict=True):
-        arrays.append(_laid_out(state[key], len(leaf.shape)) if key in state else None)
-        if key in state and arrays[-1].shape != leaf.shape:
-            wrong.append(f"{key}: expected shape {leaf.shape}, given {arrays[-1].shape} (in our order)")
+    leaf_of = {key: leaf for key, (_, leaf) in zip(keys, leaves, strict=True) if key in state}
+    arrays = {key: _laid_out(state[key], len(leaf.shape)) for key, leaf in leaf_of.items()}
+    for key, array in arrays.items():
+        if array.shape != leaf_of[key].shape:
+            wrong.append(f"{key}: expected shape {leaf_of[key].shape}, given {array.shape} (in our order)")
     if wrong:
         shown = "\n  ".join(wrong[:20])
         raise ValueError(f"state dict: {len(wrong)} keys do not fit the network:\n  {shown}")
-    return jax.tree.unflatten(structure, [np.array(array, np.float32) for array in arrays])
+    return jax.tree.unflatten(structure, [np.array(arrays[key], np.float32) for key in keys])
 
 
 def _laid_out(array: np.ndarray, rank: int) -> np.ndarray:

@@ -332,17 +332,17 @@ def fit(
     # Padded, so that sets of other sizes share the compiled program.
     n = sets.labels.shape[1]
     pad = lambda a: np.pad(a, [(0, 0), (0, (1 << max(n - 1, 255).bit_length()) - n)] + [(0, 0)] * (a.ndim - 2))
-    context = (*(jnp.asarray(pad(a), jnp.float32) for a in sets), jnp.int32(n))
-    task = reward_task(problem, settings.batch, settings.benign_weight)
+    context = (*(jnp.asarray(pad(a), jnp.float32) for a in sets), jnp.int32(n), jnp.float32(settings.benign_weight))
+    task = reward_task(problem, settings.batch)
     return training.train(key, start, task, context, settings.training, host)
 
 
 @cache
-def reward_task(problem: Problem, batch: int, benign_weight: float) -> Callable[[tuple], training.Task]:
+def reward_task(problem: Problem, batch: int) -> Callable[[tuple], training.Task]:
     """alpha-weighted cross-entropy, -alpha y log r - (1 - y) log (1 - r), at uniform times, of all members."""
 
-    def task(context: tuple[Array, Array, Array]) -> training.Task:
-        images, labels, n = context
+    def task(context: tuple[Array, Array, Array, Scalar]) -> training.Task:
+        images, labels, n, benign_weight = context
         members = len(labels)
 
         def draw_batch(key: PRNGKey) -> tuple:

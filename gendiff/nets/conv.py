@@ -9,34 +9,29 @@ A convolution with kernel w, stride s and padding p is one of three partial deri
 derivatives of all orders, forwards and backwards, stay among them.
 
 They are primitives, so that how they are computed is chosen when a program is lowered for its platform, here and
-nowhere else.  An accelerator gets XLA's convolutions.  XLA on a CPU has one fast convolution, the one with stride 1 (or
-a stride forwards), no dilation and channels last; it computes the others in scalar loops, among them every gradient of
-a convolution in the body of a `scan`.  There all three become that one convolution, or matrix products.
+nowhere else: accelerators get XLA's convolutions, a CPU those of `gendiff.nets.conv_cpu`.
 
 A leading axis m is of members: kernels and examples of different members do not meet.  `vmap` adds to it where both
 operands are mapped; an ensemble on a CPU takes one member after the other, where grouped convolutions are ten times
 slower.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-Sizes = tuple[int, ...]
-"""One integer for each spatial axis."""
-Sides = tuple[tuple[int, int], ...]
-"""Padding before and after each spatial axis."""
+from gendiff.nets import conv_cpu
+from gendiff.nets.conv_cpu import Sides, Sizes
+
 Images = Float[Array, "m n *space i"]
 Kernels = Float[Array, "m *window i o"]
 Maps = Float[Array, "m n *positions o"]
@@ -48,7 +43,7 @@ def correlate(x: Images, w: Kernels, stride: Sizes, padding: Sides) -> Maps:
 
 
 def spread(y: Maps, w: Kernels, stride: Sizes, padding: Sides, space: Sizes) -> Images:
-    """x[j, i] = sum of w[k, i, o] y[q, o] over s q + k - p = j: the transpose of `correlate` in x, of extents `space`."""
+    """x[j, i] = sum of w[k, i, o] y[q, o] over s q + k - p = j, of extents `space`: `correlate` transposed in x."""
     return spread_p.bind(y, w, stride=stride, padding=padding, space=space)
 
 
@@ -146,13 +141,8 @@ for primitive, shared in ((correlate_p, True), (spread_p, True), (gather_p, Fals
 # On accelerators.
 
 
-def _labels(rank: int) -> tuple[str, str, str]:
-    space = "DHW"[3 - rank :]
-    return f"N{space}C", f"{space}IO", f"N{space}C"
-
-
 def _lax(x: Array, w: Array, stride: Sizes, padding: Sides) -> Array:
-    return lax.conv_general_dilated(x, w, stride, padding, dimension_numbers=_labels(len(stride)))
+    return lax.conv_general_dilated(x, w, stride, padding, dimension_numbers=conv_cpu.labels(len(stride)))
 
 
 def _lax_correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
@@ -175,169 +165,6 @@ def _lax_gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Si
     return jax.vmap(of_member)(x, y)
 
 
-# On a CPU, one member: the fast convolution or matrix products.
-
-
-def _canonical(x: Array, w: Array, sides: Sides, stride: Sizes | None = None) -> Array:
-    """The convolution that XLA has a fast one of; where the window exceeds the image, its patches times the kernel."""
-    window, stride = w.shape[:-2], stride or (1,) * (w.ndim - 2)
-    if all(size == 1 for size in window):
-        return _strided(_padded(x, sides), stride) @ w.reshape(w.shape[-2:])
-    if max(stride) == 1 and _tiles_pay(x, w, sides):
-        return _winograd(x, w, sides)
-    if all(length >= k for length, k in zip(x.shape[1:-1], window, strict=True)):
-        return lax.conv_general_dilated(x, w, stride, sides, dimension_numbers=_labels(len(window)))
-    x = _padded(x, sides)
-    extents = [length - k + 1 for length, k in zip(x.shape[1:-1], window, strict=True)]
-    offsets = itertools.product(*map(range, window))
-    patches = [_strided(_part(x, offset, extents), stride) for offset in offsets]
-    return jnp.concatenate(patches, -1) @ w.reshape(-1, w.shape[-1])
-
-
-def _padded(x: Array, sides: Sequence[tuple[int, int]]) -> Array:
-    """Zeros before and after each spatial axis; a negative number takes away."""
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in sides), (0, 0, 0)])
-
-
-def _part(x: Array, start: Any, extents: Any) -> Array:
-    return x[:, *(slice(first, first + size) for first, size in zip(start, extents, strict=True))]
-
-
-def _strided(x: Array, stride: Sizes) -> Array:
-    return x[:, *(slice(None, None, s) for s in stride)]
-
-
-def _phases(stride: Sizes) -> list[Sizes]:
-    return list(itertools.product(*map(range, stride)))
-
-
-def _cpu_correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
-    return _canonical(x, w, padding, stride)
-
-
-def _cpu_spread(y: Array, w: Array, *, stride: Sizes, padding: Sides, space: Sizes) -> Array:
-    """The phases x[s m + f] of x are convolutions of stride 1 of y with the phases of the flipped kernel: with
-    f + p = s c + r and k = s a + r, x[s m + f] = sum_a y[m + c - a] w[s a + r].  They are interleaved."""
-    axes, window = range(len(stride)), w.shape[:-2]
-    counts = [-(-length // s) for length, s in zip(space, stride, strict=True)]
-
-    def phase(first: Sizes) -> Array:
-        start, rest = zip(*(divmod(first[d] + padding[d][0], stride[d]) for d in axes), strict=True)
-        if any(r >= k for r, k in zip(rest, window, strict=True)):
-            return jnp.zeros((y.shape[0], *counts, w.shape[-2]), y.dtype)
-        part = w[*(slice(r, None, s) for r, s in zip(rest, stride, strict=True))]
-        sides = tuple((part.shape[d] - 1 - start[d], counts[d] + start[d] - y.shape[1 + d]) for d in axes)
-        return _transposed(y, part, sides)
-
-    return _interleaved([phase(first) for first in _phases(stride)], stride, space)
-
-
-def _interleaved(phases: list[Array], stride: Sizes, space: Sizes) -> Array:
-    """x with x[s m + f] = phases[f][m], the phases in the order of `_phases`, cut to the extents `space`."""
-    for d in reversed(range(len(stride))):
-        rows = [jnp.stack(phases[i : i + stride[d]], 2 + d) for i in range(0, len(phases), stride[d])]
-        phases = [row.reshape(*row.shape[: 1 + d], -1, *row.shape[3 + d :]) for row in rows]
-    return phases[0][:, *(slice(length) for length in space)]
-
-
-def _transposed(y: Array, w: Array, sides: Sides) -> Array:
-    """The convolution of y with the kernel flipped in space and with its channels exchanged.
-
-    To exchange them costs a pass over the kernel.  Where there are fewer positions than channels, it is less to make
-    all products with the kernel as it lies, and to add them up where they belong.
-    """
-    axes, window = tuple(range(w.ndim - 2)), w.shape[:-2]
-    if _tiles_pay(y, w, sides):
-        return _winograd(y, jnp.flip(w, axes), sides, exchanged=True)
-    if math.prod(y.shape[:-1]) > w.shape[-1] or all(size == 1 for size in window):
-        return _canonical(y, jnp.flip(w, axes).swapaxes(-1, -2), sides)
-    products = lax.dot_general(y, w, (((y.ndim - 1,), (w.ndim - 1,)), ((), ())))  # n *positions *window i
-    shift = lambda offset: [
-        (low - k + 1 + a, high - a) for a, k, (low, high) in zip(offset, window, sides, strict=True)
-    ]
-    total: Array | float = 0.0
-    for offset in itertools.product(*map(range, window)):
-        total = total + _padded(products[(slice(None),) * (y.ndim - 1) + offset], shift(offset))
-    return jnp.asarray(total)
-
-
-def _cpu_gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Sizes) -> Array:
-    """With k = s a + r, w[s a + r] = sum_q x[s (q + a) + r - p] y[q]: of stride 1 for each phase r of x."""
-    axes, positions = range(len(window)), y.shape[1:-1]
-    if max(stride) == 1:
-        return _of_stride_one(x, y, tuple(low for low, _ in padding), window)
-    x = _padded(x, padding)
-    w = jnp.zeros((*window, x.shape[-1], y.shape[-1]), y.dtype)
-    for first in _phases(stride):
-        phase = tuple(slice(r, None, s) for r, s in zip(first, stride, strict=True))
-        taps = tuple(-(-(window[d] - first[d]) // stride[d]) for d in axes)
-        if min(taps) > 0:
-            part = _part(x[:, *phase], (0,) * len(window), [positions[d] + taps[d] - 1 for d in axes])
-            w = w.at[*phase].set(_of_stride_one(part, y, (0,) * len(window), taps))
-    return w
-
-
-def _of_stride_one(x: Array, y: Array, before: Sizes, window: Sizes) -> Array:
-    """w[k] = sum_q x[q + k - before] y[q], as the fast convolution of one with the other, examples for channels.
-
-    The kernel is the one with more channels, since the other is read once for each position of the window: y, or x and
-    the result is flipped.
-    """
-    axes = tuple(range(len(window)))
-    if all(k == 1 for k in window) and not any(before):
-        x = _part(x, before, y.shape[1:-1])
-        return jnp.tensordot(x, y, (tuple(range(y.ndim - 1)),) * 2)[(None,) * len(window)]
-    after = tuple(y.shape[1 + d] + window[d] - 1 - x.shape[1 + d] - before[d] for d in axes)
-    sides = tuple(zip(before, after, strict=True))
-    image, kernel = (x, y) if x.shape[-1] <= y.shape[-1] else (y, x)
-    low = before if image is x else tuple(k - 1 - b for k, b in zip(window, before, strict=True))
-    sides = tuple((low[d], kernel.shape[1 + d] + window[d] - 1 - image.shape[1 + d] - low[d]) for d in axes)
-    w = _canonical(image.swapaxes(0, -1), jnp.moveaxis(kernel, 0, -2), sides)  # image channels, *window, the others
-    if image is x:
-        return jnp.moveaxis(w, 0, -2)
-    return jnp.moveaxis(jnp.flip(w, tuple(d + 1 for d in axes)), 0, -1)
-
-
-# Winograd's convolution on a CPU, F(2 x 2, 3 x 3) of Lavin and Gray (2016), "Fast algorithms for convolutional neural
-# networks", eq. 8: 16 products instead of 36 for each 2 x 2 pixels.  Rounding errors are about twice as large.
-
-INPUT = np.array([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]])
-KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-OUTPUT = np.array([[1, 1, 1, 0], [0, 1, -1, -1]])
-Grid = list[list[Array]]
-
-
-def _tiles_pay(x: Any, w: Any, sides: Sides) -> bool:
-    """Whether tiles of 2 x 2 fit, and are enough to be worth the transformation of the kernel."""
-    if w.shape[:-2] != (3, 3):
-        return False
-    h, v = (length + low + high - 2 for length, (low, high) in zip(x.shape[1:-1], sides, strict=True))
-    return h % 2 == 0 and v % 2 == 0 and min(w.shape[-2:]) >= 32 and x.shape[0] * h * v >= 64
-
-
-def _winograd(x: Array, w: Array, sides: Sides, exchanged: bool = False) -> Array:
-    """The convolution; with `exchanged` channels the kernels are (3, 3, features, i)."""
-    x = _padded(x, sides)
-    space = (x.shape[1] - 2, x.shape[2] - 2)
-    images, kernels = _both_ways(INPUT, _tiles(x)), _both_ways(KERNEL, [list(row) for row in w])
-    times = lambda a, b: lax.dot_general(a, b, (((3,), (int(exchanged),)), ((), ())))
-    products = [list(map(times, *rows)) for rows in zip(images, kernels, strict=True)]
-    return _interleaved([y for row in _both_ways(OUTPUT, products) for y in row], (2, 2), space)
-
-
-def _tiles(x: Array) -> Grid:
-    """Pixel (i, j) of all tiles of 4 x 4, which overlap by two."""
-    h, w = x.shape[1] - 3, x.shape[2] - 3
-    return [[x[:, i : i + h : 2, j : j + w : 2] for j in range(4)] for i in range(4)]
-
-
-def _both_ways(matrix: np.ndarray, grid: Grid) -> Grid:
-    """matrix @ grid @ matrix.T, for a matrix of few numbers and a grid of arrays."""
-    by = lambda row, arrays: sum((a if c == 1 else -a if c == -1 else c * a for c, a in zip(row, arrays) if c), 0.0)
-    rows = [[by(row, column) for column in zip(*grid, strict=True)] for row in matrix.tolist()]
-    return [[by(row, each) for row in matrix.tolist()] for each in rows]
-
-
 def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
     def of_members(a: Array, b: Array, **how: Any) -> Array:
         if a.shape[0] == 1:
@@ -348,9 +175,9 @@ def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 for primitive, everywhere, cpu in (
-    (correlate_p, _lax_correlate, _cpu_correlate),
-    (spread_p, _lax_spread, _cpu_spread),
-    (gather_p, _lax_gather, _cpu_gather),
+    (correlate_p, _lax_correlate, conv_cpu.correlate),
+    (spread_p, _lax_spread, conv_cpu.spread),
+    (gather_p, _lax_gather, conv_cpu.gather),
 ):
     mlir.register_lowering(primitive, mlir.lower_fun(everywhere, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(_one_by_one(cpu), multiple_results=False), platform="cpu")

@@ -64,7 +64,7 @@ class GroupNorm(nn.Module):
 
 
 def groups(channels: int, least: int) -> int:
-    """The largest divisor of `channels` up to 32 that leaves at least `least` channels in a group; 1 if there is none."""
+    """The largest divisor of `channels` up to 32 that leaves `least` channels or more in a group; 1 if none does."""
     most = max(1, min(32, channels // least))
     return next(count for count in range(most, 0, -1) if channels % count == 0)
 

@@ -176,7 +176,6 @@ NETS = {
     "plain": UNet(channels=2, **SMALL, head_channels=None, heads=2),
     "blocks, classes, learned variance": UNet(channels=4, **SMALL, head_channels=16, resample_blocks=True, classes=5),
     "half": HalfUNet(**SMALL, head_channels=32),
-    "half, several": HalfUNet(**SMALL, outputs=3),
 }
 SIZE, CHANNELS, LABEL = 8, 2, 3
 

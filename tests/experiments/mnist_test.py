@@ -42,6 +42,7 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_every_row_and_file(folder):
     document = json.loads((folder / "results.json").read_text())
     assert document["experiment"] == "censoring.mnist"
@@ -57,6 +58,7 @@ def test_every_row_and_file(folder):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_numbers_of_labels_and_evaluations(folder):
     rows = {row["name"]: row["metrics"] for row in json.loads((folder / "results.json").read_text())["rows"]}
     value = lambda name, metric: rows[name][metric]["value"]

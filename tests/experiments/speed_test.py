@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.contract import parse
-from experiments.speed import genneg
+from experiments.speed import genneg, table
 from experiments.speed.worker import Worker
 
 NEEDS_TORCH = pytest.mark.skipif(
@@ -29,7 +29,7 @@ def ours():
 def test_rival_gives_the_same_answers(ours):
     setup = genneg.setup(SMALL) | ours.answers | {"chunk": SMALL.chunk}
     with Worker(genneg.RIVAL, setup, {}) as rival:
-        errors = genneg.compare(ours.answers["answers"], rival.answers)
+        errors = table.compare(ours.answers["answers"], rival.answers, genneg.TOLERANCE)
     assert set(errors) == {"denoised", "guided", "guidance", "samples", "loss", "gradient_norm"}
     answers = ours.answers["answers"]
     # The comparison means something: guidance moves points, and the samples are finite and spread.
@@ -44,15 +44,15 @@ def test_comparison_notices_one_wrong_parameter(ours):
     wrong["classifiers"][0]["net"]["params"]["trunk"]["block0_time"]["kernel"][3] += 0.1
     setup = genneg.setup(SMALL) | wrong | {"chunk": SMALL.chunk}
     with Worker(genneg.RIVAL, setup, {}) as rival, pytest.raises(ValueError, match=r"guidance|guided"):
-        genneg.compare(ours.answers["answers"], rival.answers)
+        table.compare(ours.answers["answers"], rival.answers, genneg.TOLERANCE)
 
 
 @pytest.mark.parametrize("wrong", [np.nan, 1.01])
 def test_compare_refuses(wrong):
     answers = {"loss": np.float32(1.0), "denoised": np.ones((3, 2), np.float32)}
-    assert genneg.compare(answers, answers) == {"loss": 0.0, "denoised": 0.0}
+    assert table.compare(answers, answers, {}) == {"loss": 0.0, "denoised": 0.0}
     with pytest.raises(ValueError, match="denoised"):
-        genneg.compare(answers, answers | {"denoised": np.full((3, 2), wrong)})
+        table.compare(answers, answers | {"denoised": np.full((3, 2), wrong)}, {})
 
 
 @pytest.mark.parametrize("row", ["sample-k0", "sample-k2", "train-step"])
@@ -129,7 +129,7 @@ class Stub:
 
 
 def stubbed(monkeypatch, tmp_path, torch, **changes):
-    monkeypatch.setattr(genneg, "Worker", Stub)
+    monkeypatch.setattr(table, "Worker", Stub)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "found" if torch else None)
     return genneg.run(dataclasses.replace(SMALL, output=tmp_path, **changes))
 

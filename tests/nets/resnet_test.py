@@ -22,7 +22,8 @@ def test_max_pool_is_that_of_xla():
 
 
 def test_an_image_knows_nothing_of_its_batch_but_in_training():
-    variables = jax.jit(TINY.init)(jax.random.key(0), IMAGES[0])
+    shapes, rng = jax.eval_shape(TINY.init, jax.random.key(0), IMAGES[0]), np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.uniform(0.1, 1, leaf.shape).astype(np.float32), shapes)
     evaluate = jax.jit(jax.vmap(lambda x: TINY.apply(variables, x)))
     np.testing.assert_allclose(evaluate(IMAGES)[:2], evaluate(IMAGES[:2]), rtol=1e-5)
     train = jax.jit(lambda images: resnet.train_logits(TINY, variables, images)[0])

@@ -99,12 +99,13 @@ def test_extents_are_halved_and_doubled():
     np.testing.assert_allclose(unet.halved(unet.doubled(x)), x, rtol=1e-6)
 
 
+TINY = {"width": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
 NETS = {
     "plain": UNet(channels=2, **SMALL),
-    "blocks": UNet(channels=2, **SMALL, resample_blocks=True, film=False),
-    "odd widths": UNet(channels=2, **SMALL | {"width": 10, "head_channels": None, "heads": 5}),
-    "half": HalfUNet(**SMALL),
-    "half, several": HalfUNet(**SMALL, outputs=3, resample_blocks=False),
+    "odd widths": UNet(
+        channels=2, **SMALL | {"width": 10, "head_channels": None, "heads": 5}, resample_blocks=True, film=False
+    ),
+    "half": HalfUNet(**SMALL, outputs=3),
 }
 
 
@@ -122,8 +123,8 @@ def test_one_example_at_a_time(net):
 
 
 def test_time_may_be_an_integer():
-    net = NETS["half"]
-    params, x = start(net, 8, 8, 1), images(0, 8, 8, 1)
+    net = HalfUNet(**TINY)
+    params, x = start(net, 4, 4, 1), images(0, 4, 4, 1)
     one = jax.jit(net.apply)
     assert float(one(params, x, jnp.int32(37))) == float(one(params, x, jnp.float32(37)))
 
@@ -144,23 +145,23 @@ def test_embedding_is_computed_once_for_all_samples(net):
     params, x = abstract(net, 8, 8, 2), jnp.zeros((5, 8, 8, 2))
     step = lambda params, x, t: jax.vmap(lambda x: jax.grad(lambda x: jnp.sum(net.apply(params, x, t)))(x))(x)
     program = jax.make_jaxpr(step)(params, x, jnp.zeros(())).jaxpr
-    assert list(products(program, (8, 32))) == [(32,)]  # from the cosines and sines
     assert set(products(program, (32, 32))) == {(32,)}  # in the embedding and to what FiLM takes of it
 
 
 def test_starts_at_zero():
-    net = UNet(channels=2, **SMALL | {"multipliers": (1,), "blocks": 0})
+    net = UNet(channels=2, **TINY | {"blocks": 0})
     params = jax.jit(net.init)(jax.random.key(0), images(0, 8, 8, 2), jnp.zeros(()))
     assert not np.asarray(jax.jit(net.apply)(params, images(0, 8, 8, 2), jnp.float32(3))).any()
     for path, leaf in jax.tree.leaves_with_path(params["params"]):
-        zero = path[-2].key in ("conv_out", "out_2") or (path[-2].key == "output" and len(path) == 3)
-        assert (not leaf.any()) == (
-            zero or ("norm" in path[-2].key or path[-2].key == "out_0") and path[-1].key == "bias"
+        *_, layer, kind = (part.key for part in path)
+        zero = layer in ("conv_out", "out_2", "output") or (
+            kind == "bias" and layer in ("norm", "norm_in", "norm_out", "out_0")
         )
+        assert (not leaf.any()) == zero, path
 
 
 def test_class_conditioning():
-    net = UNet(channels=1, **SMALL, classes=4)
+    net = UNet(channels=1, **TINY, classes=4)
     params, x = start(net, 8, 8, 1, label=0), images(0, 8, 8, 1)
     given = jax.jit(jax.vmap(lambda label: net.apply(params, x, jnp.float32(5), label)))(jnp.arange(4))
     assert np.abs(given[1] - given[2]).max() > 1e-3
@@ -172,13 +173,13 @@ def test_class_conditioning():
 
 
 def test_dropout_is_for_training():
-    net = UNet(channels=1, **SMALL, dropout=0.5)
+    net = UNet(channels=1, **TINY, dropout=0.5)
     params, x, t = start(net, 8, 8, 1), images(0, 8, 8, 1), jnp.float32(5)
     dropped = jax.jit(lambda key: net.apply(params, x, t, train=True, rngs={"dropout": key}))
     plain, a, b = jax.jit(net.apply)(params, x, t), dropped(jax.random.key(1)), dropped(jax.random.key(2))
     assert np.abs(plain - a).max() > 1e-3
     assert np.abs(a - b).max() > 1e-3
-    np.testing.assert_array_equal(plain, jax.jit(NETS["plain"].clone(channels=1).apply)(params, x, t))
+    np.testing.assert_array_equal(plain, jax.jit(UNet(channels=1, **TINY).apply)(params, x, t))
 
 
 def test_learned_variance_is_not_eps():
@@ -207,7 +208,7 @@ def test_channels_must_divide_into_heads():
 
 
 def test_bfloat16_stays():
-    net = NETS["half"]
+    net = HalfUNet(**TINY)
     half = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), tree)
     params, x = start(net, 8, 8, 1), images(0, 8, 8, 1)
     given = jax.jit(net.apply)(half(params), half(x), jnp.float32(500))
