@@ -428,9 +428,13 @@ def imitate(
 
 
 def reject(problem: Problem, rewards: Params, samples: Samples, key: PRNGKey, scale: float = 1.0) -> np.ndarray:
-    """Which samples of the model to keep, each with probability prod_k r_k(x)^scale: no guidance, the same reward."""
+    """Which samples of the model to keep: rejection with the same reward, and no guidance.
+
+    Each with the probability prod_k (r_k(x) / largest)^scale, the largest product being that of these samples: a small
+    alpha makes every r_k small, so without it next to nothing would be kept.
+    """
     log_r = scores(problem, rewards, jnp.asarray(samples)).sum(1)
-    return np.asarray(jnp.log(jax.random.uniform(key, (len(samples),))) < scale * log_r)
+    return np.asarray(jnp.log(jax.random.uniform(key, (len(samples),))) < scale * (log_r - log_r.max()))
 
 
 @partial(jax.jit, static_argnums=0)
