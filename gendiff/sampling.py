@@ -128,24 +128,25 @@ def recurrent(process: Process, kernel: Kernel, times: int) -> Kernel:
 
 def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
     """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in float32."""
-    steps = len(grid) - 1
-    x = process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, steps), shape)
-    return refine(kernel, grid, key, x)
+    return refine(kernel, grid, key, _start(process, grid, key, shape))
+
+
+def _start(process: Process, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
+    """x_T; its key is the one after those of the steps."""
+    return process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, len(grid) - 1), shape)
 
 
 def watched(
     process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple
 ) -> tuple[Sample, Int[Array, ""]]:
     """`sample`, and the number of its steps that gave finite numbers: less than `steps` where guidance diverged."""
-    steps = len(grid) - 1
 
     def kept(key: PRNGKey, state: tuple, t: Time, s: Time) -> tuple:
         x, finite = state
         new = kernel(key, x, t, s)
         return new, finite + jnp.all(jnp.isfinite(new)).astype(jnp.int32)
 
-    x = process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, steps), shape)
-    return refine(kept, grid, key, (x, jnp.zeros((), jnp.int32)))
+    return refine(kept, grid, key, (_start(process, grid, key, shape), jnp.zeros((), jnp.int32)))
 
 
 def refine(kernel: Callable, grid: Float[Array, " steps+1"], key: PRNGKey, x: Any) -> Any:

@@ -212,6 +212,8 @@ def train(
     Raises:
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
     """
+    if settings.every < 1:
+        raise ValueError(f"training: every: expected 1 or more steps, given {settings.every}")
     mesh = distributed.training_mesh() if host.mesh is None else host.mesh
     begun = params if isinstance(params, State) else _begin(settings, key, params)
     state = distributed.replicate(mesh, begun)
@@ -313,9 +315,9 @@ def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
     return jax.tree.map(lambda a: a[rows], examples)
 
 
-def capacity(rows: int) -> int:
-    """The next power of two from 8,192 on: arrays padded to it share compiled programs."""
-    return 1 << max(rows - 1, 8191).bit_length()
+def capacity(rows: int, least: int = 8192) -> int:
+    """The next power of two, from `least` (itself one) on: arrays padded to it share compiled programs."""
+    return 1 << max(rows - 1, least - 1).bit_length()
 
 
 def padded(array: Any, rows: int) -> np.ndarray:

@@ -76,6 +76,11 @@ def test_run_goes_on_from_a_state():
     assert not half.params["w"].is_deleted()
 
 
+def test_blocks_have_a_step():
+    with pytest.raises(ValueError, match="every: expected 1 or more steps, given 0"):
+        training.train(jax.random.key(1), START, drawn, jnp.asarray(DATA), Settings(4, 0.1, every=0))
+
+
 def test_packed_state_is_the_state():
     settings = Settings(8, 0.1, every=4)
     state = training.train(jax.random.key(1), START, drawn, jnp.asarray(DATA), settings)

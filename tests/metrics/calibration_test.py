@@ -58,20 +58,15 @@ def test_wrong_prior_and_confidence_are_seen(mixture):
     assert float(run(confident).error[0]) > 0.05
 
 
+def report_of_constant(mixture, value):
+    positives, negatives = pools(mixture, 500)
+    constant = lambda _, x, t: jnp.float32(value)
+    return calibrate(EDM, constant, None, positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]), bins=4)
+
+
 def test_calibration_of_a_constant(mixture):
     # All of C in one bin: predicted is the constant, observed is alpha, and the error is their distance.
-    positives, negatives = pools(mixture, 500)
-    report = calibrate(
-        EDM,
-        lambda _, x, t: jnp.float32(0.25),
-        None,
-        positives,
-        negatives,
-        0.6,
-        jax.random.key(0),
-        jnp.array([1.0]),
-        bins=4,
-    )
+    report = report_of_constant(mixture, 0.25)
     np.testing.assert_allclose(report.mean, [0.25], rtol=1e-5)
     np.testing.assert_allclose(report.error, [0.35], rtol=1e-5)
     np.testing.assert_allclose(report.share, [[0, 1, 0, 0]], atol=1e-6)
@@ -81,17 +76,6 @@ def test_calibration_of_a_constant(mixture):
 
 def test_certain_classifier_has_a_last_bin(mixture):
     # C = 1 belongs to the last bin, not to one beyond it.
-    positives, negatives = pools(mixture, 500)
-    report = calibrate(
-        EDM,
-        lambda _, x, t: jnp.float32(1.0),
-        None,
-        positives,
-        negatives,
-        0.6,
-        jax.random.key(0),
-        jnp.array([1.0]),
-        bins=4,
-    )
+    report = report_of_constant(mixture, 1.0)
     np.testing.assert_allclose(report.share, [[0, 0, 0, 1]], atol=1e-6)
     np.testing.assert_allclose(report.error, [0.4], rtol=1e-5)
