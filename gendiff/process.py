@@ -86,13 +86,14 @@ def ddpm(betas: ArrayLike) -> Process:
     steps = len(betas)
     # In float64 on the host: a product of 1,000 factors near 1 loses digits in float32, for good.
     log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
-    alpha = jnp.asarray(np.exp(0.5 * log_alpha_bar), jnp.float32)
-    sigma = jnp.asarray(np.sqrt(-np.expm1(log_alpha_bar)), jnp.float32)
+    # NumPy's, so that a process that is made inside a compiled function, and kept, holds no tracer.
+    alpha = np.exp(0.5 * log_alpha_bar).astype(np.float32)
+    sigma = np.sqrt(-np.expm1(log_alpha_bar)).astype(np.float32)
     # `take` gives NaN beyond the end, but counts negative times from it.
     within = lambda t: jnp.where(jnp.asarray(t) < 0, steps + 1, t)
     return Process(
-        alpha=lambda t: jnp.take(alpha, within(t)),
-        sigma=lambda t: jnp.take(sigma, within(t)),
+        alpha=lambda t: jnp.take(jnp.asarray(alpha), within(t)),
+        sigma=lambda t: jnp.take(jnp.asarray(sigma), within(t)),
         sample_time=lambda key: jax.random.randint(key, (), 1, steps + 1),
         grid=lambda n: jnp.round(jnp.linspace(steps, 0, n + 1)).astype(int),
         steps=steps,

@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gendiff.denoiser import Denoiser
 from gendiff.process import Process, posterior, transition
@@ -126,6 +126,13 @@ def recurrent(process: Process, kernel: Kernel, times: int) -> Kernel:
     return kernel if times == 1 else recurring
 
 
+def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel:
+    """`kernel` with the coordinates in `mask` held at clean values in every state, for models that were trained to be
+    given them (Janner et al. 2022, section 3.1: the plan goes through a state).  `guidance.inpaint` pins x_0 alone."""
+    hold = lambda x: jnp.where(mask, known, x)
+    return lambda key, x, t, s: hold(kernel(key, hold(x), t, s))
+
+
 def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
     """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in float32."""
     return refine(kernel, grid, key, _start(process, grid, key, shape))
@@ -151,9 +158,21 @@ def watched(
 
 def refine(kernel: Callable, grid: Float[Array, " steps+1"], key: PRNGKey, x: Any) -> Any:
     """Runs `kernel` down `grid` from x, a sample at time grid[0]."""
+    return _scan(kernel, grid, key, x, lambda x: None)[0]
 
-    def step(x: Any, move: tuple) -> tuple[Any, None]:
+
+def states(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
+    """What `sample` goes through, (steps + 1, *shape): one state for each time of the grid."""
+    start = _start(process, grid, key, shape)
+    return jnp.concatenate([start[None], _scan(kernel, grid, key, start, lambda x: x)[1]])
+
+
+def _scan(
+    kernel: Callable, grid: Float[Array, " steps+1"], key: PRNGKey, x: Any, keep: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    def step(x: Any, move: tuple) -> tuple[Any, Any]:
         i, t, s = move
-        return kernel(jax.random.fold_in(key, i), x, t, s), None
+        x = kernel(jax.random.fold_in(key, i), x, t, s)
+        return x, keep(x)
 
-    return jax.lax.scan(step, x, (jnp.arange(len(grid) - 1), grid[:-1], grid[1:]))[0]
+    return jax.lax.scan(step, x, (jnp.arange(len(grid) - 1), grid[:-1], grid[1:]))

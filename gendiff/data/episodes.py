@@ -1,0 +1,375 @@
+"""Episodes of control: files that survive a kill, D4RL's and Minari's files, and windows to train on.
+
+A row is a step: what was seen, and what was then done.  A window is `horizon` rows of one episode, each (action,
+observation) and normalised, as Diffuser (Janner et al. 2022) and the paper of relative rewards (NeurIPS 2023) train.
+"""
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+LIMIT = 1000
+"""Rows of an episode that windows are cut from."""
+PATIENCE = 2000
+"""Discarded attempts in a row after which no episode is expected any more."""
+
+
+class Episodes(NamedTuple):
+    """Episodes, one after the other."""
+
+    observations: Float[np.ndarray, "n o"]
+    actions: Float[np.ndarray, "n a"]
+    """As the controller gave them, also where the environment clips them."""
+    lengths: Int[np.ndarray, " e"]
+    """Rows of each episode, sum n."""
+
+
+Attempt: TypeAlias = tuple[np.ndarray, np.ndarray] | None
+"""An episode's observations and actions; None if it was discarded."""
+Attempts: TypeAlias = Generator[Attempt, None, None]
+"""Attempts without end."""
+Report: TypeAlias = Callable[[int], Any]
+"""Called with the number of rows so far: at the start, and after every episode that is kept."""
+
+
+class Source:
+    """Random access to whole episodes, as `tfds.data_source` gives it and Grain reads it."""
+
+    def __init__(self, episodes: Episodes) -> None:
+        self.episodes = episodes
+        self.ends = np.cumsum(episodes.lengths)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"episodes: expected an index below {len(self)}, given {i}")
+        rows = slice(self.ends[i] - self.episodes.lengths[i], self.ends[i])
+        return {"observations": self.episodes.observations[rows], "actions": self.episodes.actions[rows]}
+
+
+# Making and storing.
+
+
+def take(attempts: Attempts, transitions: int, report: Report = lambda rows: None) -> tuple[Episodes, int]:
+    """The attempts that are kept, until they have `transitions` rows or more: the last one is whole.
+
+    Returns:
+      The episodes in float32, and how many attempts they took.
+
+    Raises:
+      ValueError: 2,000 attempts in a row were discarded.
+    """
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    rows = tried = failed = 0
+    while rows < transitions:
+        attempt, tried, failed = next(attempts), tried + 1, failed + 1
+        if attempt is not None:
+            kept.append(attempt)
+            rows, failed = rows + len(attempt[0]), 0
+            report(rows)
+        elif failed == PATIENCE:
+            raise ValueError(f"episodes: expected one that is kept, given {PATIENCE} discarded attempts in a row")
+    observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*kept, strict=True))
+    return Episodes(observations, actions, np.array([len(each) for each, _ in kept])), tried
+
+
+class Holds(NamedTuple):
+    """What a folder holds."""
+
+    shards: int = 0
+    episodes: int = 0
+    transitions: int = 0
+    attempts: int = 0
+
+
+def write(
+    folder: Path,
+    configuration: dict[str, Any],
+    attempts: Callable[[int], Attempts],
+    transitions: int,
+    shard: int = 100_000,
+    report: Report = lambda rows: None,
+) -> Holds:
+    """Makes episodes with `transitions` rows or more and stores them; after a kill the same call goes on from there.
+
+    Shards appear whole, by renaming.  `info.json` holds the configuration and, at the end, what the folder holds.
+
+    Args:
+      configuration: all that the episodes depend on, of what JSON can hold.
+      attempts: first -> the attempts first, first + 1 .., each the same wherever they begin.
+      shard: rows of one file, or a few more since episodes stay whole.
+
+    Raises:
+      ValueError: the folder holds episodes of another configuration, or a damaged file.
+    """
+    if transitions < 1 or shard < 1:
+        raise ValueError(f"episodes: transitions and shard: expected 1 or more, given {transitions} and {shard}")
+    # Through JSON and back, for what it makes of tuples.
+    configuration = json.loads(json.dumps({**configuration, "transitions": transitions, "shard": shard}))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "info.json").exists() and not _shards(folder):
+        _store(folder / "info.json", lambda file: file.write(_json(configuration, None)))
+    found = _info(folder)["configuration"]
+    if others := [name for name in {**configuration, **found} if configuration.get(name) != found.get(name)]:
+        wanted, given = ({name: each.get(name) for name in others} for each in (configuration, found))
+        raise ValueError(f"episodes: {folder}: expected a folder of {wanted}, given one of {given}")
+    holds = Holds()
+    for path in _shards(folder):
+        holds = _plus(holds, *_load(path, "lengths", "attempts"))
+    report(holds.transitions)
+    with closing(attempts(holds.attempts)) as stream:
+        while (before := holds.transitions) < transitions:
+            made, tried = take(
+                stream, min(shard, transitions - before), lambda rows, before=before: report(before + rows)
+            )
+            save = lambda file, made=made, tried=tried: np.savez(file, attempts=tried, **made._asdict())
+            _store(folder / f"shard-{holds.shards:05d}.npz", save)
+            holds = _plus(holds, made.lengths, tried)
+    _store(folder / "info.json", lambda file: file.write(_json(configuration, holds)))
+    return holds
+
+
+def read(folder: Path) -> Episodes:
+    """All that `write` stored.
+
+    Raises:
+      ValueError: the folder holds no such data set, an unfinished or a damaged one.
+    """
+    holds, shards = _info(folder)["holds"], _shards(folder)
+    if holds is None or len(shards) != holds["shards"]:
+        raise ValueError(
+            f"episodes: {folder}: expected a complete data set, given {len(shards)} shards of an unfinished one; run "
+            "the command that writes it again"
+        )
+    parts = [_load(path, *Episodes._fields) for path in shards]
+    return Episodes(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _plus(holds: Holds, lengths: np.ndarray, attempts: Any) -> Holds:
+    more = (1, len(lengths), int(lengths.sum()), int(attempts))
+    return Holds(*map(sum, zip(holds, more, strict=True)))
+
+
+def _json(configuration: Any, holds: Holds | None) -> bytes:
+    return json.dumps({"configuration": configuration, "holds": holds and holds._asdict()}, indent=1).encode()
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        return {"configuration": dict(info["configuration"]), "holds": info["holds"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"episodes: {folder}: expected an info.json of episodes, given {error!r}") from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("shard-*.npz"))
+    wanted = [folder / f"shard-{i:05d}.npz" for i in range(len(found))]
+    if found != wanted:
+        raise ValueError(f"episodes: {folder}: expected {[path.name for path in wanted]}, given others")
+    return found
+
+
+def _load(path: Path, *names: str) -> list[np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return [stored[name] for name in names]
+    except Exception as error:  # a damaged archive has many ways to say so
+        raise ValueError(f"episodes: {path}: expected a whole shard, given a damaged one ({error!r})") from None
+
+
+def _store(path: Path, put: Callable[[IO[bytes]], Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        put(file)
+    os.replace(part, path)
+
+
+# Files of others.
+
+
+def d4rl(path: Path) -> Episodes:
+    """Reads an HDF5 file of D4RL (Fu et al. 2020), or of the relative-reward paper's fork.
+
+    An episode ends at a row of `terminals` or `timeouts`; in a file that marks no such row, where `infos/goal` changes.
+    What follows the last end is left out: it is no whole episode.
+
+    Raises:
+      ValueError: no HDF5 file, arrays missing or of different lengths, or no end of an episode.
+    """
+    with _hdf5(path) as file:
+        arrays = {name: _array(path, file, name) for name in ("observations", "actions", "terminals")}
+        optional = {name: _array(path, file, name) for name in ("timeouts", "infos/goal") if name in file}
+    sizes = {name: len(each) for name, each in (arrays | optional).items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"d4rl: {path}: expected arrays of one length, given {sizes}")
+    last = arrays["terminals"].astype(bool).ravel() | optional.get("timeouts", np.zeros(1)).astype(bool).ravel()
+    if not last.any() and "infos/goal" in optional:
+        goals = optional["infos/goal"].reshape(len(last), -1)
+        last[:-1] = (goals[1:] != goals[:-1]).any(1)
+    ends = np.flatnonzero(last) + 1
+    if not len(ends):
+        raise ValueError(f"d4rl: {path}: expected the end of an episode, given none in {len(last)} rows")
+    rows = lambda name: arrays[name][: ends[-1]].astype(np.float32)
+    return Episodes(rows("observations"), rows("actions"), np.diff(ends, prepend=0))
+
+
+def minari(path: Path) -> Episodes:
+    """Reads a data set of Minari (0.5): its folder, or the `main_data.hdf5` in it.
+
+    Of observations that are a dict (observation, achieved_goal, desired_goal) `observation` is taken.  The observation
+    after the last action is left out.  A point maze of gymnasium-robotics has other axes than D4RL's: its origin is
+    the middle, x is the column and y points up.
+
+    Raises:
+      ValueError: no such file, arrays missing, or no episode.
+    """
+    path = path / "data" / "main_data.hdf5" if path.is_dir() else path
+    episodes = []
+    with _hdf5(path) as file:
+        for name in sorted((name for name in file if name.startswith("episode_")), key=lambda name: (len(name), name)):
+            nested = "observations/observation" in file[name]
+            seen = _array(path, file, f"{name}/observations{'/observation' if nested else ''}")
+            done = _array(path, file, f"{name}/actions")
+            if len(seen) != len(done) + 1:
+                raise ValueError(f"minari: {path}: {name}: expected {len(done) + 1} observations, given {len(seen)}")
+            episodes.append((seen[:-1], done))
+    if not episodes:
+        raise ValueError(f"minari: {path}: expected groups episode_0, episode_1 .., given none")
+    observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*episodes, strict=True))
+    return Episodes(observations, actions, np.array([len(each) for _, each in episodes]))
+
+
+@contextmanager
+def _hdf5(path: Path) -> Iterator[Any]:
+    try:
+        import h5py
+    except ImportError:
+        raise ImportError("episodes: expected h5py, given none: pip install 'gendiff[maze]'") from None
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"episodes: {path}: expected an HDF5 file, given {error}") from None
+    with file:
+        yield file
+
+
+def _array(path: Path, file: Any, name: str) -> np.ndarray:
+    if not hasattr(file.get(name), "shape"):
+        raise ValueError(f"episodes: {path}: expected an array {name}, given {sorted(file)}")
+    return file[name][()]
+
+
+# Windows to train on.
+
+Rows = TypeVar("Rows", np.ndarray, jax.Array)
+
+
+class Normaliser(NamedTuple):
+    """Least and largest value of each coordinate of (action, observation)."""
+
+    low: Float[np.ndarray, " d"]
+    high: Float[np.ndarray, " d"]
+
+
+def fit(episodes: Episodes, limit: int = LIMIT) -> Normaliser:
+    """The normaliser of the rows that windows are cut from; a constant coordinate has low, high = value -+ 1."""
+    rows = _rows(trimmed(episodes, limit))
+    low, high = rows.min(0), rows.max(0)
+    constant = (low == high).astype(rows.dtype)
+    return Normaliser(low - constant, high + constant)
+
+
+def normalise(normaliser: Normaliser, rows: Rows) -> Rows:
+    """2 (x - low) / (high - low) - 1, in [-1, 1] for the rows of the fit; any leading axes."""
+    low, high = _edges(normaliser, rows)
+    return 2 * (rows - low) / (high - low) - 1
+
+
+def unnormalise(normaliser: Normaliser, rows: Rows) -> Rows:
+    """The inverse of `normalise`, of rows clipped to [-1, 1]."""
+    low, high = _edges(normaliser, rows)
+    return (rows.clip(-1, 1) + 1) / 2 * (high - low) + low
+
+
+def _edges(normaliser: Normaliser, rows: Rows) -> Normaliser:
+    """The normaliser with the rank of the rows, which JAX may be set to insist on."""
+    return Normaliser(*(edge.reshape((1,) * (rows.ndim - 1) + edge.shape) for edge in normaliser))
+
+
+def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
+    """The first `limit` rows of each episode without its last one; an episode that keeps fewer than two is left out.
+
+    Raises:
+      ValueError: no episode is left.
+    """
+    lengths = np.minimum(episodes.lengths - 1, limit)
+    lengths = np.where(lengths > 1, lengths, 0)
+    if not lengths.any():
+        longest = max(episodes.lengths, default=0)
+        raise ValueError(
+            f"episodes: expected one of 3 rows or more, given {len(lengths)} episodes, the longest of {longest} rows"
+        )
+    keep = _place(episodes.lengths) < np.repeat(lengths, episodes.lengths)
+    return Episodes(episodes.observations[keep], episodes.actions[keep], lengths[lengths > 0])
+
+
+class Windows(NamedTuple):
+    """Where the windows of a data set begin, and the rows that they are cut from: arguments for a compiled program."""
+
+    rows: Float[np.ndarray, "n d"]
+    """(action, observation), normalised."""
+    begin: Int[np.ndarray, " w"]
+    """First row of each window."""
+    last: Int[np.ndarray, " w"]
+    """Last row of each window's episode."""
+    still: Float[np.ndarray, " a"]
+    """The action 0, normalised."""
+
+
+def windows(episodes: Episodes, normaliser: Normaliser, horizon: int, limit: int = LIMIT) -> Windows:
+    """All windows, so that episodes of any length have about the same weight.
+
+    An episode of L rows (`trimmed`) has windows from its rows 0 .. M - 1, M = max(L - horizon, 1), and these
+    floor(max M / M) times: the paper's code.
+    """
+    if horizon < 1:
+        raise ValueError(f"windows: horizon: expected 1 or more, given {horizon}")
+    used = trimmed(episodes, limit)
+    starts = np.maximum(used.lengths - horizon, 1)
+    each = starts.max() // starts * starts
+    episode = np.repeat(np.arange(len(starts)), each)
+    ends = np.cumsum(used.lengths)
+    begin = (ends - used.lengths)[episode] + _place(each) % starts[episode]
+    still = normalise(normaliser, np.zeros_like(normaliser.low))[: used.actions.shape[1]]
+    rows = normalise(normaliser, _rows(used))
+    return Windows(rows, begin.astype(np.int32), (ends - 1)[episode].astype(np.int32), still)
+
+
+def window(source: Windows, i: int | Int[Array, ""], horizon: int) -> Float[Array, "horizon d"]:
+    """Window i.  After the end of its episode the last observation stays, and the action is 0."""
+    row = jnp.take(source.begin, i) + jnp.arange(horizon)
+    last = jnp.take(source.last, i)
+    rows = jnp.take(source.rows, jnp.minimum(row, last), 0)
+    actions = len(source.still)
+    done = jnp.where((row <= last)[:, None], rows[:, :actions], source.still)
+    return jnp.concatenate([done, rows[:, actions:]], 1)
+
+
+def _rows(episodes: Episodes) -> np.ndarray:
+    return np.concatenate([episodes.actions, episodes.observations], 1)
+
+
+def _place(counts: np.ndarray) -> np.ndarray:
+    """0 .. counts[0] - 1, 0 .. counts[1] - 1, .."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,0 +1,69 @@
+"""Where a reward is high: its mean over the cells of a plane, and whether the highest place is the goal."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import ndimage
+
+
+class Heat(NamedTuple):
+    """A mean by bin; bin (i, j) covers [i, i + 1) x [j, j + 1) in units of `size`, from `origin` on."""
+
+    mean: Float[np.ndarray, "rows columns"]
+    """0 where too few values fell."""
+    counts: Int[np.ndarray, "rows columns"]
+    origin: tuple[float, float]
+    size: float
+
+
+def heat(
+    points: Float[np.ndarray, "n 2"],
+    values: Float[np.ndarray, " n"],
+    extent: tuple[int, int],
+    bins: int = 10,
+    least: int = 5,
+    tails: float = 0.005,
+) -> Heat:
+    """The mean of values by place; they are winsorised and scaled to [0, 1] first (relative reward's released code).
+
+    Args:
+      points: (x, y) in cells, of a maze whose cell (0, 0) has its middle at the origin.
+      extent: cells along x and y.
+      bins: along a cell's side.
+      least: values that a bin needs.
+      tails: share that is cut at either end.
+    """
+    points, values = np.asarray(points, np.float64), np.asarray(values, np.float64)
+    if points.shape != (len(values), 2) or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"heat: expected n points (n, 2) with finite values, given {points.shape} and {values.shape}")
+    low, high = np.quantile(values, [tails, 1 - tails])
+    scaled = (np.clip(values, low, high) - low) / max(high - low, np.finfo(np.float64).tiny)
+    edges: list[Any] = [np.linspace(0, cells, cells * bins + 1) for cells in extent]
+    x, y = (points + 0.5).T
+    count = np.histogram2d(x, y, edges)[0]
+    total = np.histogram2d(x, y, edges, weights=scaled)[0]
+    mean = np.where(count >= least, total / np.maximum(count, 1), 0.0)
+    return Heat(mean, np.where(count >= least, count, 0).astype(int), (-0.5, -0.5), 1 / bins)
+
+
+def smoothed(each: Heat, width: float = 2.0) -> Float[np.ndarray, "rows columns"]:
+    """Gaussian smoothing by `width` bins of the bins that have values: empty ones neither draw down nor are filled."""
+    there = (each.counts > 0).astype(np.float64)
+    blur = lambda a: ndimage.gaussian_filter(a, width, mode="constant")
+    mass = blur(there)
+    return np.where(there > 0, blur(each.mean * there) / np.maximum(mass, np.finfo(np.float64).tiny), -np.inf)
+
+
+def highest(each: Heat, width: float = 2.0) -> tuple[float, float]:
+    """The middle of the bin with the largest smoothed mean, in the units of the points."""
+    smooth = smoothed(each, width)
+    if not np.isfinite(smooth).any():
+        raise ValueError("heat: expected a bin with enough values, given none")
+    i, j = np.unravel_index(int(np.argmax(smooth)), smooth.shape)
+    return tuple(o + (k + 0.5) * each.size for o, k in zip(each.origin, (i, j), strict=True))  # type: ignore[return-value]
+
+
+def recovered(each: Heat, goal: tuple[float, float], within: float = 1.0, width: float = 2.0) -> bool:
+    """Whether the highest place lies within one cell of the goal (2306.01804, section 5.1)."""
+    return bool(np.hypot(*np.subtract(highest(each, width), goal)) <= within)

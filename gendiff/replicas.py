@@ -1,0 +1,107 @@
+"""Independent runs side by side: K trainings of one shape (seeds, goals, configurations) in one compiled program.
+
+The runs are spread over the devices of the mesh and know nothing of each other: the program has no collective.  Within
+a device they are one `vmap`, and on a CPU one run after the other for a block of steps, so that what a run needs stays
+in the cache.  Run k gives the numbers that `training.fit` gives it alone, up to the order of sums.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gendiff import distributed, potential, training
+from gendiff.training import Host, Metrics, NotFinite, Settings, State, Task
+from gendiff.types import Params, PRNGKey
+
+
+def train(
+    keys: PRNGKey,
+    params: Params,
+    task: Callable[[Any, Any], Task],
+    context: Any,
+    own: Any,
+    settings: Settings,
+    host: Host = Host(),  # noqa: B008 (immutable)
+) -> State:
+    """Trains K runs from the host, with reports and checkpoints for all of them together.
+
+    Args:
+      keys: (K,), one a run.
+      params: K trees of parameters stacked on axis 0.
+      task: (context, own of one run) -> Task, which draws its batches on the device.  Runs of `train` that share the
+        function (see `functools.cache`) share the compiled program.
+      context: a pytree of arrays that all runs read, such as a pool of examples.
+      own: a pytree of arrays with leading axis K: what each run has for itself.
+      settings: of every run; `patience` does not apply.
+      host: its mesh is one of all devices unless given.
+
+    Returns:
+      The last state of every run, stacked on axis 0; `best` is the result.
+
+    Raises:
+      NotFinite: a loss is NaN or infinite, with the numbers of the runs.  The newest checkpoint is from before.
+    """
+    if settings.every < 1 or settings.patience is not None:
+        raise ValueError(f"replicas: expected every >= 1 and no patience, given {settings.every}, {settings.patience}")
+    runs = len(keys)
+    if potential.leading_size((params, own)) != runs:
+        raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
+    mesh = distributed.make_mesh() if host.mesh is None else host.mesh
+    rows = np.minimum(np.arange(-(-runs // mesh.size) * mesh.size), runs - 1)
+    spread = lambda tree: jax.device_put(jax.tree.map(lambda a: a[rows], tree), distributed.split(mesh))
+    state, own = spread(_begin(settings, keys, params)), spread(own)
+    context = distributed.replicate(mesh, context)
+    if host.checkpoints is not None:
+        state = host.checkpoints.restore(state)
+    done = int(state.step[0])
+    host.report(done, {})
+    while done < settings.steps:
+        size = min(settings.every, settings.steps - done)
+        state, metrics = _block(task, settings, size, mesh, state, context, own)
+        done += size
+        values = {name: np.asarray(each)[:runs] for name, each in metrics.items()}
+        for name, each in values.items():
+            if not np.isfinite(each).all():
+                which = ", ".join(map(str, np.flatnonzero(~np.isfinite(each))))
+                raise NotFinite(f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}")
+        if host.checkpoints is not None:
+            host.checkpoints.save(done, state)
+        host.report(done, {name: float(each.mean()) for name, each in values.items()})
+    return jax.tree.map(lambda a: a[:runs], state)
+
+
+@partial(jax.jit, static_argnums=0)
+def _begin(settings: Settings, keys: PRNGKey, params: Params) -> State:
+    return jax.vmap(lambda key, params: training.init(key, params, training.adam(settings)))(keys, params)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _block(
+    task: Callable[[Any, Any], Task],
+    settings: Settings,
+    size: int,
+    mesh: jax.sharding.Mesh,
+    state: State,
+    context: Any,
+    own: Any,
+) -> tuple[State, Metrics]:
+    def one(run: tuple[State, Any], context: Any) -> tuple[State, Metrics]:
+        loss, draw, validate, *_ = task(context, run[1])
+        if draw is None:
+            raise ValueError("replicas: task.draw: expected a function of a key, given None")
+        step = training.make_step(loss, training.adam(settings), settings.decay)
+        return training.make_block(step, draw, size, validate)(run[0])
+
+    local = lambda state, context, own: potential.over_members(partial(one, context=context), (state, own))
+    each, all_of_it = jax.P("data"), jax.P()
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(each, all_of_it, each), out_specs=(each, each), check_vma=False)
+    return spread(state, context, own)
+
+
+def keys(key: PRNGKey, runs: int) -> PRNGKey:
+    """(runs,) keys; that of run k depends on k alone, not on how many there are."""
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(runs))

@@ -1,0 +1,315 @@
+import contextlib
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gendiff.data import episodes
+from gendiff.data.episodes import Episodes
+
+
+def numbered(lengths: list[int]) -> Episodes:
+    """Episodes whose row i has the observation (i, -i) and the action (100 + i, 3)."""
+    i = np.arange(sum(lengths), dtype=np.float32)
+    return Episodes(np.stack([i, -i], 1), np.stack([100 + i, 0 * i + 3], 1), np.array(lengths))
+
+
+def stream(first: int = 0):
+    """Attempt i is discarded if 3 divides i, else has 2 + i % 5 rows of the number i."""
+    while True:
+        rows = 2 + first % 5
+        yield None if first % 3 == 0 else (np.full((rows, 4), first), np.full((rows, 2), -first))
+        first += 1
+
+
+# Making and storing.
+
+
+def test_the_last_episode_is_whole_and_attempts_are_counted():
+    taken, tried = episodes.take(stream(), 20)
+    assert tried == 9  # 1, 2, 4, 5, 7 and 8 are kept: 3 + 4 + 6 + 2 + 4 = 19 rows, and 5 more
+    np.testing.assert_array_equal(taken.lengths, [3, 4, 6, 2, 4, 5])
+    np.testing.assert_array_equal(taken.observations[:, 0], np.repeat([1, 2, 4, 5, 7, 8], taken.lengths))
+    np.testing.assert_array_equal(taken.actions[:, 0], -taken.observations[:, 0])
+    assert taken.actions.dtype == taken.observations.dtype == np.float32
+
+
+def test_attempts_that_all_fail_are_an_error():
+    with pytest.raises(ValueError, match="given 2000 discarded attempts in a row"):
+        episodes.take((None for _ in iter(int, 1)), 1)
+
+
+def content(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@given(transitions=st.integers(1, 120), shard=st.integers(1, 60), stop=st.integers(0, 120))
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(transitions, shard, stop, tmp_path_factory):
+    whole, stopped = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("stopped")
+    holds = episodes.write(whole, {"seed": (1, 2)}, stream, transitions, shard)
+
+    def interrupt(rows):
+        if rows >= stop:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        episodes.write(stopped, {"seed": (1, 2)}, stream, transitions, shard, interrupt)
+    heard = []
+    assert episodes.write(stopped, {"seed": (1, 2)}, stream, transitions, shard, heard.append) == holds
+    assert content(stopped) == content(whole)
+    assert heard == sorted(heard)
+    assert heard[-1] == holds.transitions
+    direct, tried = episodes.take(stream(), transitions)
+    jax.tree.map(np.testing.assert_array_equal, episodes.read(whole), direct)
+    assert holds == (len(list(whole.glob("*.npz"))), len(direct.lengths), len(direct.actions), tried)
+
+
+def test_a_finished_folder_is_left_as_it_is(tmp_path):
+    episodes.write(tmp_path, {}, stream, 30, 10)
+    before = content(tmp_path)
+    episodes.write(tmp_path, {}, lambda first: (_ for _ in ()), 30, 10)  # no attempt is asked for
+    assert content(tmp_path) == before
+
+
+def test_a_folder_of_other_episodes_is_refused(tmp_path):
+    episodes.write(tmp_path, {"seed": 0}, stream, 30)
+    with pytest.raises(ValueError, match=r"expected a folder of {'seed': 1}, given one of {'seed': 0}"):
+        episodes.write(tmp_path, {"seed": 1}, stream, 30)
+    with pytest.raises(ValueError, match=r"'transitions': 31.*'transitions': 30"):
+        episodes.write(tmp_path, {"seed": 0}, stream, 31)
+    (tmp_path / "info.json").unlink()
+    with pytest.raises(ValueError, match=r"expected an info\.json of episodes, given FileNotFoundError"):
+        episodes.write(tmp_path, {"seed": 0}, stream, 30)
+
+
+def test_files_that_are_damaged_or_missing_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"expected an info\.json"):
+        episodes.read(tmp_path)
+    with pytest.raises(ValueError, match="expected 1 or more, given 0 and 100000"):
+        episodes.write(tmp_path, {}, stream, 0)
+    episodes.write(tmp_path, {}, stream, 30, 10)
+    shard = tmp_path / "shard-00001.npz"
+    stored = shard.read_bytes()
+    for damaged in (b"", stored[:-40], stored[:200] + b"\1" + stored[201:]):
+        shard.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"shard-00001\.npz: expected a whole shard"):
+            episodes.read(tmp_path)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"expected \['shard-00000.npz', 'shard-00001.npz'"):
+        episodes.read(tmp_path)
+    for path in tmp_path.glob("*.npz"):
+        path.unlink()
+    with pytest.raises(ValueError, match="given 0 shards of an unfinished one"):
+        episodes.read(tmp_path)
+    (tmp_path / "info.json").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match=r"expected an info\.json of episodes, given TypeError"):
+        episodes.read(tmp_path)
+
+
+def test_episodes_are_a_source():
+    given = numbered([3, 1, 4])
+    source = episodes.Source(given)
+    assert len(source) == 3
+    for i in range(3):
+        rows = slice(int(given.lengths[:i].sum()), int(given.lengths[: i + 1].sum()))
+        for each in (source[i], source[i - 3]):
+            np.testing.assert_array_equal(each["observations"], given.observations[rows])
+            np.testing.assert_array_equal(each["actions"], given.actions[rows])
+    assert [len(each["actions"]) for each in source] == [3, 1, 4]
+    with pytest.raises(IndexError, match="an index below 3, given 3"):
+        source[3]
+
+
+def test_grain_reads_the_source():
+    grain = pytest.importorskip("grain")
+    dataset = grain.MapDataset.source(episodes.Source(numbered([3, 1, 4]))).shuffle(seed=0)
+    assert sorted(len(each["actions"]) for each in dataset) == [1, 3, 4]
+
+
+# Files of others.
+
+
+@pytest.fixture
+def hdf5(tmp_path):
+    h5py = pytest.importorskip("h5py")
+
+    def write(arrays: dict[str, np.ndarray]):
+        path = tmp_path / "file.hdf5"
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array, compression="gzip")
+        return path
+
+    return write
+
+
+ENDS = {
+    "terminals": {"terminals": [0, 0, 1, 0, 1, 0, 0], "timeouts": [0] * 7},
+    "timeouts": {"terminals": [0] * 7, "timeouts": [0, 0, 1, 0, 1, 0, 0]},
+    "both": {"terminals": [0, 0, 1, 0, 0, 0, 0], "timeouts": [0, 0, 1, 0, 1, 0, 0]},
+    "the paper's": {"terminals": [0, 0, 1, 0, 1, 0, 0], "infos/goal": [[1, 1]] * 7},
+    "goals alone": {"terminals": [0] * 7, "infos/goal": [[1, 1]] * 3 + [[1, 2]] * 2 + [[1, 1]] * 2},
+}
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_d4rl_episodes_end_where_the_file_says(ends, hdf5):
+    rows = numbered([7])
+    flags = {k: np.array(v, np.float32 if k == "infos/goal" else bool) for k, v in ENDS[ends].items()}
+    path = hdf5({"observations": rows.observations, "actions": rows.actions, "rewards": np.zeros(7), **flags})
+    read = episodes.d4rl(path)
+    np.testing.assert_array_equal(read.lengths, [3, 2])
+    np.testing.assert_array_equal(read.observations, rows.observations[:5])
+    np.testing.assert_array_equal(read.actions, rows.actions[:5])
+
+
+def test_what_is_no_d4rl_file_is_named(hdf5, tmp_path):
+    rows = numbered([4])._asdict()
+    with pytest.raises(
+        ValueError, match=r"expected an array terminals, given \['actions', 'lengths', 'observations'\]"
+    ):
+        episodes.d4rl(hdf5(rows))
+    with pytest.raises(ValueError, match="expected the end of an episode, given none in 4 rows"):
+        episodes.d4rl(hdf5({**rows, "terminals": np.zeros(4, bool)}))
+    with pytest.raises(ValueError, match=r"arrays of one length, given .*'terminals': 3"):
+        episodes.d4rl(hdf5({**rows, "terminals": np.zeros(3, bool)}))
+    for path in (tmp_path / "none", tmp_path / "text"):
+        (tmp_path / "text").write_text("text")
+        with pytest.raises(ValueError, match="expected an HDF5 file"):
+            episodes.d4rl(path)
+
+
+@pytest.mark.parametrize("form", ["array", "dict"])
+def test_minari_episodes_come_in_the_order_of_their_numbers(form, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    lengths = [2, 3, 1, 2, 2, 2, 2, 2, 2, 2, 4]  # episode_10 comes after episode_9
+    (tmp_path / "data").mkdir()
+    with h5py.File(tmp_path / "data" / "main_data.hdf5", "w") as file:
+        for i, length in enumerate(lengths):
+            group = file.create_group(f"episode_{i}")
+            group.attrs.update({"id": i, "total_steps": length})
+            group["actions"] = np.full((length, 2), i, np.float32)
+            group["terminations"] = group["truncations"] = group["rewards"] = np.zeros(length)
+            seen = np.arange(4 * (length + 1), dtype=np.float64).reshape(-1, 4) + 100 * i
+            if form == "array":
+                group["observations"] = seen
+            else:
+                for name, part in (
+                    ("observation", seen),
+                    ("achieved_goal", seen[:, :2]),
+                    ("desired_goal", seen[:, :2]),
+                ):
+                    group[f"observations/{name}"] = part
+    read = episodes.minari(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, read, episodes.minari(tmp_path / "data" / "main_data.hdf5"))
+    np.testing.assert_array_equal(read.lengths, lengths)
+    np.testing.assert_array_equal(read.actions[:, 0], np.repeat(np.arange(11), lengths))
+    np.testing.assert_array_equal(read.observations[2:5, 3], [103, 107, 111])
+
+
+def test_what_is_no_minari_data_set_is_named(hdf5, tmp_path):
+    with pytest.raises(ValueError, match="expected groups episode_0, episode_1"):
+        episodes.minari(hdf5({"other": np.zeros(3)}))
+    with pytest.raises(ValueError, match="expected an array episode_0/actions"):
+        episodes.minari(hdf5({"episode_0/observations": np.zeros((3, 4))}))
+    with pytest.raises(ValueError, match="episode_0: expected 4 observations, given 3"):
+        episodes.minari(hdf5({"episode_0/observations": np.zeros((3, 4)), "episode_0/actions": np.zeros((3, 2))}))
+
+
+# Windows.
+
+NUMBERS = st.floats(-50, 50, width=32).map(lambda x: np.float32(round(x, 3)))
+
+
+@given(rows=hnp.arrays(np.float32, (5, 6), elements=NUMBERS))
+def test_the_normaliser_maps_the_data_onto_the_cube_and_back(rows):
+    normaliser = episodes.fit(Episodes(np.r_[rows, rows[:1]][:, 2:], np.r_[rows, rows[:1]][:, :2], np.array([6])))
+    mapped = episodes.normalise(normaliser, rows)
+    varies = np.ptp(rows, 0) > 0
+    assert mapped.dtype == np.float32
+    np.testing.assert_allclose(mapped.min(0), np.where(varies, -1, 0), atol=1e-6)
+    np.testing.assert_allclose(mapped.max(0), np.where(varies, 1, 0), atol=1e-6)
+    np.testing.assert_allclose(episodes.unnormalise(normaliser, mapped), rows, atol=1e-5)
+    np.testing.assert_allclose(episodes.unnormalise(normaliser, 0 * mapped + 9)[0], normaliser.high, atol=1e-5)
+
+
+def test_dropped_rows_do_not_count_for_the_normaliser():
+    given = numbered([4, 2, 5])  # rows 0 1 2, none, 6 7 8 9
+    low, high = episodes.fit(given)
+    np.testing.assert_array_equal(low, [100, 2, 0, -9])
+    np.testing.assert_array_equal(high, [109, 4, 9, 0])
+    np.testing.assert_array_equal(episodes.fit(given, limit=2).high, [107, 4, 7, 0])
+
+
+def test_windows_of_handmade_episodes():
+    given = numbered([6, 3, 2, 12])  # of which 5, 2, none and 11 rows are used
+    found = episodes.windows(given, episodes.fit(given), 4)
+    # M = 1, 1, 7 starts; the first two are repeated 7 times.
+    np.testing.assert_array_equal(found.begin, [0] * 7 + [5] * 7 + list(range(7, 14)))
+    np.testing.assert_array_equal(found.last, [4] * 7 + [6] * 7 + [17] * 7)
+    assert found.begin.dtype == found.last.dtype == np.int32
+    rows = episodes.unnormalise(episodes.fit(given), episodes.window(found, 7, 4))
+    # The action 0 is far outside the data's: clipped here, but not in the window.
+    np.testing.assert_allclose(rows[:, 2], [6, 7, 7, 7], atol=1e-4)
+    np.testing.assert_allclose(rows[:2, :2], [[106, 3], [107, 3]], atol=1e-4)
+    np.testing.assert_allclose(episodes.window(found, 7, 4)[2:, 0], 2 * (0 - 100) / 21 - 1, rtol=1e-6)
+
+
+def padded(given: Episodes, horizon: int, limit: int) -> list[np.ndarray]:
+    """The spec's sentences, one after the other, before normalisation."""
+    ends = np.cumsum(given.lengths)
+    whole, counts = [], []
+    for begin, end in zip(ends - given.lengths, ends, strict=True):
+        seen, done = given.observations[begin : end - 1][:limit], given.actions[begin : end - 1][:limit]
+        if (length := len(seen)) <= 1:
+            continue
+        more = limit + horizon - length
+        seen = np.concatenate([seen, np.repeat(seen[-1:], more, 0)])
+        whole.append(np.concatenate([np.concatenate([done, np.zeros((more, 2))]), seen], 1))
+        counts.append(max(min(min(length, limit - horizon), length - horizon), 1))
+    repeated = [(e, s) for e, m in enumerate(counts) for _ in range(max(counts) // m) for s in range(m)]
+    return [whole[e][s : s + horizon] for e, s in repeated]
+
+
+@partial(jax.jit, static_argnums=1)
+def batch(source: episodes.Windows, horizon: int) -> jax.Array:
+    return jax.vmap(lambda i: episodes.window(source, i, horizon))(jnp.arange(len(source.begin)))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=6).filter(lambda each: max(each) > 2),
+    horizon=st.sampled_from([1, 4, 16]),
+    limit=st.integers(2, 12),
+)
+def test_windows_are_slices_of_padded_episodes(lengths, horizon, limit):
+    given = numbered(lengths)
+    normaliser = episodes.fit(given, limit)
+    found = episodes.windows(given, normaliser, horizon, limit)
+    expected = [episodes.normalise(normaliser, each) for each in padded(given, horizon, limit)]
+    assert len(found.begin) == len(expected)
+    # Arrays of one size are one program.
+    fixed = episodes.Windows(*(np.resize(array, (100, *array.shape[1:])) for array in found[:3]), found.still)
+    np.testing.assert_allclose(batch(fixed, horizon)[: len(expected)], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_windows_are_arguments_of_a_compiled_program():
+    found = episodes.windows(numbered([6, 12]), episodes.fit(numbered([6, 12])), 4)
+    compiled = batch(found, 4)
+    for i in (0, 9):
+        np.testing.assert_array_equal(compiled[i], episodes.window(found, i, 4))
+    assert np.isnan(episodes.window(found, len(found.begin), 4)[:, 2:]).all()
+
+
+@pytest.mark.parametrize("lengths", [[], [1, 2, 2]])
+def test_without_a_usable_episode_there_are_no_windows(lengths):
+    given = numbered(lengths)
+    with pytest.raises(ValueError, match=f"one of 3 rows or more, given {len(lengths)} episodes, the longest of "):
+        episodes.fit(given)
+    with pytest.raises(ValueError, match="horizon: expected 1 or more, given 0"):
+        episodes.windows(numbered([9]), episodes.fit(numbered([9])), 0)

@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gendiff import checkpoint, distributed, replicas, training
+from gendiff.training import Host, Settings, Task
+
+SETTINGS = Settings(steps=60, rate=0.05, every=20)
+
+
+def regression(points, own):
+    """Fits a line through a third of the points, of a slope of its own."""
+    loss = lambda params, key, x: (params["a"] * x + params["b"] - own["slope"] * x) ** 2 + 0 * jax.random.normal(key)
+    return Task(loss, lambda key: training.minibatch(key, points, 8))
+
+
+POINTS = jnp.linspace(-1, 1, 30)
+START = {"a": jnp.array([0.0, 0.3, -0.2, 1.0, 2.0]), "b": jnp.array([0.5, 0.0, -0.5, 0.1, 0.2])}
+OWN = {"slope": jnp.array([1.0, -1.0, 2.0, 0.5, 0.0])}
+
+
+def trained(host, settings=SETTINGS, runs=5, own=OWN):
+    cut = lambda tree: jax.tree.map(lambda a: a[:runs], tree)
+    keys = replicas.keys(jax.random.key(3), runs)
+    return replicas.train(keys, cut(START), regression, POINTS, cut(own), settings, host)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_runs_equal_the_same_runs_alone(devices):
+    host = Host(distributed.make_mesh(jax.devices()[:devices]))
+    state = trained(host)
+    for k in range(5):
+        alone, _ = training.fit(
+            jax.random.fold_in(jax.random.key(3), k),
+            jax.tree.map(lambda a, k=k: a[k], START),
+            regression(POINTS, jax.tree.map(lambda a, k=k: a[k], OWN)),
+            SETTINGS,
+        )
+        for mine, theirs in zip(
+            jax.tree.leaves((state.params, state.best)), jax.tree.leaves((alone.params, alone.best)), strict=True
+        ):
+            np.testing.assert_allclose(mine[k], theirs, rtol=1e-5, atol=1e-6)
+    assert np.all(np.asarray(state.step) == 60)
+
+
+def test_the_program_has_no_collective():
+    mesh = distributed.make_mesh(jax.devices()[:4])
+    keys, cut = replicas.keys(jax.random.key(0), 4), lambda tree: jax.tree.map(lambda a: a[:4], tree)
+    state = replicas._begin(SETTINGS, keys, cut(START))
+    place = lambda tree: jax.device_put(tree, distributed.split(mesh))
+    text = (
+        replicas._block.lower(regression, SETTINGS, 5, mesh, place(state), POINTS, place(cut(OWN))).compile().as_text()
+    )
+    assert "all-reduce" not in text
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+
+
+def test_a_run_does_not_depend_on_how_many_there_are():
+    few, many = trained(Host(), runs=3), trained(Host())
+    np.testing.assert_allclose(few.params["a"], many.params["a"][:3], rtol=1e-5)
+
+
+def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
+    host = Host(distributed.make_mesh(jax.devices()[:2]))
+    whole = trained(host)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, metrics):
+        if step == 40:
+            raise Stop
+
+    kept = checkpoint.Checkpoints(tmp_path / "steps")
+    with pytest.raises(Stop):
+        trained(host._replace(checkpoints=kept, report=stop))
+    seen = []
+    resumed = trained(host._replace(checkpoints=kept, report=lambda step, metrics: seen.append(step)))
+    assert seen[0] == 40
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bad_input_is_named():
+    with pytest.raises(training.NotFinite, match="none in runs 2"):
+        trained(Host(), own={"slope": OWN["slope"].at[2].set(jnp.nan)})
+    with pytest.raises(ValueError, match="no patience, given 20, 5"):
+        trained(Host(), SETTINGS._replace(patience=5))
+    with pytest.raises(ValueError, match="expected 4 runs as there are keys, given 5"):
+        replicas.train(replicas.keys(jax.random.key(0), 4), START, regression, POINTS, OWN, SETTINGS)
