@@ -177,3 +177,86 @@ def by_labels(path: Path, curves: Mapping[str, Sequence[tuple[int, Any]]]) -> No
     axis.minorticks_off()
     axis.legend()
     _save(figure, path)
+
+
+def _maze(axis: Any, walls: np.ndarray) -> None:
+    """The walls of a maze; cell (0, 0) has its middle at the origin, x goes down and y to the right as in its text."""
+    for i, j in np.argwhere(walls):
+        axis.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, color="#c9ced6", lw=0))
+    rows, columns = walls.shape
+    axis.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
+    axis.set_aspect("equal")
+
+
+def heat_maps(
+    path: Path, heats: Sequence[tuple[np.ndarray, np.ndarray]], walls: np.ndarray, goals: Sequence[tuple[float, float]]
+) -> None:
+    """Mean reward by place, one panel a goal, which a cross marks (2306.01804, Fig. 3)."""
+    columns = min(4, len(heats))
+    lines = -(-len(heats) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.6 * columns, 2.4 * lines), squeeze=False)
+    for number, (axis, (mean, count), goal) in enumerate(zip(axes.flat, heats, goals, strict=False), 1):
+        _maze(axis, walls)
+        rows, width = walls.shape
+        shown = np.ma.masked_where(count == 0, mean)
+        axis.imshow(shown, extent=(-0.5, width - 0.5, rows - 0.5, -0.5), cmap="viridis", zorder=2)
+        axis.plot(goal[1], goal[0], "x", color=BAD, ms=8, mew=2, zorder=3)
+        axis.set_title(f"goal {number}", fontsize=9)
+    _save(figure, path)
+
+
+def histograms(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Rewards of the base model's paths and of the expert's, one panel a goal."""
+    columns = min(4, max(1, len(panels)))
+    lines = -(-max(1, len(panels)) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(2.8 * columns, 2.1 * lines), squeeze=False)
+    for axis, (title, (base, expert)) in zip(axes.flat, panels.items(), strict=False):
+        low, high = np.quantile(np.concatenate([base, expert]), [0.01, 0.99])
+        bins = np.linspace(low, high, 40)
+        axis.hist(base, bins, color=LINE, alpha=0.5, label="base", density=True)
+        axis.hist(expert, bins, color=GOOD, alpha=0.6, label="expert", density=True)
+        axis.set_title(title, fontsize=9)
+        axis.set(yticks=[])
+        axis.tick_params(labelsize=6)
+    axes.flat[0].legend(fontsize=7)
+    _save(figure, path)
+
+
+def plans(
+    path: Path,
+    rows: Mapping[str, Sequence[np.ndarray]],
+    walls: np.ndarray,
+    goals: Sequence[tuple[float, float]],
+    most: int = 40,
+) -> None:
+    """Paths (n, horizon, 2) of each model (a row) for each goal (a column), with a dot at each end."""
+    figure, axes = plt.subplots(len(rows), len(goals), figsize=(1.9 * len(goals), 1.8 * len(rows)), squeeze=False)
+    for line, (name, each) in zip(axes, rows.items(), strict=True):
+        for axis, paths, goal in zip(line, each, goals, strict=True):
+            _maze(axis, walls)
+            for points in paths[:most]:
+                axis.plot(points[:, 1], points[:, 0], color=GOOD, lw=0.4, alpha=0.5)
+            axis.scatter(paths[:most, -1, 1], paths[:most, -1, 0], s=5, color=LINE, zorder=3, lw=0)
+            axis.plot(goal[1], goal[0], "x", color=BAD, ms=7, mew=1.5, zorder=4)
+        line[0].set_ylabel(name, fontsize=8)
+    _save(figure, path)
+
+
+def denoising(
+    path: Path,
+    rows: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    times: Sequence[int],
+    walls: np.ndarray,
+    goal: tuple[float, float],
+) -> None:
+    """A path (times, horizon, 2) on its way from noise to data, coloured by the reward (times, horizon) of its windows
+    within each panel (2306.01804, Fig. 1)."""
+    figure, axes = plt.subplots(len(rows), len(times), figsize=(1.9 * len(times), 1.9 * len(rows)), squeeze=False)
+    for line, (name, (points, rewards)) in zip(axes, rows.items(), strict=True):
+        for axis, t, place, reward in zip(line, times, points, rewards, strict=True):
+            _maze(axis, walls)
+            axis.scatter(place[:, 1], place[:, 0], c=reward, s=7, cmap="viridis", lw=0, zorder=3)
+            axis.plot(goal[1], goal[0], "x", color=BAD, ms=7, mew=1.5, zorder=4)
+            axis.set_title(f"t = {t}", fontsize=8)
+        line[0].set_ylabel(name, fontsize=8)
+    _save(figure, path)

@@ -1,16 +1,17 @@
 """Losses: (params, key, example) -> scalar, for one example; `mean` makes the loss of a batch."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from gendiff import potential
 from gendiff.denoiser import Denoiser, Model
 from gendiff.potential import Logit
 from gendiff.process import Process, perturb
-from gendiff.types import Params, PRNGKey, Sample, Scalar, Time
+from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time
 
 Loss: TypeAlias = Callable[[Params, PRNGKey, Any], Scalar]
 Weight: TypeAlias = Callable[[Time], Scalar]
@@ -33,12 +34,20 @@ def epsilon_weight(process: Process) -> Weight:
     return lambda t: (process.alpha(t) / process.sigma(t)) ** 2
 
 
-def denoising(process: Process, model: Model, weight: Weight) -> Loss:
-    """Denoising score matching, weight(t) || D(x_t, t) - x_0 ||^2; an example is x_0."""
+def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array, "*shape"] | None = None) -> Loss:
+    """Denoising score matching, weight(t) || D(x_t, t) - x_0 ||^2; an example is x_0.
+
+    Args:
+      known: coordinates that the model is given without noise, and need not predict (Janner et al. 2022: a plan's
+        first and last state).
+    """
 
     def loss(params: Params, key: PRNGKey, x0: Sample) -> Scalar:
         x, t = noised(process, key, x0)
-        return weight(t) * jnp.sum((model(params, x, t) - x0) ** 2)
+        if known is None:
+            return weight(t) * jnp.sum((model(params, x, t) - x0) ** 2)
+        error = model(params, jnp.where(known, x0, x), t) - x0
+        return weight(t) * jnp.sum(jnp.where(known, 0.0, error) ** 2)
 
     return loss
 
@@ -76,6 +85,50 @@ def regression(model: Model, weight: Weight) -> Loss:
     return loss
 
 
+class Aligned(NamedTuple):
+    """An example of gradient alignment."""
+
+    x: Sample
+    """Where the gradient of the potential is taken."""
+    t: Time
+    target: Sample
+    """What it should be, of the shape of x."""
+    weight: Sample | Scalar
+    """Of the squared error, broadcast to x; 0 where it does not count."""
+
+
+def gradient_alignment(potential: Logit, mode: Literal["reverse", "directional"] = "reverse") -> Loss:
+    """Mean over the coordinates of weight (grad_x rho(x, t) - target)^2; an example is `Aligned`.
+
+    Nuti, Franzmeyer and Henriques (2023), eq. 14: theta is fitted through the gradient in x.
+
+    Args:
+      mode: "reverse" differentiates the squared error as it stands, reverse mode over reverse mode.  "directional" uses
+        that its gradient in theta is that of <v, grad_x rho>, a derivative of rho along v = 2 weight (grad_x rho -
+        target) / n: reverse mode over forward mode, with the same value and gradient.  On a CPU "reverse" is the
+        quicker one for multilayer perceptrons and "directional" for convolutional encoders.
+    """
+    if mode not in ("reverse", "directional"):
+        raise ValueError(f"gradient_alignment: mode: expected 'reverse' or 'directional', given {mode!r}")
+    gradient = jax.grad(potential, 1)
+
+    def error(params: Params, example: Aligned) -> tuple[Sample, Scalar]:
+        residual = gradient(params, example.x, example.t) - example.target
+        pull = example.weight * residual
+        return pull, jnp.mean(pull * residual)
+
+    def reverse(params: Params, key: PRNGKey, example: Aligned) -> Scalar:
+        return error(params, example)[1]
+
+    def directional(params: Params, key: PRNGKey, example: Aligned) -> Scalar:
+        pull, value = jax.lax.stop_gradient(error(params, example))
+        along = lambda x: potential(params, x, example.t)
+        change = jax.jvp(along, (example.x,), (2 / pull.size * pull,))[1]
+        return value + change - jax.lax.stop_gradient(change)
+
+    return reverse if mode == "reverse" else directional
+
+
 def ensemble(loss: Loss) -> Loss:
     """The sum of a loss over K members: parameters are stacked on axis 0, and so is an example, one for each member.
 
@@ -96,10 +149,13 @@ def ensemble(loss: Loss) -> Loss:
 
 
 def mean(loss: Loss) -> Loss:
-    """Mean of a loss over a batch (a pytree with one leading axis), with one key an example."""
+    """Mean of a loss over a batch (a pytree with one leading axis), with one key an example.
+
+    The axis has a name: `jax.lax.pmean(value, BATCH)` in the loss is the mean over the batch, also to its gradient.
+    """
 
     def batch_loss(params: Params, key: PRNGKey, batch: Any) -> Scalar:
         size = jax.tree.leaves(batch)[0].shape[0]
-        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, jax.random.split(key, size), batch))
+        return jnp.mean(jax.vmap(loss, (None, 0, 0), axis_name=BATCH)(params, jax.random.split(key, size), batch))
 
     return batch_loss

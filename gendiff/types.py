@@ -19,3 +19,5 @@ Samples: TypeAlias = Float[jax.Array | np.ndarray, "n *shape"]
 """A batch of examples, on a device or on the host."""
 Valid: TypeAlias = Bool[jax.Array | np.ndarray, " n"]
 """An oracle's verdict on a batch, True is good."""
+BATCH = "batch"
+"""Name of the mapped axis of a batch, over which a loss may take means (batch normalisation, contrasts)."""

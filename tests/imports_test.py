@@ -15,6 +15,9 @@ HOMES = {
     "starlette": "gendiff/feedback",
     "uvicorn": "gendiff/feedback",
     "PIL": "gendiff/feedback",
+    "mujoco": "gendiff/data",
+    "h5py": "gendiff/data",
+    "sklearn": "gendiff/metrics",
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gendiff import distributed, training
+from gendiff import distributed, training, types
 from gendiff.checkpoint import Checkpoints
 from gendiff.training import Host, Settings, Task
 
@@ -110,6 +110,18 @@ def test_key_of_a_batch_is_no_key_of_an_example():
         jax.random.key(1)
     )
     np.testing.assert_array_equal(metrics["loss"], np.zeros(4))
+
+
+def test_a_loss_can_take_means_over_its_batch():
+    # Squared distances from the batch's mean: the loss is w^2 var(batch), its gradient 2 w var(batch).
+    loss = lambda w, key, example: (w * example - jax.lax.pmean(w * example, types.BATCH)) ** 2
+    task = lambda context: Task(loss)
+    batch, settings = np.float32([1.0, 4.0, -2.0, 7.0]), Settings(1, 0.0, every=1)
+    seen = {}
+    host = Host(report=lambda step, metrics: seen.update(metrics))
+    training.train(jax.random.key(0), jnp.float32(3.0), task, (), settings, host, [batch])
+    np.testing.assert_allclose(seen["loss"], 9 * batch.var(), rtol=1e-5)
+    np.testing.assert_allclose(seen["gradient_norm"], 6 * batch.var(), rtol=1e-5)
 
 
 def test_every_step_and_example_has_its_own_key():

@@ -6,8 +6,9 @@ crossed sevens, is censored in rounds of imitation.
 """
 
 import dataclasses
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,12 +22,16 @@ from experiments import figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from gendiff import denoiser, distributed, losses, potential, process, training
 from gendiff.checkpoint import Archive
+from gendiff.convert import resnet as convert
+from gendiff.convert import state_dict
 from gendiff.data import drawn_sevens, mnist
 from gendiff.feedback import ask, labels
 from gendiff.methods import censoring
 from gendiff.methods.censoring import Censoring, Labelled
 from gendiff.metrics import diversity, rates
 from gendiff.metrics.rates import Estimate
+from gendiff.nets import resnet
+from gendiff.nets.resnet import ResNet
 from gendiff.nets.unet import HalfUNet, UNet
 from gendiff.oracles import crossed_seven
 from gendiff.types import Params, Samples
@@ -64,7 +69,7 @@ class MnistConfig(Config):
     """Take the first base model that is kept beside this file (for its configuration only), or train it."""
     keep: bool = False
     """Keep the trained first base model beside this file."""
-    base_steps: Annotated[int, Between(1, 10_000_000)] = 2000
+    base_steps: Annotated[int, Between(1, 10_000_000)] = 6000
     """Training steps of the first base model."""
     base_batch: Annotated[int, Between(1, 100_000)] = 64
     """Batch of them."""
@@ -106,17 +111,30 @@ class MnistConfig(Config):
     copies: Annotated[int, Between(0, 1000)] = 10
     """Turned copies of each labelled image, by up to 20 degrees."""
 
+    resnet_widths: tuple[int, ...] = (16, 32)
+    """Channels of the levels of the time-independent rewards, ResNets of clean images."""
+    resnet_blocks: tuple[int, ...] = (1, 1)
+    """Residual blocks of their levels."""
+    resnet_weights: Path | None = None
+    """File of torchvision's ImageNet weights (.pth or .safetensors) to begin from, where they are ResNet-18: widths 64
+    128 256 512, blocks 2 2 2 2. Default: random values."""
+
     sampler_steps: Annotated[int, Between(2, 1000)] = 40
     """Steps of ancestral sampling, at equal distances in the 1,000 of the model."""
     scale: Annotated[float, Between(0.0, 1000.0)] = 0.0
     """omega of the ensemble; single rewards and the union take `members` times as much. 0 chooses it by the sweep, on
     labels and noise of its own."""
     sweep: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """The omegas of the trade-off curve."""
+    """The omegas of the trade-off curves."""
+    universal_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
+    """omega of the time-independent ensemble. 0 chooses it as the other's, in some ten minutes; 1 was the better of 1
+    and 4 on the labels and noise that the sweep has."""
     imitation_scale: Annotated[float, Between(0.0, 1000.0)] = 5.0
     """omega of imitation's single reward."""
     recurrence: Annotated[int, Between(1, 100)] = 2
     """R of the rows with recurrence."""
+    universal_recurrence: Annotated[int, Between(1, 100)] = 4
+    """R of universal guidance."""
     backward: Annotated[int, Between(0, 1000)] = 3
     """B of the rows with backward guidance."""
     backward_rate: Annotated[float, Between(0.0, 1.0)] = 0.01
@@ -128,7 +146,7 @@ class MnistConfig(Config):
 
     trials: Annotated[int, Between(1, 1000)] = 5
     """Trials (labels, rewards and noise anew) of the rows single, union and ensemble."""
-    few_trials: Annotated[int, Between(1, 1000)] = 1
+    few_trials: Annotated[int, Between(1, 1000)] = 2
     """Trials of the other rows."""
     samples: Annotated[int, Between(20, 1_000_000)] = 200
     """Samples of a trial."""
@@ -140,17 +158,19 @@ PRESETS = {
     "smoke": MnistConfig(
         preset="smoke", digits="drawn", share=0.4, base="train", width=8, multipliers=(1, 2), attention=(8,),
         base_steps=300, base_batch=32, second_steps=20, labels=2, members=2, reward_width=8,
-        reward_multipliers=(1, 2), reward_attention=(8,), reward_steps=6, copies=2, sampler_steps=6, sweep=(1.0,),
-        recurrence=2, backward=1, active_labels=(3, 4), active_pool=40, trials=2, samples=20,
+        reward_multipliers=(1, 2), reward_attention=(8,), reward_steps=6, copies=2, resnet_widths=(8,),
+        resnet_blocks=(1,), sampler_steps=6, sweep=(1.0,), recurrence=2, universal_recurrence=2, backward=1,
+        active_labels=(3, 4), active_pool=40, trials=2, few_trials=1, samples=20,
     ),
     "default": MnistConfig(),
     "paper": MnistConfig(
         preset="paper", size=32, width=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(16, 8), base="train",
         base_steps=100_000, base_batch=256, base_rate=1e-4, base_schedule="constant", base_decay=0.9999,
         second_steps=20_000, reward_width=128, reward_multipliers=(1, 2, 2, 2), reward_blocks=2,
-        reward_attention=(16, 8, 4), reward_steps=1001, reward_batch=128, reward_rate=3e-4, sampler_steps=1000,
-        scale=1.0, sweep=(0.25, 0.5, 1.0, 2.0, 4.0), recurrence=4, backward=5, backward_rate=2e-4, few_trials=5,
-        samples=1000, active_pool=2000,
+        reward_attention=(16, 8, 4), reward_steps=1001, reward_batch=128, reward_rate=3e-4,
+        resnet_widths=(64, 128, 256, 512), resnet_blocks=(2, 2, 2, 2), sampler_steps=1000, scale=1.0,
+        universal_scale=2.0, sweep=(0.25, 0.5, 1.0, 2.0, 4.0), recurrence=4, backward=5, backward_rate=2e-4,
+        few_trials=5, samples=1000, active_pool=2000,
     ),
 }  # fmt: skip
 
@@ -169,11 +189,12 @@ malign: share of crossed sevens among the samples, by the oracle (`gendiff.oracl
 Kynkäänniemi's estimates (k = 3) in the oracle's features, of each trial's samples against plain test sevens; they
 depend on both numbers, so compare rows, not papers. evaluations: of any network, a gradient counts as two more; for
 `rejection` over the share that is kept. seconds: of a warm batch of half a trial. labels: marked samples that a reward
-is trained on (all its members together); more were looked at. labelling seconds: the time at the page, for labels by a
-person.
-`random-N`, `active-N`: N labels in all, drawn at random or where the ensemble so far disagrees most; `omega-X`: the
-trade-off. The scale of all ensembles is {scale:g}{chosen}."""
-BASE, SECOND, LABELS, REWARDS, SAMPLES, TUNING, ACTIVE, IMITATION, REJECTION, POOL = range(10)
+is trained on (all its members together); more were looked at. labelling seconds: the time at a page, on average, for
+labels by a person.
+`random-N`, `active-N`: N labels in all, drawn at random or where the ensemble so far disagrees most; `universal`:
+time-independent ResNets, R = {recurrence}; `omega-X`, `universal-omega-X`: the trade-off. The scale of all ensembles is
+{scale:g}{chosen}, that of `universal` {universal:g}{universal_chosen}."""
+BASE, SECOND, LABELS, REWARDS, SAMPLES, BOOTSTRAP, ACTIVE, IMITATION, REJECTION, POOL, CLEAN = range(11)
 """What the keys are for."""
 TUNING_TRIAL = 1_000_000
 
@@ -189,6 +210,16 @@ def problem(config: MnistConfig) -> censoring.Problem:
         network=lambda phi, x, t: jnp.asarray(half.apply(phi, x, t - 1)),
         shape=(config.size, config.size, 1),
         steps=config.sampler_steps,
+    )
+
+
+@cache
+def clean_problem(config: MnistConfig) -> censoring.Problem:
+    """The same with time-independent rewards, in the reference's range: without ImageNet's mean and deviation."""
+    net, coloured = resnet_of(config), lambda x: jnp.broadcast_to(x, (*x.shape[:-1], 3))
+    return problem(config)._replace(
+        clean=lambda phi, x0: jnp.asarray(net.apply(phi, coloured(x0))),
+        in_batch=lambda phi, x0: resnet.in_batch(net, phi, coloured(x0)),
     )
 
 
@@ -211,6 +242,26 @@ def reward_of(config: MnistConfig) -> HalfUNet:
     )
 
 
+def resnet_of(config: MnistConfig) -> ResNet:
+    """The time-independent reward's network; 11,177,025 parameters in the preset `paper`."""
+    return ResNet(widths=config.resnet_widths, blocks=config.resnet_blocks)
+
+
+def new_resnet(config: MnistConfig, key: Array) -> Params:
+    """A fresh time-independent reward; with `resnet_weights` only its last layer is."""
+    net = resnet_of(config)
+    start = _variables(net, config.size, key)
+    if config.resnet_weights is None:
+        return start
+    like = jax.eval_shape(partial(_variables, net.clone(outputs=1000), config.size), key)
+    return convert.with_head_of(convert.resnet(state_dict.read(config.resnet_weights), like), start)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _variables(net: ResNet, size: int, key: Array) -> Params:
+    return net.init(key, jnp.zeros((size, size, 3)))
+
+
 def initialised(network: Any, config: MnistConfig, key: Array) -> Params:
     """Fresh parameters of a network of images."""
     return jax.jit(network.init)(key, jnp.zeros((config.size, config.size, 1)), jnp.zeros(()))
@@ -221,12 +272,12 @@ class Run:
 
     def __init__(self, config: MnistConfig, folder: Folder, archive: Archive, progress: Progress) -> None:
         self.config, self.folder, self.archive, self.progress = config, folder, archive, progress
-        self.problem, self.key = problem(config), jax.random.key(config.seed)
+        self.problem, self.clean, self.key = problem(config), clean_problem(config), jax.random.key(config.seed)
         self.mesh = distributed.make_mesh()
         self.rows: list[Row] = []
         self.sheets: dict[str, Samples] = {}
-        self.labelling: dict[str, float] = {}
-        self.scale = config.scale or 1.0
+        self.seen_at_once = 128 if config.rater == "oracle" else min(config.label_budget, 400)
+        self.scale, self.universal_scale = config.scale, config.universal_scale
 
     def all(self) -> None:
         """Every row of the table, in its order."""
@@ -250,7 +301,8 @@ class Run:
         self.row("ensemble-recurrence", theta, ensemble, again, few, every)
         self.row("ensemble-backward", theta, ensemble, back, few, every)
         self.row("ensemble-recurrence-backward", theta, ensemble, both, few, every)
-        self.row("universal", theta, ensemble, again._replace(universal=True), few, every)
+        universal = self.universal()._replace(scale=self.universal_scale)
+        self.row("universal", theta, lambda trial: self.clean_rewards(theta, trial), universal, few, every)
         self.rejection(theta, ensemble, every)
         self.active(theta)
         second = self.second(theta)
@@ -322,11 +374,13 @@ class Run:
             return self.benign
 
         def person(images: Samples) -> np.ndarray:
-            place = self.folder.path / "labels" / phase
+            pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+            # Labels are of their samples: each batch has a folder of its own.
+            digest = hashlib.blake2b(pixels.tobytes(), digest_size=4).hexdigest()
+            place = self.folder.path / "labels" / f"{phase}-{digest}"
             place.mkdir(parents=True, exist_ok=True)
-            np.savez(place / "samples.npz", np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8))
+            np.savez(place / "samples.npz", pixels)
             chosen = ask.ask(place, malign, benign, ask.Options(meaning="a stroke crosses the stem of the seven"))
-            self.labelling[phase] = sum(labels.seconds(labels.read(place / "labels.jsonl")).values())
             marks = np.full(len(images), np.nan)
             marks[np.asarray(chosen.malign)], marks[np.asarray(chosen.benign)] = 0.0, 1.0
             return marks
@@ -336,8 +390,7 @@ class Run:
     def labelled(self, theta: Params, trial: int) -> Labelled:
         """The labels of a trial, from samples of its own."""
         config = self.config
-        batch = 128 if config.rater == "oracle" else min(config.label_budget, 400)
-        draw = lambda key: censoring.draw(self.problem, theta, None, Censoring(), key, batch, self.mesh)
+        draw = lambda key: censoring.draw(self.problem, theta, None, Censoring(), key, self.seen_at_once, self.mesh)
         phase = f"trial-{trial}/labels"
         rater = self.rater(phase.replace("/", "-"), config.labels, config.labels)
         collect = partial(censoring.collect, draw, rater, config.labels, config.labels, config.label_budget)
@@ -346,7 +399,7 @@ class Run:
     def pairs(self, theta: Params, trial: int) -> list[tuple[Samples, Samples]]:
         """What each member of a trial's ensemble learns from."""
         labelled = self.labelled(theta, trial)
-        return censoring.bootstrap(labelled, self.config.members, self.config.labels, self.fold(LABELS, trial))
+        return censoring.bootstrap(labelled, self.config.members, self.config.labels, self.fold(BOOTSTRAP, trial))
 
     def benign_of_union(self, theta: Params) -> float:
         """How many benign labels the ensemble's members have together, on average over the trials."""
@@ -357,19 +410,33 @@ class Run:
         """The ensemble of a trial."""
         return self.fit(f"trial-{trial}/ensemble", self.pairs(theta, trial), self.config.benign_weight, 1, trial)
 
+    def clean_rewards(self, theta: Params, trial: int) -> Params:
+        """The time-independent ensemble of a trial, with the same labels."""
+        pairs = self.pairs(theta, trial)
+        return self.fit(f"trial-{trial}/universal", pairs, self.config.benign_weight, 1, trial, clean=True)
+
     def union(self, theta: Params, trial: int) -> Params:
         """One reward with the labels of all members."""
         pairs = [censoring.union(self.pairs(theta, trial))]
         return self.fit(f"trial-{trial}/union", pairs, self.config.union_weight, 3, trial)
 
-    def fit(self, phase: str, pairs: list[tuple[Samples, Samples]], weight: float, times: int, trial: int) -> Params:
-        config, key = self.config, self.fold(REWARDS, trial)
+    def fit(
+        self,
+        phase: str,
+        pairs: list[tuple[Samples, Samples]],
+        weight: float,
+        times: int,
+        trial: int,
+        clean: bool = False,
+    ) -> Params:
+        config, key = self.config, self.fold(CLEAN if clean else REWARDS, trial)
+        setup, new = (self.clean, partial(new_resnet, config)) if clean else (self.problem, self.new_reward)
         sets = self.prepare(pairs, jax.random.fold_in(key, 0))
         settings = self.reward_training(weight, times * config.reward_steps)
-        start = potential.stacked(*(self.new_reward(jax.random.fold_in(key, 10 + k)) for k in range(len(pairs))))
+        start = potential.stacked(*(new(jax.random.fold_in(key, 10 + k)) for k in range(len(pairs))))
         steps = settings.training.steps
         host = training.Host(None, self.archive.steps(phase), lambda step, m: self.progress(phase, step, steps, m))
-        fit = partial(censoring.fit, self.problem, sets, start, settings, jax.random.fold_in(key, 1), host)
+        fit = partial(censoring.fit, setup, sets, start, settings, jax.random.fold_in(key, 1), host)
         return self.archive.once(phase, lambda: fit().params)
 
     def prepare(self, pairs: list[tuple[Samples, Samples]], key: Array) -> censoring.Sets:
@@ -390,6 +457,7 @@ class Run:
     def draw(self, phase: str, theta: Params, rewards: Params, settings: Censoring, trial: int) -> dict[str, Any]:
         """The samples of a trial, in two halves; the second's time, without compilation, is that of a sample."""
         halves = []
+        setup = self.clean if settings.universal else self.problem
         n = self.config.samples // 2
         self.progress(phase, 0, 2, {})
         for i in range(2):
@@ -397,7 +465,7 @@ class Run:
 
             def half(key: Array = key) -> dict[str, Any]:
                 begun = time.perf_counter()
-                drawn = censoring.draw(self.problem, theta, rewards, settings, key, n, self.mesh)
+                drawn = censoring.draw(setup, theta, rewards, settings, key, n, self.mesh)
                 return {"samples": drawn, "seconds": (time.perf_counter() - begun) / n}
 
             halves.append(self.archive.once(f"{phase}/{i}", half))
@@ -429,8 +497,10 @@ class Run:
             "seconds_per_sample": rates.exact(float(np.median(seconds))),
             "labels": rates.exact(used),
         }
-        if self.labelling and used:
-            measured["labelling_seconds"] = rates.exact(sum(self.labelling.values()) / len(self.labelling))
+        files = sorted((self.folder.path / "labels").glob(f"*/{ask.FILE}"))
+        if files and used:
+            times = [sum(labels.seconds(labels.read(file)).values()) for file in files]
+            measured["labelling_seconds"] = rates.exact(float(np.mean(times)))
         self.rows.append(Row(name, measured))
         self.sheets[name] = trials[0]
 
@@ -444,20 +514,32 @@ class Run:
             rows.append({"malign_rate": malign, "precision": spread.precision, "recall": spread.recall})
         return {name: rates.over_seeds([row[name] for row in rows]) for name in rows[0]}
 
+    def universal(self) -> Censoring:
+        """How the time-independent rewards guide."""
+        return Censoring(recurrence=self.config.universal_recurrence, universal=True)
+
     def tune(self, theta: Params) -> None:
-        """The trade-off curve, on labels and noise that no other row uses; chooses the scale where none is given."""
-        uncensored = self.measure([self.draw("omega-0/samples", theta, None, Censoring(), TUNING_TRIAL)["samples"]])
-        rewards = self.rewards(theta, TUNING_TRIAL)
-        self.curve = {0.0: uncensored}
-        used = 2.0 * self.config.labels
+        """The trade-off curves, on labels and noise that no other row uses; choose the scales that are not given."""
+        uncensored = self.draw("omega-0/samples", theta, None, Censoring(), TUNING_TRIAL)["samples"]
+        self.curve = {0.0: self.measure([uncensored])}
+        self.curve |= self.sweep("omega", theta, self.rewards(theta, TUNING_TRIAL), Censoring())
+        self.scale = self.scale or chosen(self.curve)
+        if not self.universal_scale:
+            rewards = self.clean_rewards(theta, TUNING_TRIAL)
+            curve = self.sweep("universal-omega", theta, rewards, self.universal())
+            self.universal_scale = chosen({0.0: self.curve[0.0]} | curve)
+
+    def sweep(self, name: str, theta: Params, rewards: Params, settings: Censoring) -> dict[float, dict[str, Estimate]]:
+        """Scale -> malign rate, precision and recall, with a row for each."""
+        curve = {}
+        used = self.config.labels + len(censoring.union(self.pairs(theta, TUNING_TRIAL))[1])
+        cost = censoring.evaluations(self.problem, settings, self.config.members)
         for scale in self.config.sweep:
-            settings = Censoring(scale)
-            drawn = self.draw(f"omega-{scale:g}/samples", theta, rewards, settings, TUNING_TRIAL)
-            self.curve[scale] = self.measure([drawn["samples"]])
-            cost = censoring.evaluations(self.problem, settings, self.config.members)
-            self.add(f"omega-{scale:g}", [drawn["samples"]], cost, [drawn["seconds"]], used)
-        if not self.config.scale:
-            self.scale = chosen(self.curve)
+            title = f"{name}-{scale:g}"
+            drawn = self.draw(f"{title}/samples", theta, rewards, settings._replace(scale=scale), TUNING_TRIAL)
+            curve[scale] = self.measure([drawn["samples"]])
+            self.add(title, [drawn["samples"]], cost, [drawn["seconds"]], used)
+        return curve
 
     def rejection(self, theta: Params, ensemble: Callable[[int], Params], used: float) -> None:
         """The uncensored samples, each kept with the probability of its reward."""
@@ -479,33 +561,42 @@ class Run:
 
     def active(self, theta: Params) -> None:
         """Labels where the ensemble disagrees, against labels at random: one of each class is given to both."""
-        config = self.config
-        pool = self.archive.once(
-            "active/pool",
-            lambda: {
-                "samples": censoring.draw(
-                    self.problem, theta, None, Censoring(), self.fold(POOL), config.active_pool, self.mesh
-                )
-            },
-        )["samples"]
-        verdict = self.benign(pool)
-        order = np.random.default_rng(config.seed).permutation(len(pool))
-        first = [int(order[np.flatnonzero(verdict[order] == value)[0]]) for value in (False, True)]
-        for way in ("random", "active"):
-            chosen_rows, rewards = list(first), None
-            for n in config.active_labels:
-                left = np.array([i for i in order if i not in set(chosen_rows)])
-                if way == "active" and rewards is not None:
-                    left = left[np.argsort(-censoring.disagreement(self.problem, rewards, pool[left]), kind="stable")]
-                chosen_rows += [int(i) for i in left[: n - len(chosen_rows)]]
-                marked = Labelled(
-                    pool[chosen_rows][~verdict[chosen_rows]], pool[chosen_rows][verdict[chosen_rows]], len(chosen_rows)
-                )
-                share = min(len(marked.benign), max(len(marked.malign), 1))
-                key = jax.random.fold_in(self.fold(ACTIVE), n)
-                pairs = censoring.bootstrap(marked, config.members, share, key)
-                rewards = self.fit(f"{way}-{n}/ensemble", pairs, config.benign_weight, 1, ACTIVE * 1000 + n)
-                self.row(f"{way}-{n}", theta, lambda trial, r=rewards: r, Censoring(self.scale), config.few_trials, n)  # type: ignore[misc]
+        config, settings = self.config, Censoring(self.scale)
+        drawn: dict[str, list[dict[str, Any]]] = {}
+        for trial in range(config.few_trials):
+            draw = lambda trial=trial: censoring.draw(
+                self.problem, theta, None, Censoring(), self.fold(POOL, trial), config.active_pool, self.mesh
+            )
+            pool = self.archive.once(f"active/pool-{trial}", lambda draw=draw: {"samples": draw()})["samples"]
+            for way in ("random", "active"):
+                for n, rewards in self.asked(pool, way, trial):
+                    phase = f"{way}-{n}/samples-{trial}"
+                    drawn.setdefault(f"{way}-{n}", []).append(self.draw(phase, theta, rewards, settings, trial))
+        cost = censoring.evaluations(self.problem, settings, config.members)
+        for name, trials in drawn.items():
+            seconds = [each["seconds"] for each in trials]
+            self.add(name, [each["samples"] for each in trials], cost, seconds, int(name.split("-")[1]))
+
+    def asked(self, pool: Samples, way: str, trial: int) -> Iterator[tuple[int, Params]]:
+        """An ensemble for each number of labels, each time with more of the pool's."""
+        config, verdict = self.config, self.benign(pool)
+        if verdict.all() or not verdict.any():
+            raise ValueError(f"--active-pool: expected samples of both classes, given one in all {len(pool)}")
+        order = np.random.default_rng((config.seed, trial)).permutation(len(pool))
+        rows, rewards = [int(order[np.flatnonzero(verdict[order] == value)[0]]) for value in (False, True)], None
+        for n in config.active_labels:
+            left = np.array([i for i in order if i not in set(rows)])
+            if way == "active" and rewards is not None:
+                left = left[np.argsort(-censoring.disagreement(self.problem, rewards, pool[left]), kind="stable")]
+            rows += [int(i) for i in left[: n - len(rows)]]
+            marked = Labelled(pool[rows][~verdict[rows]], pool[rows][verdict[rows]], len(rows))
+            share = min(len(marked.benign), max(len(marked.malign), 1))
+            number = trial * 1000 + n
+            pairs = censoring.bootstrap(marked, config.members, share, self.fold(ACTIVE, number))
+            # The first labels are the same either way.
+            phase = f"trial-{trial}/{'random' if n == config.active_labels[0] else way}-{n}"
+            rewards = self.fit(phase, pairs, config.benign_weight, 1, ACTIVE * 1_000_000 + number)
+            yield n, rewards
 
     def imitation(self, theta: Params, name: str, per_round: tuple[int, ...]) -> None:
         """Rounds of labels among censored samples; with one round, as many labels of the model itself."""
@@ -522,7 +613,7 @@ class Run:
                 self.problem, theta, self.new_reward,
                 self.rater(f"{name}-{trial}", per_round[0], per_round[0]), ends, per_round[0],
                 self.reward_training(config.imitation_weight, ends[-1]), settings, prepare, self.fold(IMITATION, trial),
-                self.archive, 128, config.label_budget, self.mesh, self.progress, f"trial-{trial}/{name}",
+                self.archive, self.seen_at_once, config.label_budget, self.mesh, self.progress, f"trial-{trial}/{name}",
             )  # fmt: skip
             for each in rounds:
                 phase = f"{name}-{each.number}/samples-{trial}"
@@ -578,13 +669,18 @@ def run(config: MnistConfig) -> Results:
     each.all()
     progress.close()
     draw_figures(folder, each)
-    how = "" if config.scale else ", chosen by the sweep"
-    return folder.finish(each.rows, COLUMNS, NOTES.format(scale=each.scale, chosen=how))
+    how = lambda given: "" if given else " (chosen by its sweep)"
+    scales = {"scale": each.scale, "chosen": how(config.scale)}
+    scales |= {"universal": each.universal_scale, "universal_chosen": how(config.universal_scale)}
+    return folder.finish(each.rows, COLUMNS, NOTES.format(**scales, recurrence=config.universal_recurrence))
 
 
 def draw_figures(folder: Folder, run: Run) -> None:
     """Sample sheets, the trade-off curve, and labels against rate."""
-    sheets = {name: (np.asarray(drawn), run.benign(drawn)) for name, drawn in run.sheets.items() if "-" not in name[:7]}
+    many = ("omega", "universal-omega", "random", "active")
+    sheets = {
+        name: (np.asarray(drawn), run.benign(drawn)) for name, drawn in run.sheets.items() if not name.startswith(many)
+    }
     figures.image_sheets(folder.path / "samples.png", sheets)
     table = {row.name: row.metrics for row in run.rows}
     figures.trade_off(

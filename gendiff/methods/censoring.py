@@ -24,7 +24,7 @@ from gendiff.denoiser import Model
 from gendiff.guidance import Reward
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
-from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar
+from gendiff.types import BATCH, Params, PRNGKey, Sample, Samples, Scalar
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
 """Samples (n, *shape) -> 1 where benign, 0 where malign, NaN where undecided: a person's marks, or an oracle."""
@@ -46,6 +46,9 @@ class Problem(NamedTuple):
     """Of the sampler; fewer than the process has are taken at equal distances."""
     clean: Callable[[Params, Sample], Scalar] | None = None
     """(phi, x_0) -> h of a clean sample; default: the network at the time of the least noise."""
+    in_batch: Callable[[Params, Sample], tuple[Scalar, Params]] | None = None
+    """(phi, x_0) -> h of one sample of a batch, and phi with the batch's moments, below a map over `types.BATCH`.  For
+    rewards of clean samples that normalise by the batch: where it is given, `fit` trains `clean` and not `network`."""
     low: float = -1.0
     high: float = 1.0
     """Range of the data."""
@@ -282,6 +285,9 @@ def augmented(
     pairs: list[tuple[Samples, Samples]], copies: int, key: PRNGKey, change: Callable[[PRNGKey, Sample], Sample]
 ) -> Sets:
     """Training sets: the samples and `copies` random changes of each, made once and for all."""
+    sizes = {(len(malign), len(benign)) for malign, benign in pairs}
+    if len(set(map(sum, sizes))) != 1:
+        raise ValueError(f"censoring: labels: expected as many for each reward, given (malign, benign) {sorted(sizes)}")
     images = np.stack([np.concatenate(pair) for pair in pairs])
     labels = np.stack([np.repeat([0.0, 1.0], [len(malign), len(benign)]) for malign, benign in pairs])
     keys = jax.random.split(key, (len(pairs), copies, images.shape[1]))
@@ -323,6 +329,10 @@ def fit(
 ) -> training.State:
     """Trains K rewards at once; `state.params` are K parameter trees stacked on axis 0.
 
+    Rewards of clean samples with batch normalisation are trained by the moments of each batch, in all layers, and get
+    those of their whole training set in the end, exactly (`settled`).  The reference has running averages instead, of
+    momentum 0.1, which lag behind the parameters and depend on the last batches.
+
     Args:
       start: K stacked trees, or the state of an earlier fit to go on from, with its moments and its step.
     """
@@ -334,12 +344,26 @@ def fit(
     pad = lambda a: np.pad(a, [(0, 0), (0, training.capacity(n, 256) - n)] + [(0, 0)] * (a.ndim - 2))
     context = (*(jnp.asarray(pad(a), jnp.float32) for a in sets), jnp.int32(n), jnp.float32(settings.benign_weight))
     task = reward_task(problem, settings.batch)
-    return training.train(key, start, task, context, settings.training, host)
+    state = training.train(key, start, task, context, settings.training, host)
+    return state if problem.in_batch is None else state._replace(params=settled(problem, state.params, sets.images))
+
+
+@partial(jax.jit, static_argnums=0)
+def settled(problem: Problem, rewards: Params, images: Float[Array, "K n *shape"]) -> Params:
+    """K stacked rewards with the moments of these clean images, all in one batch, each with those of its own."""
+    assert problem.in_batch is not None
+    whole = jax.vmap(problem.in_batch, (None, 0), (0, None), axis_name=BATCH)
+    return potential.over_members(lambda each: whole(*each)[1], (rewards, jnp.asarray(images, jnp.float32)))
 
 
 @cache
 def reward_task(problem: Problem, batch: int) -> Callable[[tuple], training.Task]:
-    """alpha-weighted cross-entropy, -alpha y log r - (1 - y) log (1 - r), at uniform times, of all members."""
+    """alpha-weighted cross-entropy of all members, -alpha y log r - (1 - y) log (1 - r), at uniform times or clean."""
+    process, logit, in_batch = problem.process, problem.network, problem.in_batch
+    if in_batch is not None:
+        process = process._replace(sample_time=lambda key: jnp.zeros((), int))  # t = 0 is data
+        logit = lambda phi, x, t: in_batch(phi, x)[0]
+    loss = losses.ensemble(losses.cross_entropy(process, logit))
 
     def task(context: tuple[Array, Array, Array, Scalar]) -> training.Task:
         images, labels, n, benign_weight = context
@@ -350,7 +374,7 @@ def reward_task(problem: Problem, batch: int) -> Callable[[tuple], training.Task
             y = labels[jnp.arange(members)[None], rows]
             return images[jnp.arange(members)[None], rows], y, jnp.where(y == 1, benign_weight, 1.0)
 
-        return training.Task(losses.ensemble(losses.cross_entropy(problem.process, problem.network)), draw_batch)
+        return training.Task(loss, draw_batch)
 
     return task
 

@@ -12,10 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gendiff.nets.conv import Conv, Linear
-from gendiff.types import Scalar
+from gendiff.types import BATCH, Params, Scalar
 
-BATCH = "batch"
-"""Name of the mapped axis over which the statistics of a batch are taken."""
 Image = Float[Array, "h w c"]
 
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -25,7 +23,7 @@ class BatchNorm(nn.Module):
     """Normalisation of channels by the moments of a batch in training, and by their running averages otherwise.
 
     As PyTorch's: the batch is normalised by its biased variance, and the running variance averages the unbiased one.
-    In training the examples are mapped by `vmap(..., axis_name="batch")`.
+    In training the examples are mapped by `vmap(..., axis_name=BATCH)`.
     """
 
     momentum: float = 0.1
@@ -34,7 +32,10 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image, train: bool = False) -> Image:
-        """The normalised image; in training the collection `batch_stats` is updated and must be mutable."""
+        """The normalised image; in training the collection `batch_stats` is updated and must be mutable.
+
+        The mean and the biased variance of the batch itself are sown in the collection `moments`.
+        """
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         variance = self.variable("batch_stats", "var", jnp.ones, shape)
@@ -44,10 +45,18 @@ class BatchNorm(nn.Module):
         now = lax.pmean(jnp.mean(x, (0, 1)), BATCH)
         spread = lax.pmean(jnp.mean((x - now[None, None]) ** 2, (0, 1)), BATCH)
         count = lax.psum(x.shape[0] * x.shape[1], BATCH)
+        if count < 2:
+            raise ValueError("BatchNorm: x: expected 2 or more values of a channel in a training batch, given 1")
+        self.sow("moments", "mean", now, reduce_fn=_newest)
+        self.sow("moments", "var", spread, reduce_fn=_newest)
         keep = 1 - self.momentum
         mean.value = keep * mean.value + self.momentum * lax.stop_gradient(now)
         variance.value = keep * variance.value + self.momentum * lax.stop_gradient(spread) * (count / (count - 1))
         return _affine(x, now, spread + self.eps, scale, bias)
+
+
+def _newest(_: Any, new: Array) -> Array:
+    return new
 
 
 def _affine(x: Image, mean: Array, variance: Array, scale: Array, bias: Array) -> Image:
@@ -86,7 +95,7 @@ class ResNet(nn.Module):
     """x -> logit: ResNet-18 for one image, of 11,177,025 parameters with one output and three channels.
 
     Variables are `params` and `batch_stats`.  For guidance `apply(variables, x)` is a pure function of one image; in
-    training a batch is needed, see `train_logits`.
+    training a batch is needed, see `in_batch`.
     """
 
     outputs: int | None = None
@@ -107,8 +116,18 @@ class ResNet(nn.Module):
         return logits[0] if self.outputs is None else logits
 
 
+def in_batch(net: ResNet, variables: Params, x: Image) -> tuple[Scalar | Float[Array, " outputs"], Params]:
+    """The logit of one image of a training batch, and the variables with the batch's own moments.
+
+    Below `vmap(..., axis_name=BATCH)`.  Of a whole training set those are the exact moments of the input of every norm
+    ("precise BN", Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3), where PyTorch has running averages.
+    """
+    logit, updated = net.apply(variables, x, train=True, mutable=["batch_stats", "moments"])
+    return logit, {**variables, "batch_stats": updated["moments"]}
+
+
 def train_logits(net: ResNet, variables: Any, images: Float[Array, "n h w c"]) -> tuple[Float[Array, " n"], Any]:
-    """Logits (n,) of a batch, normalised by its own moments, and the `batch_stats` after it."""
+    """Logits (n,) of a batch, normalised by its own moments, and the running averages after it, PyTorch's."""
     one = lambda x: net.apply(variables, x, train=True, mutable=["batch_stats"])
     logits, updated = jax.vmap(one, axis_name=BATCH, out_axes=(0, None))(images)
     return logits, updated["batch_stats"]

@@ -1,5 +1,6 @@
 """The censoring experiment from its command line, at the smallest size that has every row."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 
 from experiments.censoring import mnist
-from experiments.contract import ConfigError, parse
+from experiments.contract import ConfigError, Folder, parse
+from gendiff.checkpoint import Archive
+from gendiff.convert import resnet as convert
 from gendiff.data import drawn_sevens
+from gendiff.feedback.consensus import Classes
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
-    "omega-1", "uncensored", "single", "union", "ensemble", "ensemble-recurrence", "ensemble-backward",
-    "ensemble-recurrence-backward", "universal", "rejection", "random-3", "random-4", "active-3", "active-4",
-    "uncensored-malign-dominant", "non-imitation", "imitation-1", "imitation-2", "imitation-3",
+    "omega-1", "universal-omega-1", "uncensored", "single", "union", "ensemble", "ensemble-recurrence",
+    "ensemble-backward", "ensemble-recurrence-backward", "universal", "rejection", "random-3", "random-4",
+    "active-3", "active-4", "uncensored-malign-dominant", "non-imitation", "imitation-1", "imitation-2", "imitation-3",
 ]  # fmt: skip
 
 
@@ -68,7 +72,7 @@ def test_numbers_of_labels_and_evaluations(folder):
     assert value("single", "evaluations_per_sample") == steps * 4
     assert value("ensemble", "evaluations_per_sample") == steps * (1 + 3 * k)
     assert value("ensemble-recurrence-backward", "evaluations_per_sample") == steps * 2 * (1 + 3 * k * 2)
-    assert value("universal", "evaluations_per_sample") == steps * 2 * (3 + 3 * k)
+    assert value("universal", "evaluations_per_sample") == steps * config.universal_recurrence * (3 + 3 * k)
     assert [value(f"imitation-{i}", "labels") for i in (1, 2, 3)] == [4, 8, 12]
     assert value("non-imitation", "labels") == 12
     assert value("single", "labels") == 4
@@ -81,6 +85,7 @@ def test_parameter_counts_of_the_paper():
     paper = mnist.PRESETS["paper"]
     assert count(shapes(mnist.unet_of(paper), paper)) == 52_538_369
     assert count(shapes(mnist.reward_of(paper), paper)) == 17_835_521
+    assert count(jax.eval_shape(lambda: mnist.new_resnet(paper, jax.random.key(0)))["params"]) == 11_177_025
     default = mnist.MnistConfig()
     assert 1e6 < count(shapes(mnist.unet_of(default), default)) < 3e6
 
@@ -100,6 +105,56 @@ def test_chosen_scale_keeps_recall():
     curve = {0.0: point(0.12, 0.8), 1.0: point(0.05, 0.8), 2.0: point(0.02, 0.75), 4.0: point(0.0, 0.3)}
     assert mnist.chosen(curve) == 2.0
     assert mnist.chosen({0.0: point(0.1, 0.8), 1.0: point(0.05, 0.2), 2.0: point(0.01, 0.1)}) == 1.0
+
+
+def test_imagenet_weights_are_read_but_for_the_last_layer(tmp_path):
+    torch = pytest.importorskip("torch")
+    small = dataclasses.replace(mnist.PRESETS["smoke"], resnet_weights=tmp_path / "resnet.pth")
+    shapes = jax.eval_shape(mnist.resnet_of(small).clone(outputs=1000).init, jax.random.key(0), np.zeros((16, 16, 3)))
+    rng, name = np.random.default_rng(0), lambda path: convert.name(tuple(part.key for part in path))
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
+    names = {name(path): draw(leaf) for path, leaf in jax.tree.leaves_with_path(shapes)}
+    order = lambda a: np.ascontiguousarray(a.transpose(a.ndim - 1, a.ndim - 2, *range(a.ndim - 2)) if a.ndim > 1 else a)
+    torch.save({name: torch.tensor(order(value)) for name, value in names.items()}, small.resnet_weights)
+    given, start = (mnist.new_resnet(each, jax.random.key(1)) for each in (small, mnist.PRESETS["smoke"]))
+    for path, leaf in jax.tree.leaves_with_path(given):
+        fresh = path[1].key == "fc"
+        expected = start["params"]["fc"][path[2].key] if fresh else names[name(path)]
+        np.testing.assert_array_equal(leaf, expected)
+    other = dataclasses.replace(small, resnet_widths=(4,))
+    with pytest.raises(ValueError, match=r"conv1.weight: expected shape \(7, 7, 3, 4\), given \(7, 7, 3, 8\)"):
+        mnist.new_resnet(other, jax.random.key(1))
+
+
+def test_a_person_labels_each_batch_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    config = dataclasses.replace(mnist.PRESETS["smoke"], rater="person", output=tmp_path / "run")
+    run = mnist.Run(config, Folder("censoring.mnist", config), Archive(None), lambda *report: None)
+    places = []
+
+    def ask(place, malign, benign, options):
+        places.append(place)
+        return Classes(np.array([0]), np.array([1, 2]))
+
+    monkeypatch.setattr(mnist.ask, "ask", ask)
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 4, 16, 16, 1))
+    rate = run.rater("trial-0", 1, 2)
+    for each in images[[0, 1, 0]]:
+        np.testing.assert_array_equal(rate(each), [0, 1, 1, np.nan])
+    assert places[0] == places[2] != places[1]
+    with np.load(places[1] / "samples.npz") as stored:
+        assert stored["arr_0"].shape == (4, 16, 16, 1)
+
+
+def test_labels_and_members_are_drawn_with_different_keys(tmp_path, monkeypatch):
+    config = dataclasses.replace(mnist.PRESETS["smoke"], output=tmp_path / "run")
+    run = mnist.Run(config, Folder("censoring.mnist", config), Archive(None), lambda *report: None)
+    keys = []
+    none = np.zeros((0, 16, 16, 1), np.float32)
+    marked = mnist.Labelled(none, none, 0)
+    for name in ("collect", "bootstrap"):
+        monkeypatch.setattr(mnist.censoring, name, lambda *given: keys.append(jax.random.key_data(given[-1])) or marked)
+    run.pairs(None, 3)
+    assert not np.array_equal(*keys)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gendiff import guidance, process, sampling, training
+from gendiff import guidance, losses, process, sampling, training, types
 from gendiff.checkpoint import Archive
 from gendiff.methods import censoring
 from gendiff.methods.censoring import Censoring, Labelled, Problem, RewardTraining, Sets
+from gendiff.nets import resnet
+from gendiff.nets.conv import Linear
 from gendiff.training import Settings
 
 DDPM = process.ddpm(process.linear_betas(200))
@@ -251,6 +254,9 @@ def test_augmentation_keeps_originals_and_labels():
     for images, labels in zip(sets.images, sets.labels, strict=True):
         np.testing.assert_array_equal(labels == 1, images[:, 0, 0, 0] >= 1)
     assert len(np.unique(sets.images[:, 5:, 0, 0, 0])) == 40  # each copy its own
+    fewer = [*pairs, (pairs[0][0], pairs[0][1][:1])]
+    with pytest.raises(ValueError, match=r"as many for each reward, given \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
+        censoring.augmented(fewer, 4, jax.random.key(0), lambda key, image: image)
 
 
 def test_rotation_turns_by_at_most_the_angle():
@@ -299,6 +305,97 @@ def test_members_train_as_they_would_alone():
     changed = censoring.fit(own, sets, other, settings, jax.random.key(0))
     np.testing.assert_array_equal(state.params["a"][0], changed.params["a"][0])
     assert state.params["a"][1] != changed.params["a"][1]
+
+
+# Rewards of clean samples, whose layers normalise by the batch
+
+
+class Normed(nn.Module):
+    """A norm as a ResNet has them, without what is slow to compile."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.tanh(resnet.BatchNorm()(nn.Dense(4, use_bias=False)(x), train))
+        return Linear(1)(jnp.mean(x, (0, 1)))[0]
+
+
+NET = Normed()
+CLEAN = Problem(
+    DDPM, plain, line, (3, 2, 1), 10, clean=NET.apply, in_batch=lambda phi, x: resnet.in_batch(NET, phi, x), chunk=6
+)
+CLEAN_TRAINING = RewardTraining(
+    Settings(4, 0.01, decay=0.0, every=2, schedule="linear", clip=None, weight_decay=0.05), 8, 0.3
+)
+IMAGES = np.random.default_rng(0).normal(size=(2, 6, 3, 2, 1)).astype(np.float32)
+# Fewer than a batch; the second member has fewer malign ones.
+LABELS = np.float32([[0, 1, 0, 1, 0, 1], [1, 1, 1, 0, 1, 1]])
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    keys = jax.random.split(jax.random.key(1), 2)
+    return jax.jit(jax.vmap(NET.init, (0, None)))(keys, IMAGES[0, 0])
+
+
+@jax.jit
+def logits_in_batch(phi, images):
+    """h (K, n), each member's by the moments of all its images."""
+    of_member = jax.vmap(lambda phi, x: CLEAN.in_batch(phi, x)[0], (None, 0), axis_name=types.BATCH)
+    return jax.vmap(of_member)(phi, images)
+
+
+def test_clean_rewards_are_evaluated_with_the_moments_of_their_training_set(fresh):
+    # Not of the padding, of another member or of the last batch: evaluation is training with the whole set as batch.
+    trained = censoring.fit(CLEAN, Sets(IMAGES, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0)).params
+    expected = jax.nn.log_sigmoid(logits_in_batch(trained, IMAGES))
+    for k in range(2):
+        given = censoring.scores(CLEAN, trained, IMAGES[k])[:, k]
+        np.testing.assert_allclose(given, expected[k], rtol=1e-3, atol=1e-5)
+    before = jax.tree.map(lambda a, b: np.abs(a - b).reshape(2, -1).max(1), trained["params"], fresh["params"])
+    assert min(map(np.min, jax.tree.leaves(before))) > 0, "all layers of both are trained"
+
+
+def test_clean_loss_is_the_weighted_cross_entropy_and_its_gradient_reaches_all_layers(fresh):
+    # Stated for a whole batch at once; a batch has examples first and members second.
+    weights = np.where(LABELS == 1, np.float32(0.3), np.float32(1.0))
+
+    def expected(phi):
+        h = logits_in_batch(phi, IMAGES)
+        log_r, log_not = jax.nn.log_sigmoid(h), jax.nn.log_sigmoid(-h)
+        return -jnp.sum(jnp.mean(0.3 * LABELS * log_r + (1 - LABELS) * log_not, 1))
+
+    context = (IMAGES, LABELS, jnp.int32(6), jnp.float32(0.3))
+    loss = losses.mean(censoring.reward_task(CLEAN, 8)(context).loss)
+    batch = jax.tree.map(lambda a: a.swapaxes(0, 1), (IMAGES, LABELS, weights))
+    given = jax.jit(jax.value_and_grad(loss))(fresh, jax.random.key(0), batch)
+    value, gradient = jax.jit(jax.value_and_grad(expected))(fresh)
+    np.testing.assert_allclose(given[0], value, rtol=1e-5)
+    largest = lambda tree: [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5), given[1], gradient)
+    assert min(largest(gradient["params"])) > 1e-4
+    assert max(largest(given[1]["batch_stats"])) == 0  # they are no part of the training
+
+
+def test_clean_rewards_train_together_as_alone(fresh):
+    rng = np.random.default_rng(2)
+    rows = rng.integers(0, 6, (4, 8, 2))
+    member = np.arange(2)
+    weights = np.where(LABELS == 1, np.float32(0.3), np.float32(1.0))
+    batches = [tuple(a[member, each] for a in (IMAGES, LABELS, weights)) for each in rows]
+    context = (IMAGES, LABELS, jnp.int32(6), jnp.float32(0.3))
+    fit = lambda start, data: training.train(
+        jax.random.key(0), start, censoring.reward_task(CLEAN, 8), context, CLEAN_TRAINING.training, data=data
+    ).params["params"]
+    together = fit(fresh, batches)
+    for k in member:
+        only = lambda tree, axis, k=k: jax.tree.map(lambda a: np.take(a, [k], axis), tree)
+        alone = fit(only(fresh, 0), only(batches, 1))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), only(together, 0), alone)
+
+
+def test_clean_rewards_say_that_they_diverged(fresh):
+    with pytest.raises(training.NotFinite, match="expected a finite number, given nan by step 2"):
+        censoring.fit(CLEAN, Sets(np.nan * IMAGES, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0))
 
 
 def test_disagreement_is_the_spread_of_the_members():
