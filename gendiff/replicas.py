@@ -53,11 +53,11 @@ def train(
     mesh = distributed.make_mesh() if host.mesh is None else host.mesh
     rows = np.minimum(np.arange(-(-runs // mesh.size) * mesh.size), runs - 1)
     spread = lambda tree: jax.device_put(jax.tree.map(lambda a: a[rows], tree), distributed.split(mesh))
-    state, own = spread(_begin(settings, keys, params)), spread(own)
-    context = distributed.replicate(mesh, context)
-    if host.checkpoints is not None:
+    state = distributed.place(mesh, _begin(settings, keys, params))
+    if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
     done = int(state.step[0])
+    state, own, context = spread(state), spread(own), distributed.replicate(mesh, context)
     host.report(done, {})
     while done < settings.steps:
         size = min(settings.every, settings.steps - done)
@@ -69,9 +69,14 @@ def train(
                 which = ", ".join(map(str, np.flatnonzero(~np.isfinite(each))))
                 raise NotFinite(f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}")
         if host.checkpoints is not None:
-            host.checkpoints.save(done, state)
+            host.checkpoints.save(done, _first(state, runs))
         host.report(done, {name: float(each.mean()) for name, each in values.items()})
-    return jax.tree.map(lambda a: a[:runs], state)
+    return _first(state, runs)
+
+
+def _first(state: State, runs: int) -> State:
+    """Without the copies that fill up the devices; as a copy, since the state's keys are still to be used."""
+    return jax.tree.map(lambda a: a[:runs], state._replace(key=jax.random.clone(state.key)))
 
 
 @partial(jax.jit, static_argnums=0)

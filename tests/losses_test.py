@@ -192,3 +192,16 @@ def test_ensemble_trains_each_member_by_its_own_loss():
     ]
     np.testing.assert_allclose(value, sum(v for v, _ in each), rtol=1e-6)
     np.testing.assert_allclose(gradient["a"], [g["a"] for _, g in each], rtol=1e-6)
+
+
+def test_given_coordinates_are_seen_clean_and_do_not_count():
+    known = jnp.array([True, False, True])
+    x0 = jnp.float32([0.3, -0.9, 0.5])
+    model = lambda theta, x, t: theta * jnp.ones(3)
+    value, slope = jax.value_and_grad(losses.denoising(DDPM, model, lambda t: 2.0, known))(1.5, jax.random.key(0), x0)
+    np.testing.assert_allclose(value, 2.0 * (1.5 + 0.9) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(slope, 4.0 * (1.5 + 0.9), rtol=1e-6)
+    inputs = losses.denoising(DDPM, lambda theta, x, t: x, lambda t: 1.0, known)  # a model that returns what it sees
+    key = jax.random.key(2)
+    noisy = losses.noised(DDPM, jax.random.clone(key), x0)[0]
+    np.testing.assert_allclose(inputs(0.0, key, x0), (noisy[1] - x0[1]) ** 2, rtol=1e-5)

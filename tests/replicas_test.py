@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,12 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
     assert seen[0] == 40
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
         np.testing.assert_array_equal(a, b)
+    # On another number of devices, up to the order of sums.
+    shutil.rmtree(tmp_path / "steps" / "60")
+    elsewhere = trained(Host(distributed.make_mesh(jax.devices()[:8]), kept, lambda step, metrics: seen.append(step)))
+    assert seen[-2] == 40
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(elsewhere.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_input_is_named():

@@ -255,3 +255,29 @@ def test_refine_walks_the_grid():
     moves = lambda key, x, t, s: 2 * x + t - 10 * s
     x = sampling.refine(moves, jnp.float32([3.0, 2.0, 0.0]), jax.random.key(0), jnp.float32([1.0]))
     np.testing.assert_array_equal(x, [2 * (2 * 1 + 3 - 20) + 2])
+
+
+def test_given_coordinates_stay_and_the_others_are_conditioned_on_them():
+    """A Gaussian with correlation, whose model is given its second coordinate clean: the first one is conditional."""
+    rho, n = 0.8, 4000
+    known = jnp.float32([0.0, 1.3])
+    mask = jnp.array([False, True])
+
+    def model(x, t):  # E[x_0 | first coordinate noisy, second one clean]
+        mean, variance = rho * x[1], 1 - rho**2
+        gain = DDPM.alpha(t) * variance / (DDPM.alpha(t) ** 2 * variance + DDPM.sigma(t) ** 2)
+        return jnp.stack([mean + gain * (x[0] - DDPM.alpha(t) * mean), x[1]])
+
+    kernel = sampling.pinned(sampling.ancestral(DDPM, model), known, mask)
+    draw = lambda key: sampling.sample(DDPM, kernel, DDPM.grid(250), key, (2,))
+    drawn = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), n)))
+    np.testing.assert_array_equal(drawn[:, 1], np.float32(1.3))
+    assert stats.kstest((drawn[:, 0] - rho * 1.3) / (1 - rho**2) ** 0.5, "norm").pvalue > 1e-4
+
+
+def test_states_end_in_the_sample():
+    kernel = sampling.ancestral(DDPM, lambda x, t: 0.5 * x)
+    grid = DDPM.grid(7)
+    states = sampling.states(DDPM, kernel, grid, jax.random.key(0), (3,))
+    assert states.shape == (8, 3)
+    np.testing.assert_array_equal(states[-1], sampling.sample(DDPM, kernel, grid, jax.random.key(0), (3,)))

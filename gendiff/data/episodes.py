@@ -324,6 +324,17 @@ def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
     return Episodes(episodes.observations[keep], episodes.actions[keep], lengths[lengths > 0])
 
 
+def thinned(episodes: Episodes, stride: int) -> Episodes:
+    """Every `stride`-th row of each episode, counted from its last but one: the last is not used in windows."""
+    if stride < 1:
+        raise ValueError(f"episodes: stride: expected 1 or more, given {stride}")
+    from_end = np.repeat(episodes.lengths, episodes.lengths) - 1 - _place(episodes.lengths)
+    keep = ((from_end - 1) % stride == 0) | (from_end == 0) if stride > 1 else np.ones(len(from_end), bool)
+    owner = np.repeat(np.arange(len(episodes.lengths)), episodes.lengths)[keep]
+    lengths = np.bincount(owner, minlength=len(episodes.lengths))
+    return Episodes(episodes.observations[keep], episodes.actions[keep], lengths)
+
+
 class Windows(NamedTuple):
     """Where the windows of a data set begin, and the rows that they are cut from: arguments for a compiled program."""
 

@@ -3,6 +3,7 @@
 
     two frozen models, base and expert, over one process       `Diffusion`, `check`
     their difference at noisy samples                           `examples` (Algorithm 1), `along_paths` (Algorithm 2)
+    the same of any models, or of one network's, stored         `collect`, `pool`
     rho(x_t, t), whose gradient in x is that difference         `fit`      many rewards in one program
     steer the base model with rho                               `steer`    a perfect rho turns it into the expert
 
@@ -10,12 +11,12 @@ Every difference of two models is one factor of t times that of their denoisers 
 
     means of a step   c_1(t) (e - b)            published
     scores            alpha / sigma^2 (e - b)   rho is then log p_e,t / p_b,t
-    noise             alpha / sigma (e - b)     sigma times that of the scores: of size 1 at every noise level
+    noise             alpha / sigma (e - b)     sigma times that of the scores: no larger where there is little noise
 
 A reward is known up to a constant for each t: compare its values at one t only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
@@ -48,6 +49,9 @@ class Switches(NamedTuple):
     """A piecewise linear one leaves the biases and the embedding of time without any gradient."""
     normaliser: Literal["shared", "own"] = "shared"
     """Both models see data in the same units, or each in its own, in which their difference means nothing exact."""
+    weighting: Literal["target", "mean", "score", "x0", "noise"] = "target"
+    """Of the times: the squared error counts as that of this difference.  The target's own is none: that of means then
+    counts little but the last few steps."""
 
 
 PUBLISHED = Switches("mean", "base_mean", False, True, "leaky_relu", "own")
@@ -143,11 +147,18 @@ def aligned(
       experts: (x, t) -> the x_0 of all experts, so that the base model is evaluated once for all of them.
       known: coordinates that both models are given; `switches.masked` leaves them out.
     """
-    first = base(x, t)
-    difference = factor(process, switches.target)(t) * (experts(x, t) - first[None])
-    at = posterior(process, x, first, t, t - 1)[0] if switches.at == "base_mean" else x
+    first, unit = base(x, t), factor(process, switches.target)(t)
+    at = base_mean(process, x, first, t) if switches.at == "base_mean" else x
     counts = ~known if switches.masked and known is not None else jnp.ones(x.shape, bool)
-    return Aligned(at, t, difference, counts.astype(jnp.float32))
+    relative = 1.0 if switches.weighting == "target" else (factor(process, switches.weighting)(t) / unit) ** 2
+    return Aligned(at, t, unit * (experts(x, t) - first[None]), relative * counts.astype(jnp.float32))
+
+
+def base_mean(process: Process, x: Sample, x0: Sample, t: Time) -> Sample:
+    """The mean of one step of a discrete chain from x, given the base model's x_0."""
+    if process.steps is None:
+        raise ValueError("relative reward: at 'base_mean': expected a process with steps, given one in continuous time")
+    return posterior(process, x, x0, t, t - 1)[0]
 
 
 def given(x: Sample, x0: Sample, known: Bool[Array, "*shape"] | None) -> Sample:
@@ -180,25 +191,51 @@ def along_paths(
     switches: Switches,
     grid: Float[Array, " steps+1"],
     shape: tuple[int, ...],
-) -> Callable[[PRNGKey], Aligned]:
-    """key -> the examples at every step of one path of a sampler, on axis 0: Algorithm 2, which needs no data.
+    known: Bool[Array, "*shape"] | None = None,
+) -> Callable[[PRNGKey, Sample], Aligned]:
+    """(key, clean) -> the examples at every step of one path of a sampler, on axis 0: Algorithm 2, which needs no data.
 
     Args:
       walker: the model that is sampled from (ancestral), `base` or an expert.
+      known: coordinates that the models are given, at the values of `clean` (else it is not read).
     """
     kernel = sampling.ancestral(process, walker)
 
-    def examples_of_path(key: PRNGKey) -> Aligned:
-        start_key, key = jax.random.split(key)
-
-        def step(x: Sample, move: tuple) -> tuple[Sample, Aligned]:
-            i, t, s = move
-            return kernel(jax.random.fold_in(key, i), x, t, s), aligned(process, base, experts, switches, x, t)
-
-        start = process.sigma(grid[0]) * jax.random.normal(start_key, shape)
-        return jax.lax.scan(step, start, (jnp.arange(len(grid) - 1), grid[:-1], grid[1:]))[1]
+    def examples_of_path(key: PRNGKey, clean: Sample) -> Aligned:
+        step = kernel if known is None else sampling.pinned(kernel, clean, known)
+        states = sampling.states(process, step, grid, key, shape)[:-1]
+        of = lambda x, t: aligned(process, base, experts, switches, given(x, clean, known), t, known)
+        return jax.lax.map(lambda pair: of(*pair), (states, grid[:-1]))
 
     return examples_of_path
+
+
+def collect(
+    base: Diffusion,
+    experts: Sequence[Diffusion],
+    switches: Switches,
+    key: PRNGKey,
+    x0: Samples,
+    known: Bool[Array, "*shape"] | None = None,
+) -> Aligned:
+    """Examples (n) with the targets of all experts (n, G, *shape), of any models over one process (Algorithm 1).
+
+    The denoisers' parameters become constants of the compiled program; `pool` has them as arguments.
+
+    Args:
+      x0: (n, *shape) data.
+
+    Raises:
+      ValueError: two models do not fit together; see `check`.
+    """
+    for expert in experts:
+        check(base, expert, switches)
+    if tuple(x0.shape[1:]) != base.shape or not len(x0):
+        raise ValueError(f"relative reward: x0: expected (n, *{base.shape}) with n > 0, given {x0.shape}")
+    every = lambda x, t: jnp.stack([expert.denoiser(x, t) for expert in experts])
+    example = examples(base.process, base.denoiser, every, switches, known)
+    run = jax.jit(lambda keys, x0: distributed.chunked(lambda pair: example(*pair), (keys, x0), 64))
+    return run(jax.random.split(key, len(x0)), jnp.asarray(x0))
 
 
 def pool(
@@ -296,7 +333,9 @@ def fit(
             f"relative reward: targets: expected finite numbers, given {np.sum(~finite)} examples of {finite.size} "
             f"that are not, the first at t = {examples.t[row]}, of expert {goal}: a model diverges there"
         )
-    goals = jnp.asarray(goals, jnp.int32)
+    goals, experts = jnp.asarray(goals, jnp.int32), examples.target.shape[1]
+    if not 0 <= int(goals.min()) <= int(goals.max()) < experts:
+        raise ValueError(f"relative reward: goals: expected 0 to {experts - 1}, given {goals}")
     own = {"goal": goals}
     return replicas.train(replicas.keys(key, len(goals)), start, reward_task(problem), examples, own, settings, host)
 
@@ -332,7 +371,7 @@ def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | 
     def steering(base: Denoiser) -> Denoiser:
         def steered(x: Sample, t: Time) -> Sample:
             x0 = base(x, t)
-            return x0 + shift(t) * gradient(posterior(process, x, x0, t, t - 1)[0], t)
+            return x0 + shift(t) * gradient(base_mean(process, x, x0, t), t)
 
         return steered
 

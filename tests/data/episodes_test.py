@@ -313,3 +313,16 @@ def test_without_a_usable_episode_there_are_no_windows(lengths):
         episodes.fit(given)
     with pytest.raises(ValueError, match="horizon: expected 1 or more, given 0"):
         episodes.windows(numbered([9]), episodes.fit(numbered([9])), 0)
+
+
+def test_thinning_keeps_the_rows_before_the_last_and_the_last():
+    lengths = np.array([7, 1, 2, 6])
+    rows = np.arange(16.0)[:, None]
+    thin = episodes.thinned(episodes.Episodes(rows, -rows, lengths), 3)
+    np.testing.assert_array_equal(thin.observations[:, 0], [2, 5, 6, 7, 8, 9, 11, 14, 15])
+    np.testing.assert_array_equal(thin.actions, -thin.observations)
+    np.testing.assert_array_equal(thin.lengths, [3, 1, 2, 3])
+    same = episodes.thinned(episodes.Episodes(rows, rows, lengths), 1)
+    np.testing.assert_array_equal(same.observations, rows)
+    with pytest.raises(ValueError, match="stride: expected 1 or more, given 0"):
+        episodes.thinned(same, 0)

@@ -224,18 +224,53 @@ def test_a_pool_is_its_examples_one_by_one():
 
 def test_paths_need_no_data():
     experts = lambda x, t: EXPERT(x, t)[None]
-    grid = CHAIN.grid(20)
-    path = relative_reward.along_paths(CHAIN, BASE, BASE, experts, PRINCIPLED, grid, (2,))
-    many = jax.jit(jax.vmap(path))(jax.random.split(jax.random.key(0), 4000))
-    assert many.x.shape == (4000, 20, 2)
-    assert many.target.shape == (4000, 20, 1, 2)
-    np.testing.assert_array_equal(many.t[0], grid[:-1])
-    # The states of a path are draws of the base model's marginals; ancestral steps are exact for small steps only.
-    full = relative_reward.along_paths(CHAIN, BASE, BASE, experts, PRINCIPLED, CHAIN.grid(100), (2,))
-    states = jax.jit(jax.vmap(full))(jax.random.split(jax.random.key(1), 4000)).x[:, 60]
-    t = 40
-    mean = CHAIN.alpha(t) * np.float32([0.5, -0.2])
-    assert np.all(np.abs(states.mean(0) - mean) < 5 * states.std(0) / 4000**0.5 + 0.01)
+    path = relative_reward.along_paths(CHAIN, BASE, BASE, experts, PRINCIPLED, CHAIN.grid(100), (2,))
+    many = jax.jit(jax.vmap(path, (0, None)))(jax.random.split(jax.random.key(0), 4000), jnp.zeros(2))
+    assert many.target.shape == (4000, 100, 1, 2)
+    np.testing.assert_array_equal(many.t[0], CHAIN.grid(100)[:-1])
+    # The states of a path are draws of the base model's marginals.
+    states, t = many.x[:, 60], 40
+    exact = CHAIN.alpha(t) * np.float32([0.5, -0.2])
+    error = stats.norm.isf(FALSE_ALARM / 4) * states.std(0) / 4000**0.5
+    assert np.all(np.abs(states.mean(0) - exact) < error + 0.01)  # a step is exact for small steps only
+    field = relative_reward.difference(CHAIN, BASE, EXPERT, "noise")
+    np.testing.assert_allclose(many.target[7, 60, 0], field(states[7], t), rtol=1e-3, atol=1e-5)
+
+
+def test_paths_hold_what_the_models_are_given():
+    known, clean = jnp.array([False, True]), jnp.float32([0.0, 0.7])
+    experts = lambda x, t: EXPERT(x, t)[None]
+    path = relative_reward.along_paths(CHAIN, BASE, BASE, experts, PRINCIPLED, CHAIN.grid(10), (2,), known)
+    each = path(jax.random.key(0), clean)
+    np.testing.assert_array_equal(each.x[:, 1], np.full(10, 0.7, np.float32))
+    np.testing.assert_array_equal(each.weight, np.tile([1.0, 0.0], (10, 1)))
+
+
+def test_any_two_models_make_examples():
+    base, expert = Diffusion("base", CHAIN, BASE, (2,)), Diffusion("expert", CHAIN, EXPERT, (2,))
+    x0 = jax.random.normal(jax.random.key(1), (5, 2))
+    pool = relative_reward.collect(base, [expert, base], PRINCIPLED, jax.random.key(0), x0)
+    assert pool.target.shape == (5, 2, 2)
+    field = relative_reward.difference(CHAIN, BASE, EXPERT, "noise")
+    np.testing.assert_allclose(pool.target[:, 0], jax.vmap(field)(pool.x, pool.t), rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(pool.target[:, 1], 0)
+    with pytest.raises(ValueError, match=r"x0: expected \(n, \*\(2,\)\) with n > 0, given \(5, 3\)"):
+        relative_reward.collect(base, [expert], PRINCIPLED, jax.random.key(0), jnp.zeros((5, 3)))
+    other = expert._replace(process=process.ddpm(process.linear_betas(100)))
+    with pytest.raises(ValueError, match="expected one process"):
+        relative_reward.collect(base, [other], PRINCIPLED, jax.random.key(0), x0)
+
+
+def test_weighting_makes_the_error_that_of_another_difference():
+    experts = lambda x, t: EXPERT(x, t)[None]
+    x, t = jnp.float32([0.3, 0.7]), jnp.int32(30)
+    of = lambda target, weighting: relative_reward.aligned(
+        CHAIN, BASE, experts, Switches(target=target, weighting=weighting), x, t
+    )
+    mean, noise = of("mean", "noise"), of("noise", "target")
+    size = lambda example: jnp.sum(example.weight * example.target[0] ** 2)  # the error of no reward at all
+    np.testing.assert_allclose(size(mean), size(noise), rtol=1e-4)
+    np.testing.assert_array_equal(noise.weight, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +306,17 @@ def test_targets_that_are_not_finite_are_named():
         relative_reward.fit(problem, bad, jnp.array([0, 1]), start, training.Settings(10), jax.random.key(0))
 
 
+def test_goals_out_of_range_are_named():
+    examples = losses.Aligned(jnp.zeros((3, 2)), jnp.array([5, 9, 7]), jnp.zeros((3, 2, 2)), jnp.ones((3, 2)))
+    start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 2))
+    problem = relative_reward.Problem(CHAIN, network)
+    with pytest.raises(ValueError, match=r"goals: expected 0 to 1, given \[0 2\]"):
+        relative_reward.fit(problem, examples, jnp.array([0, 2]), start, training.Settings(10), jax.random.key(0))
+
+
 def test_a_process_without_steps_has_no_mean():
+    with pytest.raises(ValueError, match="at 'base_mean': expected a process with steps"):
+        relative_reward.steer(EDM, lambda x, t: 0.0, Switches("x0", "base_mean"))(lambda x, t: x)(jnp.zeros(2), 1.0)
     with pytest.raises(ValueError, match="target 'mean': expected next_time"):
         relative_reward.factor(EDM, "mean")
     with pytest.raises(ValueError, match="target: expected 'mean', 'score', 'x0' or 'noise', given 'v'"):

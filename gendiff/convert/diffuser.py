@@ -1,0 +1,51 @@
+"""Checkpoints of Diffuser (its `TemporalUnet` without attention) -> `gendiff.nets.temporal`."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from gendiff.convert import state_dict
+from gendiff.convert.state_dict import StateDict
+from gendiff.types import Params
+
+LAYERS = {"conv": "block.0", "norm": "block.2", "time": "time_mlp.1", "layers_1": "1", "layers_3": "3"}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def read(file: str | Path, weights: Literal["ema", "model"] = "ema") -> StateDict:
+    """One of the two state dicts in a checkpoint of Diffuser's trainer, in float32; no code in the file is run.
+
+    Raises:
+      ValueError: the checkpoint has no such part.
+    """
+    import torch
+
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(saved, Mapping) or not isinstance(saved.get(weights), Mapping):
+        given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
+        raise ValueError(f"{file}: expected a checkpoint with a state dict {weights!r}, given {given[:200]}")
+    return {key: value.float().numpy() for key, value in saved[weights].items()}
+
+
+def temporal_unet(state: StateDict, like: Params) -> Params:
+    """Parameters of a `TemporalUnet`.
+
+    Args:
+      state: of the network, or of the diffusion around it (`read(file)`), whose own tables are left out.
+      like: `jax.eval_shape(net.init, key, x, t)`, which tells the sizes.
+
+    Raises:
+      ValueError: keys or shapes differ from the network's; the message names them.
+    """
+    inside = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    return state_dict.parameters(inside or state, like, name)
+
+
+def name(path: tuple[str, ...]) -> str:
+    """The key of a leaf: params/downs_1_0/blocks_0/norm/scale -> downs.1.0.blocks.0.block.2.weight."""
+    *layers, leaf = path[1:]
+    parts = [LAYERS.get(layer, re.sub(r"_(\d)", r".\1", layer)) for layer in layers]
+    if re.fullmatch(r"(downs|ups)\.\d+\.3", parts[0]):
+        parts.append("conv")
+    return ".".join([*parts, LEAVES[leaf]])
