@@ -40,7 +40,7 @@ def train(
       host: its mesh is one of all devices unless given.
 
     Returns:
-      The last state of every run, stacked on axis 0; `best` is the result.
+      The last state of every run, stacked on axis 0, on every device; `best` is the result.
 
     Raises:
       NotFinite: a loss is NaN or infinite, with the numbers of the runs.  The newest checkpoint is from before.
@@ -71,7 +71,9 @@ def train(
         if host.checkpoints is not None:
             host.checkpoints.save(done, _first(state, runs))
         host.report(done, {name: float(each.mean()) for name, each in values.items()})
-    return _first(state, runs)
+    # On every device: programs with a collective, such as those that read a state split over the devices, must not be
+    # under way at the same time, and on a CPU can block each other.
+    return distributed.place(mesh, _first(state, runs))
 
 
 def _first(state: State, runs: int) -> State:

@@ -77,7 +77,7 @@ class MazeConfig(Config):
     decay: Annotated[float, Between(0.0, 0.99999)] = 0.995
     """Decay of the averaged weights that are used afterwards."""
 
-    seeds: Annotated[int, Between(1, 100)] = 5
+    seeds: Annotated[int, Between(1, 100)] = 3
     """Rewards of each goal, from other initial values and batches; the diffusion models are the same."""
     pool: Annotated[int, Between(100, 1_000_000)] = 8192
     """Noisy paths at which the targets are computed, once for all rewards of a maze; 100,000 of 256 steps take 6 GB."""
@@ -89,17 +89,19 @@ class MazeConfig(Config):
     """Their rate of learning (Adam)."""
     reward_schedule: Literal["cosine", "constant"] = "cosine"
     """How it falls."""
-    window: Annotated[int, Between(1, 256)] = 4
+    window: Annotated[int, Between(1, 256)] = 8
     """Frames of a reward's window."""
-    widths: tuple[int, ...] = (32,)
+    widths: tuple[int, ...] = (64, 32)
     """Hidden widths of the reward's network."""
-    grid: tuple[int, ...] = (1, 4, 16)
+    grid: tuple[int, ...] = (4, 8, 32)
     """Windows that the row `published-best-per-goal` chooses from, goal by goal, by the discriminability in sample as
     the paper did, but on rewards of a seed of its own (the paper chose also among data and widths)."""
     places: Annotated[int, Between(100, 1_000_000)] = 4000
     """Held-out windows of the base set, of 64 time steps, that a heat map is made of."""
     compared: Annotated[int, Between(10, 1_000_000)] = 4096
     """Held-out paths of the base set and of the expert's for the discriminability."""
+    compared_steps: Annotated[int, Between(1, 1000)] = 256
+    """Their time steps, the paper's; rewards take paths of any length."""
 
     plans: Annotated[int, Between(10, 1_000_000)] = 256
     """Paths from held-out starts, of which the share that ends at the goal is counted."""
@@ -119,9 +121,9 @@ PRESETS = {
     "paper": MazeConfig(
         preset="paper", mazes=("open", "umaze", "medium", "large"), transitions=10_000_000,
         expert_transitions=10_000_000, horizon=256, stride=1, width=32, multipliers=(1, 4, 8), steps=500_000, batch=128,
-        rate=2e-4, schedule="constant", pool=100_000, reward_steps=100_000, reward_batch=256, reward_rate=5e-5,
-        reward_schedule="constant", widths=(128, 64, 32), grid=(1, 4, 64, 256), places=10_000, compared=25_600,
-        plans=1000,
+        rate=2e-4, schedule="constant", seeds=5, pool=100_000, reward_steps=100_000, reward_batch=256, reward_rate=5e-5,
+        reward_schedule="constant", window=4, widths=(128, 64, 32), grid=(1, 4, 64, 256), places=10_000,
+        compared=25_600, plans=1000,
     ),
 }  # fmt: skip
 
@@ -136,12 +138,13 @@ COLUMNS = (
 NOTES = """\
 Intervals are 95 %: Wilson's for rates over goals and seeds (which share the diffusion models of a maze), Student's over
 goals for the others (means over seeds). goal recovered: the highest place of the smoothed heat map lies within one cell
-of the goal. discriminability: balanced accuracy of a logistic regression on the reward of a path, noised to the first
-tenth of the times, base against expert: fitted on the paths of half the held-out episodes, scored on the others'; "in
-sample" fits and scores on the same training paths, as the published code does. gradient R2: share of the squared
-difference of the two models that the reward's gradient explains, on held-out paths. paths that end at the goal: within
-{radius:g} cells, of {plans} paths of {horizon} frames from held-out starts for each goal. seconds: of training, for
-each reward (rows of models: for each model).
+of the goal. discriminability: balanced accuracy of a logistic regression on the reward of a path of {compared_steps}
+time steps, noised to the first tenth of the times, base against expert: fitted on half the held-out episodes, scored on
+the others, each value less the base's mean at its time and in units of its deviation there (a reward is known up to a
+constant for each time); "in sample" fits and scores on the same training paths as they are, as the published code does.
+gradient R2: share of the squared difference of the two models that the reward's gradient explains, on held-out paths.
+paths that end at the goal: within {radius:g} cells, of {plans} paths of {horizon} frames from held-out starts for each
+goal. seconds: of training, for each reward (rows of models: for each model).
 `published`: as the released code; `principled`: one normaliser, smooth activation, gradient at x_t, contiguous windows,
 given states masked. `published-best-per-goal`: the window chosen for each goal on rewards of another seed.
 `discriminator`: the same network as a classifier, by its log-odds. `small-data`: `principled` with all models and
@@ -331,13 +334,16 @@ class Maze:
         """n windows at random, (n, horizon, 6)."""
         return _paths(windows, jnp.int32(len(windows.begin)), n, self.config.horizon, key)
 
-    def by_halves(self, windows: Windows, n: int, key: PRNGKey) -> Array:
+    def by_halves(self, windows: Windows, n: int, horizon: int, key: PRNGKey) -> Array:
         """n windows at random: those at even places of every other episode, those at odd places of the rest."""
         odd = np.unique(windows.last, return_inverse=True)[1] % 2
         halves = [windows._replace(begin=windows.begin[odd == k], last=windows.last[odd == k]) for k in (0, 1)]
         if not len(halves[1].begin):
             raise ValueError(f"maze2d: {self.name}: expected two held-out episodes or more, given one")
-        pair = [self.paths(half, -(-n // 2), jax.random.fold_in(key, k)) for k, half in enumerate(halves)]
+        pair = [
+            _paths(half, jnp.int32(len(half.begin)), -(-n // 2), horizon, jax.random.fold_in(key, k))
+            for k, half in enumerate(halves)
+        ]
         return jnp.stack(pair, 1).reshape(-1, *pair[0].shape[1:])[:n]
 
     # Diffusion models.
@@ -488,17 +494,27 @@ class Maze:
     def compared(
         self, family: Family, window: int, rewards: Params, numbers: list[int], held_out: bool
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Rewards of base and expert paths, both in the base model's units, at the first tenth of the times."""
+        """Rewards of base and expert paths, both in the base model's units, at the first tenth of the times.
+
+        A reward is known up to a constant for each time, and has units of its own at each: held-out values are less the
+        base's mean at their time, in units of its standard deviation.
+        """
         config = self.config
         problem = reward_problem(config, family.switches, window)
-        sets = [self.windows(goal, family, held_out, None) for goal in (None, *sorted(set(numbers)))]
-        drawn = [self.by_halves(w, config.compared, self.fold(COMPARE, i)) for i, w in enumerate(sets)]
+        frames = -(-config.compared_steps // (config.stride * window)) * window
+        sets = [self.windows(goal, family, held_out, None, frames) for goal in (None, *sorted(set(numbers)))]
+        drawn = [self.by_halves(w, config.compared, frames, self.fold(COMPARE, i)) for i, w in enumerate(sets)]
         latest = max(1, config.diffusion_steps // 10)
         noisy = [_noisy(self.process, latest, self.fold(COMPARE, 100 + i), x) for i, x in enumerate(drawn)]
         pairs: list[tuple[np.ndarray, np.ndarray]] = []
         for i, goal in enumerate(sorted(set(numbers)), 1):
             of_goal = at(rewards, np.flatnonzero(np.equal(numbers, goal)))
             base, expert = (np.asarray(_values(problem.network, of_goal, *noisy[each])) for each in (0, i))
+            if held_out:
+                times, theirs = (np.asarray(noisy[each][1]) for each in (0, i))
+                mean, spread = by_time(base[:, ::2], times[::2], latest)
+                base = (base - mean[:, times]) / spread[:, times]
+                expert = (expert - mean[:, theirs]) / spread[:, theirs]
             pairs.extend(zip(base, expert, strict=True))
         return pairs
 
@@ -699,6 +715,16 @@ def cut(every: Episodes, share: float) -> tuple[Episodes, Episodes]:
     return part(slice(row), slice(middle)), part(slice(row, None), slice(middle, None))
 
 
+def by_time(values: np.ndarray, times: np.ndarray, latest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations (K, latest + 1) of values (K, n) at each time; 0 and 1 where there are too few."""
+    mean, spread = np.zeros((len(values), latest + 1)), np.ones((len(values), latest + 1))
+    for t in range(latest + 1):
+        there = values[:, times == t]
+        if there.shape[1] > 1:
+            mean[:, t], spread[:, t] = there.mean(1), np.maximum(there.std(1), 1e-12)
+    return mean, spread
+
+
 def often(steps: int) -> int:
     """Steps between checkpoints: large models and long runs must not write all the time."""
     return min(steps, max(100, steps // 50))
@@ -767,7 +793,7 @@ def run(config: MazeConfig) -> Results:
     progress.close()
     for maze in mazes:
         draw_figures(folder, maze)
-    notes = NOTES.format(radius=config.radius, plans=config.plans, horizon=config.horizon, small=config.small)
+    notes = NOTES.format(**dataclasses.asdict(config))
     return folder.finish(list(table(mazes)), COLUMNS, notes)
 
 

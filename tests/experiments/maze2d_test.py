@@ -153,3 +153,10 @@ def test_intervals_are_over_goals_not_seeds():
     each = maze2d.measured([{"discriminability": values}], 3)["discriminability"]
     assert each.n == 2
     np.testing.assert_allclose(each.value, 0.7)
+
+
+def test_means_and_deviations_by_time():
+    values = np.array([[1.0, 3.0, 10.0], [2.0, 2.0, -1.0]])
+    mean, spread = maze2d.by_time(values, np.array([1, 1, 3]), 3)
+    np.testing.assert_array_equal(mean, [[0, 2, 0, 0], [0, 2, 0, 0]])
+    np.testing.assert_allclose(spread, [[1, 1, 1, 1], [1, 1e-12, 1, 1]])
