@@ -123,12 +123,23 @@ class Folder:
     def __init__(self, experiment: str, config: Config) -> None:
         self.experiment, self.config = experiment, config
         self.path = config.output or Path("results") / experiment / f"{config.preset}-{config.seed}"
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output: expected a folder, given {self.path} ({error.strerror})") from None
         fields = _jsonable(dataclasses.asdict(config) | {"output": None})
         stored = self.path / "config.json"
         if stored.exists():
-            self._compare(json.loads(stored.read_text()), fields)
-        elif any(self.path.iterdir()):
+            try:
+                held = json.loads(stored.read_text()) or None
+                held.keys()
+            except (ValueError, AttributeError):
+                raise ConfigError(
+                    f"--output: expected a configuration in {stored}, given a damaged file: delete it, or name another "
+                    "folder"
+                ) from None
+            self._compare(held, fields)
+        elif any(not each.name.endswith(".tmp") for each in self.path.iterdir()):
             raise ConfigError(f"--output: expected an empty folder or one of this experiment, given {self.path}")
         self.write("config.json", json.dumps(fields, indent=2) + "\n")
         self.archive = Archive(self.path / "checkpoints")
@@ -155,8 +166,12 @@ class Folder:
         """Appends one line to metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         try:
-            with path.open("a") as file:
-                file.write(json.dumps(_jsonable(values)) + "\n")
+            with path.open("ab+") as file:
+                # A line that a full disk cut off must not swallow this one.
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+                file.write(start + json.dumps(_jsonable(values)).encode() + b"\n")
         except OSError as error:
             raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 

@@ -5,6 +5,7 @@ checksum of every array stands in the checkpoint's metadata and is compared when
 """
 
 import shutil
+import tempfile
 import time
 import warnings
 import zlib
@@ -30,6 +31,7 @@ def save(folder: Path, tree: Any, **notes: Any) -> None:
     # Orbax refuses arrays of size 0: their shapes stand in the metadata, and a zero takes their place.
     tree = jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
     try:
+        _check_room(folder.parent)
         ocp.save(folder.absolute(), tree, custom_metadata=metadata)
     except Exception as error:  # Orbax and TensorStore raise many types; the cause stays attached
         raise _unwritten(folder, error) from error
@@ -66,6 +68,7 @@ class Checkpoints:
         position = data.get_state() if hasattr(data, "get_state") else None
         metadata = {"checksums": _checksums(state), "data": position}
         try:
+            _check_room(self.folder)
             with self._open() as checkpointer:
                 checkpointer.save(step, state, custom_metadata=metadata)
         except Exception as error:
@@ -131,6 +134,13 @@ class Archive:
     def steps(self, name: str) -> Checkpoints | None:
         """Checkpoints for the training run of a phase; they go once the phase's result is stored."""
         return None if self.folder is None else Checkpoints(self.folder / name / "steps")
+
+
+def _check_room(folder: Path) -> None:
+    """Makes and removes a folder there: where that fails, Orbax would fail too, and then wait for it for minutes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".room-"):
+        pass
 
 
 def _bytes(leaf: Any) -> bytes:

@@ -69,6 +69,8 @@ def chunked(
       chunk: most examples at a time and device; n is padded to equal chunks with copies of the last example.
     """
     n = jax.tree.leaves(inputs)[0].shape[0]
+    if n < 1:
+        raise ValueError("distributed: chunked: expected one example or more, given none")
     devices = 1 if mesh is None else mesh.size
     chunks = -(-n // (devices * chunk))
     size = devices * -(-n // (devices * chunks))

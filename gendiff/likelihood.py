@@ -53,6 +53,8 @@ def ddpm_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, va
     """
     if process.steps is None:
         raise ValueError("ddpm_elbo: expected a discrete chain (ddpm), given a process in continuous time")
+    if variance not in ("beta", "posterior"):
+        raise ValueError(f"ddpm_elbo: variance: expected 'beta' or 'posterior', given {variance!r}")
     d = x0.size
 
     def term(t: jax.Array) -> Scalar:

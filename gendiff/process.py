@@ -89,13 +89,19 @@ def ddpm(betas: ArrayLike) -> Process:
     # NumPy's, so that a process that is made inside a compiled function, and kept, holds no tracer.
     alpha = np.exp(0.5 * log_alpha_bar).astype(np.float32)
     sigma = np.sqrt(-np.expm1(log_alpha_bar)).astype(np.float32)
+
     # `take` gives NaN beyond the end, but counts negative times from it.
+    def grid(n: int) -> Array:
+        if not 1 <= n <= steps:
+            raise ValueError(f"ddpm: grid: expected 1 to {steps} steps, given {n}")
+        return jnp.round(jnp.linspace(steps, 0, n + 1)).astype(int)
+
     within = lambda t: jnp.where(jnp.asarray(t) < 0, steps + 1, t)
     return Process(
         alpha=lambda t: jnp.take(jnp.asarray(alpha), within(t)),
         sigma=lambda t: jnp.take(jnp.asarray(sigma), within(t)),
         sample_time=lambda key: jax.random.randint(key, (), 1, steps + 1),
-        grid=lambda n: jnp.round(jnp.linspace(steps, 0, n + 1)).astype(int),
+        grid=grid,
         steps=steps,
     )
 
@@ -107,8 +113,8 @@ def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> 
 
 
 def sqrt_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Float[np.ndarray, " T"]:
-    """Rombach et al. (2022), the schedule of Stable Diffusion: sqrt(beta_t) linear in t."""
-    return np.linspace(first**0.5, last**0.5, steps) ** 2
+    """Rombach et al. (2022), the schedule of Stable Diffusion: sqrt(beta_t) linear in t; the ends as above."""
+    return 1000 / steps * np.linspace(first**0.5, last**0.5, steps) ** 2
 
 
 def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[np.ndarray, " T"]:

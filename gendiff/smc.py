@@ -32,7 +32,8 @@ class Judged(NamedTuple):
 
     samples: Samples
     effective: Scalar
-    """Effective number of independent samples among them."""
+    """Effective number of samples by their weights: at most so many are independent, for what has one ancestor counts
+    apart."""
     log_alpha: Scalar
     """Estimate of log P_p[O = 1]; its exponential is unbiased."""
 
@@ -125,6 +126,10 @@ def judge(population: Population, good: Bool[Array, " n"], key: PRNGKey) -> Judg
     Raises:
       ValueError: no particle is good.
     """
+    good = jnp.asarray(good)
+    if good.shape != population.log_weights.shape or good.dtype != bool:
+        wanted = population.log_weights.shape
+        raise ValueError(f"smc: good: expected one Boolean a particle, {wanted}, given {good.dtype} {good.shape}")
     if not bool(jnp.any(good)):
         raise ValueError(f"smc: expected at least one good particle, given 0 of {len(good)}")
     log_w = jnp.where(good, population.log_weights, -jnp.inf)

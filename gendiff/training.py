@@ -56,8 +56,10 @@ def adam(settings: "Settings") -> optax.GradientTransformation:
             optax.linear_schedule(rate, 0.0, max(steps - warmup, 1)),
         )
         schedule = optax.join_schedules([rise, fall], [warmup])
-    else:
+    elif settings.schedule == "constant":
         schedule = optax.warmup_constant_schedule(first, rate, warmup)
+    else:
+        raise ValueError(f"training: schedule: expected cosine, linear or constant, given {settings.schedule!r}")
     clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
     return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay))
 
@@ -98,7 +100,7 @@ def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
     """Keeps the EMA as `best` if it validates better than the best so far; without `validate`, always."""
     if validate is None:
         return state._replace(best=state.ema, best_step=state.step), {}
-    value = validate(state.ema)
+    value = jnp.asarray(validate(state.ema), jnp.float32)  # also under x64: a state keeps its types
     better = value < state.best_loss
     best = jax.tree.map(partial(jnp.where, better), state.ema, state.best)
     best_step = jnp.where(better, state.step, state.best_step)
@@ -179,6 +181,8 @@ def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[S
     """
     if task.draw is None:
         raise ValueError("fit: task.draw: expected a function of a key, given None")
+    if min(settings.every, settings.steps) < 1:
+        raise ValueError(f"fit: every, steps: expected 1 or more, given {settings.every} and {settings.steps}")
     size = min(settings.every, settings.steps)
     if settings.steps % size:
         raise ValueError(f"fit: every: expected a divisor of steps = {settings.steps}, given {settings.every}")

@@ -98,3 +98,15 @@ def test_a_checkpoint_of_other_shapes_is_an_error(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(1, {"a": jnp.zeros(3)})
     with pytest.raises(CheckpointError, match="expected a complete checkpoint of this run"):
         Checkpoints(tmp_path).restore({"a": jnp.zeros(3), "b": jnp.zeros(2)})
+
+
+def test_a_place_where_no_folder_can_be_made_is_an_error_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for write in (
+        lambda: save(tmp_path / "file" / "result", {"a": np.zeros(2)}),
+        lambda: Checkpoints(tmp_path / "file").save(1, {"a": np.zeros(2)}),
+    ):
+        with pytest.raises(CheckpointError, match="could not be written"):
+            write()
+    save(tmp_path / "place" / "result", {"a": np.zeros(2)})
+    assert [each.name for each in (tmp_path / "place").iterdir()] == ["result"]

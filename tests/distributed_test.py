@@ -126,3 +126,8 @@ def test_training_does_not_depend_on_devices(drawn, others):
         for name in start:
             np.testing.assert_allclose(state.params[name], expected.params[name], rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(state.best[name], expected.best[name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_examples_are_an_error():
+    with pytest.raises(ValueError, match="expected one example or more, given none"):
+        distributed.chunked(lambda x: x, jnp.zeros((0, 2)))

@@ -268,3 +268,9 @@ def test_guidance_by_the_bayes_classifier_gains_minus_log_alpha(mixture):
         assert stats.sem(residual) < 0.02
         assert residual.std() < before.std() / 3, "common random numbers"
     assert agree(gains, -np.log(mixture.alpha))
+
+
+def test_an_unknown_variance_is_named():
+    chain = process.ddpm(np.full(10, 0.1))
+    with pytest.raises(ValueError, match="variance: expected 'beta' or 'posterior', given 'Beta'"):
+        likelihood.ddpm_elbo(chain, lambda x, t: x, jax.random.key(0), jnp.zeros(2), "Beta")

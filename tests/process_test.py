@@ -21,7 +21,7 @@ def reference_betas(name: str, steps: int) -> np.ndarray:
     if name == "linear":  # Ho et al.: 1e-4 .. 0.02 at 1,000 steps; with fewer steps the total noise must stay
         return (1000 / steps) * (1e-4 + (0.02 - 1e-4) * ramp)
     if name == "sqrt_linear":
-        return (np.sqrt(0.00085) + (np.sqrt(0.012) - np.sqrt(0.00085)) * ramp) ** 2
+        return (1000 / steps) * (np.sqrt(0.00085) + (np.sqrt(0.012) - np.sqrt(0.00085)) * ramp) ** 2
     alpha_bar = lambda t: np.cos((t / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar(t) / alpha_bar(t - 1), 0.999)
 
@@ -126,7 +126,7 @@ def test_classifier_times_are_a_mixture():
 
 
 def test_ddpm_training_times_are_uniform_on_1_to_T():
-    chain = process.ddpm(process.sqrt_linear_betas(10))
+    chain = process.ddpm(np.full(10, 0.1))
     times = np.asarray(jax.jit(jax.vmap(chain.sample_time))(jax.random.split(jax.random.key(1), 5000)))
     # Time 0 has no noise to predict; both ends of 1..T must occur.  Chi-square; false-alarm rate 1e-4.
     assert set(times) == set(range(1, 11))
@@ -201,3 +201,15 @@ def test_step_to_data_is_the_prediction():
         mean, variance = process.posterior(p, np.float32(2.0), np.float32(0.3), t, 0)
         np.testing.assert_allclose(mean, 0.3, rtol=1e-5)
         assert float(variance) == 0.0
+
+
+def test_grids_and_schedules_of_few_steps():
+    chain = process.ddpm(process.linear_betas(50))
+    for n in (0, 51):
+        with pytest.raises(ValueError, match=f"grid: expected 1 to 50 steps, given {n}"):
+            chain.grid(n)
+    assert len(np.unique(chain.grid(50))) == 51
+    # Rescaled ends: the last level of signal is that of 1,000 steps, about.
+    last = lambda betas: float(np.prod(np.sqrt(1 - betas)))
+    full = last(process.sqrt_linear_betas(1000))
+    assert abs(last(process.sqrt_linear_betas(100)) - full) < 0.02

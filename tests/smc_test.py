@@ -207,3 +207,10 @@ def test_judge_needs_a_good_particle():
     population = smc.Population(jnp.zeros((3, 1)), jnp.zeros(3), jnp.zeros(()))
     with pytest.raises(ValueError, match="at least one good particle, given 0 of 3"):
         smc.judge(population, jnp.zeros(3, bool), jax.random.key(0))
+
+
+@pytest.mark.parametrize("verdict", [jnp.ones((4, 1), bool), jnp.ones(1, bool), jnp.full(4, jnp.nan)])
+def test_verdicts_are_one_boolean_a_particle(verdict):
+    population = smc.Population(jnp.zeros((4, 2)), jnp.zeros(4), jnp.zeros(()))
+    with pytest.raises(ValueError, match=r"good: expected one Boolean a particle, \(4,\), given"):
+        smc.judge(population, verdict, jax.random.key(0))

@@ -366,3 +366,24 @@ def test_capacity_is_a_power_of_two(rows, expected):
     padded = training.padded(np.ones((rows, 2), np.float32), expected)
     assert padded.dtype == np.float32
     np.testing.assert_array_equal(padded, np.repeat([[1.0, 1.0], [0.0, 0.0]], [rows, expected - rows], axis=0))
+
+
+def test_a_state_keeps_its_types_under_x64():
+    with jax.enable_x64(True):
+        task = training.Task(
+            lambda w, key, x: (w - x) ** 2, lambda key: jnp.ones(2, jnp.float32), lambda w: jnp.float64(w) ** 2
+        )
+        state, _ = training.fit(jax.random.key(0), jnp.float32(0.0), task, training.Settings(4, every=2))
+    assert state.best_loss.dtype == jnp.float32
+
+
+def test_settings_out_of_range_are_named():
+    task = training.Task(lambda w, key, x: (w - x) ** 2, lambda key: jnp.ones(2))
+    fit = lambda **changes: training.fit(
+        jax.random.key(0), jnp.float32(0.0), task, training.Settings(**{"steps": 4, "every": 2} | changes)
+    )
+    with pytest.raises(ValueError, match="schedule: expected cosine, linear or constant, given 'Linear'"):
+        fit(schedule="Linear")
+    for changes in ({"every": 0}, {"steps": 0}):
+        with pytest.raises(ValueError, match="every, steps: expected 1 or more"):
+            fit(**changes)

@@ -8,6 +8,8 @@ crossed sevens, is censored in rounds of imitation.
 import dataclasses
 import hashlib
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
+from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main
 from gendiff import denoiser, distributed, losses, potential, process, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
@@ -152,6 +154,14 @@ class MnistConfig(Config):
     """Samples of a trial."""
     label_budget: Annotated[int, Between(20, 10_000_000)] = 4000
     """The most samples that are looked at for the labels of one trial or round."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = self.active_labels
+        if list(n) != sorted(set(n)) or not n or not 2 <= n[0] <= n[-1] <= self.active_pool:
+            raise ConfigError(f"--active-labels: expected rising numbers from 2 to {self.active_pool}, given {n}")
+        if not self.sweep or min(self.sweep) <= 0:
+            raise ConfigError(f"--sweep: expected one scale or more, above 0, given {self.sweep}")
 
 
 PRESETS = {
@@ -339,10 +349,10 @@ class Run:
         config = self.config
         start = initialised(unet_of(config), config, jax.random.fold_in(jax.random.key(config.data_seed), BASE))
         if config.base == "kept":
-            return kept(start, config)
+            return self.archive.once("base", lambda: kept(start, config))
         theta = self.archive.once("base", lambda: self.train_base("base", start, config.share, config.base_steps, BASE))
         if config.keep:
-            keep(theta)
+            keep(theta, config)
         return theta
 
     def second(self, theta: Params) -> Params:
@@ -639,26 +649,41 @@ def chosen(curve: dict[float, dict[str, Estimate]], least: float = 0.85) -> floa
     return min(able, key=lambda scale: able[scale]) if able else min(scale for scale in curve if scale)
 
 
+def unlike(config: MnistConfig) -> list[str]:
+    """What a configuration has otherwise than the default preset, of all that its base model depends on."""
+    names = (
+        "digits", "size", "share", "data_seed", "width", "multipliers", "blocks", "attention", "base_steps",
+        "base_batch", "base_rate", "base_schedule", "base_decay",
+    )  # fmt: skip
+    return [name for name in names if getattr(config, name) != getattr(PRESETS["default"], name)]
+
+
 def kept(like: Params, config: MnistConfig) -> Params:
     """The kept base model in the structure of `like`."""
+    if other := unlike(config):
+        raise ValueError(
+            f"--base kept: expected the default preset, whose base model is kept, given another {', '.join(other)}; "
+            "use --base train"
+        )
     leaves, structure = jax.tree.flatten(like)
     try:
         with np.load(KEPT, allow_pickle=False) as stored:
             arrays = [jnp.asarray(stored[f"{i:04d}"], jnp.float32) for i in range(len(stored.files))]
-    except OSError as error:
-        raise ValueError(f"--base kept: {KEPT.name} cannot be read ({error}); use --base train") from None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"--base kept: {KEPT.name} cannot be read ({error!r}); use --base train") from None
     if [a.shape for a in arrays] != [a.shape for a in leaves]:
-        raise ValueError(
-            "--base kept: expected the network of the default preset, given another width, depth or size "
-            f"(width {config.width}, multipliers {config.multipliers}); use --base train"
-        )
+        raise ValueError(f"--base kept: {KEPT.name} holds another network than the default preset's; use --base train")
     return jax.tree.unflatten(structure, arrays)
 
 
-def keep(theta: Params) -> None:
+def keep(theta: Params, config: MnistConfig) -> None:
     """Writes the base model beside this file, in float16."""
+    if other := unlike(config):
+        raise ValueError(f"--keep: expected the default preset, given another {', '.join(other)}")
     arrays = {f"{i:04d}": np.asarray(leaf, np.float16) for i, leaf in enumerate(jax.tree.leaves(theta))}
-    np.savez_compressed(KEPT, **arrays)  # type: ignore[arg-type]
+    part = KEPT.with_suffix(".part.npz")
+    np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
+    part.replace(KEPT)
 
 
 def run(config: MnistConfig) -> Results:

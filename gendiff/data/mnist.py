@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import os
 import zipfile
+import zlib
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
@@ -93,7 +94,7 @@ def _arrays(archive: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(archive, allow_pickle=False) as stored:
             return stored[f"x_{split}"], stored[f"y_{split}"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"mnist: {archive}: expected the arrays x_{split} and y_{split}, given {error}") from None
 
 
@@ -101,7 +102,7 @@ def _idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: two zeros, 8, the rank, the extents as big-endian 32-bit integers, the bytes."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"mnist: {path}: expected a whole file, given one that cannot be read ({error})") from None
     rank = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = np.frombuffer(content[4 : 4 + 4 * rank].ljust(4 * rank, b"\0"), ">u4").astype(int)

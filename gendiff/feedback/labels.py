@@ -18,7 +18,6 @@
 import contextlib
 import datetime
 import json
-import math
 import os
 import re
 import threading
@@ -188,7 +187,7 @@ def _rater(record: Mapping[str, Any]) -> str:
 
 def _seconds(record: Mapping[str, Any]) -> float:
     value = record.get("seconds")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
         raise ValueError(f"seconds: expected a number >= 0, given {value!r}")
     return float(value)
 
@@ -239,7 +238,7 @@ def _tail(descriptor: int) -> bytes:
 def _complete(line: bytes) -> bool:
     try:
         parse(json.loads(line))
-    except ValueError:
+    except (ValueError, OverflowError, RecursionError):
         return False
     return True
 
@@ -257,7 +256,7 @@ def _records(path: Path) -> Iterator[Record]:
             continue
         try:
             yield parse(json.loads(line))
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             unfinished = number == len(lines) or lines[number].strip() == _line(Torn()).strip()
             if not unfinished:
                 raise LabelError(

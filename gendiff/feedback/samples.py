@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -119,7 +120,7 @@ def _load_array(place: Path, file: Path, kind: Kind | None) -> Samples:
             parents = loaded["parents"] if "parents" in loaded.files else None
     except SampleError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise SampleError(
             f"samples {file}: expected plain arrays (nothing pickled), given what cannot be read as such "
             f"({_first_line(error)})"

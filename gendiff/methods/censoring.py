@@ -253,6 +253,8 @@ def collect(draw: Draw, rater: Rater, malign: int, benign: int, budget: int, key
         marks.append(np.asarray(rater(samples), np.float64))
         if marks[-1].shape != (len(samples),):
             raise ValueError(f"censoring: labels: expected one a sample, ({len(samples)},), given {marks[-1].shape}")
+        if not np.all(np.isin(marks[-1], (0.0, 1.0)) | np.isnan(marks[-1])):
+            raise ValueError(f"censoring: labels: expected 1, 0 or NaN, given {np.unique(marks[-1])}")
         mark = np.concatenate(marks)
         enough = np.flatnonzero((np.cumsum(mark == 0) >= malign) & (np.cumsum(mark == 1) >= benign))
         if len(enough):

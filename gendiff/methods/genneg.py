@@ -172,7 +172,8 @@ def collect(
         if counts[value] == 0:
             raise ValueError(
                 f"genneg: no {name} within the draw budget: expected at least one sample that the oracle calls "
-                f"{'good' if value else 'bad'}, given 0 of {sum(counts.values())} draws (budget {budget})"
+                f"{'good' if value else 'bad'}, given 0 of {sum(counts.values())} draws (budget {budget}): take fewer "
+                "rounds, or a larger budget"
             )
     return Synthetic(np.concatenate(kept[True]), np.concatenate(kept[False]), counts[True], counts[False])
 
@@ -501,6 +502,8 @@ def accepted(
     kept: list[np.ndarray] = []
     for i in range(-(-settings.budget // settings.batch)):
         samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
+        if not np.isfinite(samples).all():
+            raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
         kept.append(samples[label(problem.oracle, samples)])
         if sum(map(len, kept)) >= n:
             return np.concatenate(kept)

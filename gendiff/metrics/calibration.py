@@ -47,6 +47,9 @@ def calibrate(
       times: in the units of the process.
     """
     n = len(positives) + len(negatives)
+    if not len(positives) or not len(negatives):
+        given = f"{len(positives)} positives and {len(negatives)} negatives"
+        raise ValueError(f"calibrate: expected samples of both classes, given {given}")
     # Padded, so that reports on other numbers of samples share the compiled program.
     samples = jnp.asarray(padded(np.concatenate([positives, negatives]), capacity(n)))
     labels = np.repeat([1.0, 0.0], [len(positives), len(negatives)])

@@ -226,3 +226,12 @@ def test_fingerprints_are_blake2b():
 def test_impossible_shares(share):
     with pytest.raises(ValueError, match="share: expected 0 to 1"):
         mnist.mix(np.zeros((1, 28, 28), np.uint8), share, 0)
+
+
+def test_damaged_compression_is_named(digits, tmp_path):
+    body = bytearray(gzip.compress(idx(digits[0])))
+    body[20:60] = bytes(40)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(body)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(digits[1]))
+    with pytest.raises(mnist.DataError, match=r"train-images-idx3-ubyte\.gz: expected"):
+        mnist.read(place=tmp_path)

@@ -103,3 +103,28 @@ def test_one_seed_keeps_its_interval_and_several_give_student_s() -> None:
     three = rates.over_seeds([rates.exact(v, 10) for v in (1.0, 2.0, 3.0)])
     half = 4.302652729911275 * 1.0 / np.sqrt(3)  # t(0.975, 2) times the standard error
     np.testing.assert_allclose(three, (2.0, 2.0 - half, 2.0 + half, 30))
+
+
+def test_damaged_folders_are_named(tmp_path):
+    config = TinyConfig(output=tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.tmp").write_text("{")  # killed while it was written
+    folder = Folder("test", config)
+    for text in ("", "[]"):
+        (folder.path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"expected a configuration in .*config\.json, given a damaged file"):
+            Folder("test", config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output: expected a folder, given .*file"):
+        Folder("test", TinyConfig(output=tmp_path / "file"))
+
+
+def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path):
+    folder = Folder("test", TinyConfig(output=tmp_path / "run"))
+    folder.log(a=1)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "hal')
+    folder.log(a=2)
+    folder.log(a=3)
+    lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"a": 1}', '{"phase": "hal', '{"a": 2}', '{"a": 3}']

@@ -96,7 +96,7 @@ def test_kept_base_model_is_small_and_fits_the_default():
     like = mnist.initialised(mnist.unet_of(default), default, jax.random.key(0))
     theta = mnist.kept(like, default)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
-    with pytest.raises(ValueError, match="--base kept: expected the network of the default preset, given another"):
+    with pytest.raises(ValueError, match="--base kept: mnist_16.npz holds another network than the default"):
         mnist.kept({"other": np.zeros(3)}, default)
 
 
@@ -186,3 +186,20 @@ def test_distance_to_a_segment():
     # From (3, 5) to (9, 5): perpendicular beside it, to the nearer end beyond it.
     d = drawn_sevens.to_segment(np.array([[3.0, 5.0]]), np.array([[9.0, 5.0]]))[0]
     np.testing.assert_allclose([d[5, 6], d[9, 6], d[5, 0], d[9, 12]], [0, 4, 3, 5])
+
+
+@pytest.mark.parametrize("change", [{"share": 0.3}, {"data_seed": 5}, {"digits": "drawn"}, {"size": 32}, {"width": 16}])
+def test_the_kept_model_is_of_the_default_preset_alone(change):
+    config = dataclasses.replace(mnist.PRESETS["default"], **change)
+    with pytest.raises(ValueError, match=f"given another {next(iter(change))}; use --base train"):
+        mnist.kept({}, config)
+    with pytest.raises(ValueError, match="--keep: expected the default preset"):
+        mnist.keep({}, config)
+
+
+def test_lists_out_of_range_are_named():
+    for labels in ((20, 5), (1,), (5, 500), ()):
+        with pytest.raises(ConfigError, match="--active-labels: expected rising numbers from 2 to 400"):
+            dataclasses.replace(mnist.PRESETS["default"], active_labels=labels)
+    with pytest.raises(ConfigError, match="--sweep: expected one scale or more, above 0"):
+        dataclasses.replace(mnist.PRESETS["default"], sweep=(0.0, 1.0))
