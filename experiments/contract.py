@@ -131,9 +131,10 @@ class Folder:
         stored = self.path / "config.json"
         if stored.exists():
             try:
-                held = json.loads(stored.read_text()) or None
-                held.keys()
-            except (ValueError, AttributeError):
+                held = json.loads(stored.read_text())
+                if not isinstance(held, dict):
+                    raise ValueError("no object")
+            except ValueError:
                 raise ConfigError(
                     f"--output: expected a configuration in {stored}, given a damaged file: delete it, or name another "
                     "folder"

@@ -96,7 +96,7 @@ def test_kept_base_model_is_small_and_fits_the_default():
     like = mnist.initialised(mnist.unet_of(default), default, jax.random.key(0))
     theta = mnist.kept(like, default)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
-    with pytest.raises(ValueError, match="--base kept: mnist_16.npz holds another network than the default"):
+    with pytest.raises(ValueError, match=r"--base kept: mnist_16\.npz holds another network than the default"):
         mnist.kept({"other": np.zeros(3)}, default)
 
 
