@@ -25,19 +25,22 @@ from experiments import figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from gendiff import training
 from gendiff.data import mnist
-from gendiff.feedback import labels
+from gendiff.feedback import consensus, labels
 from gendiff.feedback.samples import content_hash
 from gendiff.metrics import rates
 from gendiff.oracles import crossed_seven
 from gendiff.types import Params, PRNGKey, Samples
 
 HAND = Path(__file__).with_name("natural_sevens.jsonl")
-"""Labels of test sevens by hand; a sample is called <subset>/<row of the test sevens>."""
+"""Labels of test sevens by eye, from contact sheets; a sample is called <subset>/<row of the test sevens>."""
+PAGE = Path(__file__).with_name("natural_sevens_page.jsonl")
+"""Labels of the same sevens given at the labelling page, by a vision model as well, not by a person."""
 SUBSETS = {
     "random": "hand labels, random",
     "highest": "hand labels, highest scores",
     "doubtful": "hand labels, least certain",
 }
+RATERS = "hand labels, two raters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +77,10 @@ COLUMNS = (
 NOTES = """\
 Intervals are 95 %, Wilson's. held-out pairs: each test seven that its writer did not cross, without and with a drawn
 stroke; perturbed: the same moved, turned, stretched, blurred, and with noise. The network sees no test seven.
-hand labels: test sevens as they are, labelled by eye ("undecided" is left out) by one rater, a vision model.  `random`
-is a random subset, so its share of crossed sevens is that of MNIST; `highest` had the highest scores of a first
-classifier, and `least certain` the smallest |logit| of a second one."""
+hand labels: test sevens as they are, labelled by eye twice, by a vision model each time and not by a person: from
+contact sheets and at the labelling page; those on which the two differ, or are "undecided", are left out. `random` is a
+random subset, so its share of crossed sevens is that of MNIST; `highest` had the highest scores of a first classifier,
+and `least certain` the smallest |logit| of a second one.  two raters: equal labels, of all three."""
 TRAIN, START, HELD_OUT, PERTURBED = range(4)
 """What the keys are for."""
 
@@ -170,12 +174,19 @@ def held_out(config: OracleConfig, params: Params, perturb: bool) -> Judged:
 def by_hand(config: OracleConfig, params: Params, subset: str) -> Judged:
     """The test sevens of a subset of the hand labels."""
     sevens = mnist.read(7, "test", config.data)
-    said = {mark.hash: mark for mark in labels.latest(labels.read(HAND)).values() if mark.label != "undecided"}
-    marks = [said.get(content_hash(image)) for image in sevens]
-    rows = [i for i, mark in enumerate(marks) if mark is not None and mark.sample.startswith(f"{subset}/")]
+    said = consensus.merge(labels.read(HAND, PAGE))
+    chosen = {mark.hash for mark in labels.read(HAND) if mark.sample.startswith(f"{subset}/")}
+    hashes = [content_hash(image) for image in sevens]
+    rows = [i for i, each in enumerate(hashes) if each in chosen and said[each] != "undecided"]
     images = mnist.scaled(sevens[rows], config.size)
-    crossed = np.array([getattr(marks[i], "label", None) == "malign" for i in rows], bool)
+    crossed = np.array([said[hashes[i]] == "malign" for i in rows], bool)
     return Judged(images, crossed, crossed_seven.judge(images, params).logit)
+
+
+def raters() -> Row:
+    """How often the two files of hand labels say the same."""
+    (pair,) = consensus.agreement(labels.read(HAND, PAGE)).pairs.values()
+    return Row(RATERS, {"accuracy": rates.rate(round(pair.share * pair.n), pair.n), "n": rates.exact(pair.n)})
 
 
 def row(name: str, judged: Judged) -> Row:
@@ -202,7 +213,7 @@ def run(config: OracleConfig) -> Results:
     } | {name: by_hand(config, params, subset) for subset, name in SUBSETS.items()}
     for name, each in judged.items():
         errors(folder.path / f"errors-{name.replace(', ', '-').replace(' ', '-')}.png", each)
-    return folder.finish([row(name, each) for name, each in judged.items()], COLUMNS, NOTES)
+    return folder.finish([*(row(name, each) for name, each in judged.items()), raters()], COLUMNS, NOTES)
 
 
 def errors(path: Path, judged: Judged, most: int = 60) -> None:

@@ -113,9 +113,9 @@ class MazeConfig(Config):
 
 PRESETS = {
     "smoke": MazeConfig(
-        preset="smoke", mazes=("umaze",), transitions=4000, expert_transitions=2000, small=1000, horizon=32, width=8,
-        diffusion_steps=20, steps=40, batch=16, seeds=1, pool=128, reward_steps=40, reward_batch=32, grid=(1, 4),
-        places=200, compared=64, plans=16,
+        preset="smoke", mazes=("umaze",), transitions=4000, expert_transitions=2000, small=1000, width=8,
+        multipliers=(1, 2), diffusion_steps=20, steps=40, batch=16, seeds=1, pool=128, reward_steps=40,
+        reward_batch=32, window=4, widths=(16,), grid=(4,), places=200, compared=64, plans=16,
     ),
     "default": MazeConfig(),
     "paper": MazeConfig(

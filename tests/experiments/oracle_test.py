@@ -10,7 +10,7 @@ import pytest
 from experiments.censoring import oracle
 from experiments.contract import ConfigError
 from gendiff.data import mnist
-from gendiff.feedback import labels
+from gendiff.feedback import consensus, labels
 from gendiff.feedback.samples import content_hash
 from gendiff.oracles import crossed_seven
 
@@ -36,14 +36,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hand(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Labels of the stand-in's test sevens: all benign, but one undecided."""
-    file = tmp_path / "hand.jsonl"
+    """Labels of the stand-in's test sevens: all benign, but one undecided, and another where a second rater differs."""
+    file, page = tmp_path / "hand.jsonl", tmp_path / "page.jsonl"
     test = mnist.read(7, "test", data)
     names = [f"{'random' if i < 30 else 'doubtful'}/{i:04d}" for i in range(40)]
     said = ["undecided" if i == 4 else "benign" for i in range(40)]
     marks = [labels.mark(n, content_hash(a), s, "test") for n, a, s in zip(names, test, said, strict=True)]
     labels.append(file, marks)
+    other = [mark._replace(rater="page", id=f"page-{i}") for i, mark in enumerate(marks)]
+    other[5] = other[5]._replace(label="malign")
+    labels.append(page, other)
     monkeypatch.setattr(oracle, "HAND", file)
+    monkeypatch.setattr(oracle, "PAGE", page)
     return file
 
 
@@ -51,11 +55,12 @@ def test_the_table_is_there_and_learned_something(data: Path, hand: Path, tmp_pa
     config = oracle.OracleConfig(preset="smoke", steps=80, batch=32, data=data, output=tmp_path / "out")
     results = oracle.run(config)
     found = {row.name: row.metrics for row in results.rows}
-    assert set(found) == {"held-out pairs", "held-out pairs, perturbed", *oracle.SUBSETS.values()}
+    assert set(found) == {"held-out pairs", "held-out pairs, perturbed", *oracle.SUBSETS.values(), oracle.RATERS}
     assert found["held-out pairs"]["accuracy"].value > 0.9
     assert found["held-out pairs"]["accuracy"].n == 80
     assert found["held-out pairs"]["crossed"].value == 0.5
-    assert found["hand labels, random"]["n"].value == 29
+    assert found["hand labels, random"]["n"].value == 28
+    assert found[oracle.RATERS]["accuracy"].value == 39 / 40
     assert "missed" not in found["hand labels, random"]
     assert "accuracy" not in found["hand labels, highest scores"]
     for name in ("table.md", "results.json", "errors-held-out-pairs.png", "crossed_seven_16.npz"):
@@ -85,6 +90,11 @@ def test_the_kept_hand_labels_can_be_read() -> None:
     assert len({mark.hash for mark in marks}) == len(marks) >= 300
     random = [mark.label for mark in marks if mark.sample.startswith("random/")]
     assert 0.1 < random.count("malign") / len(random) < 0.2
+    page = labels.read(oracle.PAGE)
+    assert {mark.hash for mark in page} == {mark.hash for mark in marks}
+    assert labels.seconds(page)["vision-model-at-page"] > 0
+    (pair,) = consensus.agreement(marks + page).pairs.values()
+    assert (pair.n, pair.kappa > 0.9) == (len(marks), True)
 
 
 @pytest.mark.skipif(not os.environ.get(mnist.FOLDER), reason=f"{mnist.FOLDER} names no folder with MNIST's files")
