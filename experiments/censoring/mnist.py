@@ -194,7 +194,7 @@ COLUMNS = (
     Column("labelling_seconds", "labelling seconds", digits=0),
 )
 NOTES = """\
-Intervals are 95 %: Student's over trials where there are several, else Wilson's.
+Intervals are 95 %: Student's over trials where there are five or more, else the mean of the trials' own (Wilson's).
 malign: share of crossed sevens among the samples, by the oracle (`gendiff.oracles.crossed_seven`). precision, recall:
 Kynkäänniemi's estimates (k = 3) in the oracle's features, of each trial's samples against plain test sevens; they
 depend on both numbers, so compare rows, not papers. evaluations: of any network, a gradient counts as two more; for
@@ -522,7 +522,7 @@ class Run:
             spread = diversity.precision_recall(self.benign_features(), np.asarray(answer.features))
             malign = rates.rate(int(np.sum(np.asarray(answer.logit) >= 0)), len(drawn))
             rows.append({"malign_rate": malign, "precision": spread.precision, "recall": spread.recall})
-        return {name: rates.over_seeds([row[name] for row in rows]) for name in rows[0]}
+        return {name: rates.over_trials([row[name] for row in rows]) for name in rows[0]}
 
     def universal(self) -> Censoring:
         """How the time-independent rewards guide."""

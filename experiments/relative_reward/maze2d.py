@@ -592,7 +592,9 @@ class Maze:
             ends("unsteered", goal, at(thetas, 0), phi, 0.0)
             ends("steered", goal, at(thetas, 0), phi, config.steering_scale)
             ends("expert", goal, at(thetas, goal + 1), phi, 0.0)
-        self.denoising(family, at(thetas, 0), at(all_rewards, 0), from_there[0][:1])
+        first = episodes.unnormalise(units, np.asarray(from_there[0][:, 0]))[:, PLACE]
+        furthest = int(np.argmax(np.hypot(*(first - self.maze.goals[0]).T)))
+        self.denoising(family, at(thetas, 0), at(all_rewards, 0), from_there[0][furthest : furthest + 1])
 
     def denoising(self, family: Family, theta: Params, phi: Params, start: Samples) -> None:
         """One path towards the first goal on its way from noise, and the reward of its windows, for a figure."""

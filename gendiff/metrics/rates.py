@@ -64,3 +64,16 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
         return estimates[0]
     spread = mean([estimate.value for estimate in estimates])
     return spread._replace(n=sum(estimate.n for estimate in estimates))
+
+
+def over_trials(estimates: Sequence[Estimate], least: int = 5) -> Estimate:
+    """Mean of a share, in [0, 1], over trials: `over_seeds` from `least` trials on, within the range.
+
+    Fewer trials say next to nothing of their spread, and trials that agree by chance nothing at all: then the interval
+    is the mean of the trials' own, which is wide enough also if their errors are one and the same.
+    """
+    spread = over_seeds(estimates)
+    if len(estimates) >= least and spread.high > spread.low:
+        return spread._replace(low=max(0.0, spread.low), high=min(1.0, spread.high))
+    low, high = (float(np.mean([getattr(estimate, end) for estimate in estimates])) for end in ("low", "high"))
+    return Estimate(spread.value, low, high, spread.n)

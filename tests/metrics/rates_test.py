@@ -82,3 +82,20 @@ def test_over_seeds_is_the_interval_of_the_runs():
     # With two degrees of freedom: mean +- 4.303 sd / sqrt(3).
     np.testing.assert_allclose(merged.high - merged.value, 4.302653 * 0.01 / np.sqrt(3), rtol=1e-6)
     assert rates.over_seeds(runs[:1]) == runs[0]
+
+
+def test_few_trials_keep_their_own_intervals():
+    few = [rates.rate(0, 200), rates.rate(1, 200)]
+    each = rates.over_trials(few)
+    assert (each.value, each.n) == (0.0025, 400)
+    assert each.low == pytest.approx((few[0].low + few[1].low) / 2)
+    assert each.high == pytest.approx((few[0].high + few[1].high) / 2)
+    alike = rates.over_trials([rates.rate(0, 200)] * 5)  # no spread is no certainty
+    assert alike.high == pytest.approx(rates.rate(0, 200).high)
+
+
+def test_many_trials_have_students_interval_within_the_range():
+    many = [rates.rate(events, 200) for events in (0, 0, 0, 1, 5)]
+    each, spread = rates.over_trials(many), rates.over_seeds(many)
+    assert spread.low < 0 == each.low
+    assert each.high == spread.high
