@@ -1,5 +1,6 @@
 """Losses: (params, key, example) -> scalar, for one example; `mean` makes the loss of a batch."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -129,23 +130,40 @@ def gradient_alignment(potential: Logit, mode: Literal["reverse", "directional"]
     return reverse if mode == "reverse" else directional
 
 
-def ensemble(loss: Loss) -> Loss:
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
     """The sum of a loss over K members: parameters are stacked on axis 0, and so is an example, one for each member.
 
     The gradient of each member is that of its own loss, so one training run trains all of them (with an optimiser that
     works element by element, without a common limit on the norm of the gradient).
     """
 
-    def total(params: Params, key: PRNGKey, examples: Any) -> Scalar:
-        # As numbers: where members are a loop, its gradient reads the keys a second time, on purpose.
-        keys = jax.random.key_data(jax.random.split(key, potential.leading_size(params)))
-        return jnp.sum(
-            potential.over_members(
-                lambda each: loss(each[0], jax.random.wrap_key_data(each[1]), each[2]), (params, keys, examples)
-            )
-        )
+    member: Loss
 
-    return total
+    def __call__(self, params: Params, key: PRNGKey, examples: Any) -> Scalar:
+        """The sum for one example of each member."""
+        return _sum_over_members(self.member, params, jax.random.split(key, potential.leading_size(params)), examples)
+
+
+def _sum_over_members(loss: Loss, params: Params, keys: PRNGKey, examples: Any) -> Scalar:
+    """Each member's gradient is taken together with its value, for the reason that `potential.stack` gives."""
+    # As numbers, which a loop's gradient can pass by.
+    numbers = jax.random.key_data(keys)
+
+    def of_member(params: Params, rest: tuple[Array, Any]) -> Scalar:
+        return loss(params, jax.random.wrap_key_data(rest[0]), rest[1])
+
+    @jax.custom_jvp
+    def value(params: Params) -> Scalar:
+        return jnp.sum(potential.over_members(lambda each: of_member(*each), (params, (numbers, examples))))
+
+    @value.defjvp
+    def value_and_change(primals: tuple[Params], tangents: tuple[Params]) -> tuple[Scalar, Scalar]:
+        member = lambda each: jax.value_and_grad(of_member)(*each)
+        values, gradients = potential.over_members(member, (*primals, (numbers, examples)))
+        return jnp.sum(values), sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradients, tangents[0])), jnp.zeros(()))
+
+    return value(params)
 
 
 def mean(loss: Loss) -> Loss:
@@ -155,7 +173,18 @@ def mean(loss: Loss) -> Loss:
     """
 
     def batch_loss(params: Params, key: PRNGKey, batch: Any) -> Scalar:
-        size = jax.tree.leaves(batch)[0].shape[0]
-        return jnp.mean(jax.vmap(loss, (None, 0, 0), axis_name=BATCH)(params, jax.random.split(key, size), batch))
+        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+        if not isinstance(loss, Ensemble):
+            return _over_batch(loss)(params, keys, batch)
+        # Member by member, each on its whole batch.
+        keys = jax.vmap(lambda key: jax.random.split(key, potential.leading_size(params)))(keys)
+        of_members = lambda tree: jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
+        return _sum_over_members(_over_batch(loss.member), params, of_members(keys), of_members(batch))
 
     return batch_loss
+
+
+def _over_batch(loss: Loss) -> Callable[[Params, PRNGKey, Any], Scalar]:
+    """The same for keys that are given, one an example."""
+    every = lambda params, keys, batch: jax.vmap(loss, (None, 0, 0), axis_name=BATCH)(params, keys, batch)
+    return lambda params, keys, batch: jnp.mean(every(params, keys, batch))

@@ -186,12 +186,26 @@ def test_ensemble_trains_each_member_by_its_own_loss():
     loss = lambda params, key, x: (params["a"] * x - 1) ** 2 + 0 * jax.random.normal(key)
     members = {"a": jnp.array([0.5, -1.0, 2.0])}
     examples = jnp.array([1.0, 3.0, -2.0])
-    value, gradient = jax.value_and_grad(losses.ensemble(loss))(members, jax.random.key(0), examples)
+    value, gradient = jax.value_and_grad(losses.Ensemble(loss))(members, jax.random.key(0), examples)
     each = [
         jax.value_and_grad(loss)({"a": a}, jax.random.key(0), x) for a, x in zip(members["a"], examples, strict=True)
     ]
     np.testing.assert_allclose(value, sum(v for v, _ in each), rtol=1e-6)
     np.testing.assert_allclose(gradient["a"], [g["a"] for _, g in each], rtol=1e-6)
+
+
+def test_the_mean_of_an_ensemble_is_that_of_its_examples():
+    loss = lambda params, key, x: jnp.tanh(params["a"] * x + jax.random.normal(key)) ** 2
+    members, batch = {"a": jnp.array([0.5, -1.0, 2.0])}, jax.random.normal(jax.random.key(1), (7, 3))
+    ensemble = losses.Ensemble(loss)
+    plain = losses.mean(lambda params, key, x: ensemble(params, key, x))  # example by example
+    assert_same = lambda given, expected: jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given, expected
+    )
+    of_all = lambda f: jax.jit(jax.value_and_grad(f))(members, jax.random.key(0), batch)
+    assert_same(of_all(losses.mean(ensemble)), of_all(plain))
+    slope = lambda f: jax.jvp(lambda members: f(members, jax.random.key(0), batch), (members,), ({"a": jnp.ones(3)},))
+    assert_same(slope(losses.mean(ensemble)), slope(plain))
 
 
 def test_given_coordinates_are_seen_clean_and_do_not_count():

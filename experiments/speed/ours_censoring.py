@@ -189,7 +189,7 @@ def trained(
     noised = partial(losses.noised, chain)
     x0 = jax.random.uniform(image_key, (PARITY, *problem.shape), minval=-1.0)
     noisy, t = jax.vmap(noised)(keys, x0)
-    # As `losses.ensemble` splits the key of an example.
+    # As `losses.Ensemble` splits the key of an example.
     of_members = jax.vmap(lambda key, x0: jax.vmap(noised, (0, None))(jax.random.split(key, members), x0))
     reward_noisy, reward_t = of_members(keys, x0)
     labels = (jnp.arange(PARITY * members).reshape(PARITY, members) % 2).astype(jnp.float32)
@@ -201,7 +201,7 @@ def trained(
     base = losses.mean(losses.denoising(chain, problem.model, losses.epsilon_weight(chain)))
     loss, gradient = jax.value_and_grad(base)(theta, key, x0)
     repeated = jnp.broadcast_to(x0[:, None], reward_noisy.shape)
-    every = losses.mean(losses.ensemble(losses.cross_entropy(chain, problem.network)))
+    every = losses.mean(losses.Ensemble(losses.cross_entropy(chain, problem.network)))
     stacked = potential.stacked(*rewards)
     reward_loss, reward_gradient = jax.value_and_grad(every)(stacked, key, (repeated, labels, weights))
     answers = {"loss": loss, "gradient_norm": norm(gradient)}

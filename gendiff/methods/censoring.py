@@ -365,7 +365,7 @@ def reward_task(problem: Problem, batch: int) -> Callable[[tuple], training.Task
     if in_batch is not None:
         process = process._replace(sample_time=lambda key: jnp.zeros((), int))  # t = 0 is data
         logit = lambda phi, x, t: in_batch(phi, x)[0]
-    loss = losses.ensemble(losses.cross_entropy(process, logit))
+    loss = losses.Ensemble(losses.cross_entropy(process, logit))
 
     def task(context: tuple[Array, Array, Array, Scalar]) -> training.Task:
         images, labels, n, benign_weight = context

@@ -74,13 +74,54 @@ def _canonical(x: Array, w: Array, sides: Sides, stride: Sizes | None = None) ->
         return _strided(_padded(x, sides), stride) @ w.reshape(w.shape[-2:])
     if max(stride) == 1 and _tiles_pay(x, w, sides):
         return _winograd(x, w, sides)
+    if max(stride) == 1 and math.prod(window) * w.shape[-1] <= 27:
+        return _of_few_features(x, w, sides)
     if all(length >= k for length, k in zip(x.shape[1:-1], window, strict=True)):
+        if max(stride) == 1 and (together := _together(x, w, sides)) > 1:
+            return _folded(x, w, sides, together)
         return lax.conv_general_dilated(x, w, stride, sides, dimension_numbers=labels(len(window)))
     x = _padded(x, sides)
     extents = [length - k + 1 for length, k in zip(x.shape[1:-1], window, strict=True)]
     offsets = itertools.product(*map(range, window))
     patches = [_strided(_part(x, offset, extents), stride) for offset in offsets]
     return jnp.concatenate(patches, -1) @ w.reshape(-1, w.shape[-1])
+
+
+def _of_few_features(x: Array, w: Array, sides: Sides) -> Array:
+    """All products of pixels and kernels at once, with pixels last, added up where they belong: 2 to 5 times faster for
+    up to three features, which would leave most of a vector register empty."""
+    window, features = w.shape[:-2], w.shape[-1]
+    kernels = w.swapaxes(-1, -2).reshape(-1, w.shape[-2])
+    products = lax.dot_general(kernels, x, (((1,), (x.ndim - 1,)), ((), ())))
+    products = products.reshape(-1, features, *x.shape[:-1])
+    total: Array | float = 0.0
+    for each, offset in zip(products, itertools.product(*map(range, window)), strict=True):
+        shift = [(low - a, high - k + 1 + a, 0) for a, k, (low, high) in zip(offset, window, sides, strict=True)]
+        total = total + lax.pad(each, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + shift)
+    return jnp.moveaxis(jnp.asarray(total), 0, -1)
+
+
+def _together(x: Array, w: Array, sides: Sides) -> int:
+    """How many neighbours in a row make 32 features of few; 1 where it does not pay or they do not divide the row."""
+    width, window, features = x.shape[-2], w.shape[-3], w.shape[-1]
+    if w.ndim != 4 or max(w.shape[-2:]) > 16 or window > 5:
+        return 1
+    row = width + sum(sides[-1]) - window + 1
+    fits = lambda f: f * features <= 32 and row % f == 0 and window + f - 1 <= width
+    return next((f for f in (4, 2) if fits(f)), 1)
+
+
+def _folded(x: Array, w: Array, sides: Sides, together: int) -> Array:
+    """`together` neighbours in a row as the features of one position, by a kernel that is as much wider.
+
+    With 16 features or fewer, XLA's convolution runs at half the speed; this takes 4/3 of the multiplications for two
+    neighbours and a window of 3, and is 1.5 times faster.
+    """
+    shifted = [[(0, 0)] * (w.ndim - 3) + [(a, together - 1 - a), (0, 0), (0, 0)] for a in range(together)]
+    wide = jnp.concatenate([jnp.pad(w, each) for each in shifted], -1)
+    stride = (1,) * (w.ndim - 3) + (together,)
+    y = lax.conv_general_dilated(x, wide, stride, sides, dimension_numbers=labels(w.ndim - 2))
+    return y.reshape(*y.shape[:-2], y.shape[-2] * together, w.shape[-1])
 
 
 def _padded(x: Array, sides: Sequence[tuple[int, int]]) -> Array:

@@ -16,6 +16,7 @@ from flax.linen.initializers import normal, ones, zeros
 from jaxtyping import Array, Float, Int
 
 from gendiff.nets.conv import Conv, Linear
+from gendiff.nets.fusion import apart
 from gendiff.types import Scalar, Time
 
 Image = Float[Array, "h w c"]
@@ -60,6 +61,7 @@ class GroupNorm(nn.Module):
         offset = bias - times(mean, member.T) * factor
         if film is not None:
             factor, offset = factor * (1 + film[0]), offset * (1 + film[0]) + film[1]
+        factor, offset = apart(factor), apart(offset)
         return (values * factor[None, None] + offset[None, None]).astype(x.dtype)
 
 

@@ -93,6 +93,23 @@ def test_tiles(sides):
     assert bool(forwards) == (jax.default_backend() != "cpu" or sides[0] == (2, 1))
 
 
+@pytest.mark.parametrize("sides", [((1, 1), (1, 1)), ((0, 0), (2, 0)), ((2, 1), (1, 2))])
+@pytest.mark.parametrize(("i", "o", "wide"), [(16, 16, 4), (1, 16, 4), (5, 8, 6), (16, 1, 0), (20, 3, 0)])
+def test_few_features(i, o, wide, sides):
+    # Neighbours in a row together, in a window as `wide`, or products added up where there is hardly a feature (0).
+    x, w = normal(0, 2, 6, 8, i), normal(1, 3, 3, i, o) / 10
+    c = normal(2, *jax.eval_shape(lambda: reference(x, w, (1, 1), sides)).shape)
+    ours, theirs = (
+        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, (1, 1), sides), x, w, c))
+        for f in (correlate, reference)
+    )
+    assert_close(ours(x, w), theirs(x, w))
+    if jax.default_backend() == "cpu" and sides[1] != (1, 2):  # which leaves rows that are odd
+        text = jax.jit(lambda x, w: correlate(x, w, (1, 1), sides)).lower(x, w).compile().as_text()
+        assert (f"window={{size=3x{wide} stride=1x{wide - 2}" in text) == (wide > 0)
+        assert (" convolution(" in text) == (wide > 0)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_forward_mode(stride):
     how = (stride, stride), ((1, 1), (1, 1))
