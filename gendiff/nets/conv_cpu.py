@@ -183,10 +183,23 @@ def _of_stride_one(x: Array, y: Array, before: Sizes, window: Sizes) -> Array:
     image, kernel = (x, y) if x.shape[-1] <= y.shape[-1] else (y, x)
     low = before if image is x else tuple(k - 1 - b for k, b in zip(window, before, strict=True))
     sides = tuple((low[d], kernel.shape[1 + d] + window[d] - 1 - image.shape[1 + d] - low[d]) for d in axes)
-    w = _canonical(image.swapaxes(0, -1), jnp.moveaxis(kernel, 0, -2), sides)  # image channels, *window, the others
+    w = _canonical(_examples_last(image), jnp.moveaxis(kernel, 0, -2), sides)  # image channels, *window, the others
     if image is x:
         return jnp.moveaxis(w, 0, -2)
     return jnp.moveaxis(jnp.flip(w, tuple(d + 1 for d in axes)), 0, -1)
+
+
+def _examples_last(x: Array) -> Array:
+    """x with the first axis and the last exchanged.
+
+    What computes x would be fused into the exchange and read with strides of whole examples, which all fall into the
+    same lines of the cache.  A product with the identity reads x as it lies, and what is left to move are whole rows.
+    """
+    n = x.shape[0]
+    if n > 256:  # as many multiplications for each number
+        return x.swapaxes(0, -1)
+    rows = lax.dot_general(x.reshape(n, -1), jnp.eye(n, dtype=x.dtype), (((0,), (0,)), ((), ())), lax.Precision.HIGHEST)
+    return jnp.moveaxis(rows.reshape(*x.shape[1:], n), -2, 0)
 
 
 # Winograd's convolution, F(2 x 2, 3 x 3) of Lavin and Gray (2016), "Fast algorithms for convolutional neural

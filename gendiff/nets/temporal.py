@@ -16,6 +16,7 @@ from flax.linen.initializers import ones, zeros
 from jaxtyping import Array, Float
 
 from gendiff.nets.conv import Conv, ConvTranspose, Linear
+from gendiff.nets.fusion import apart
 from gendiff.types import Time
 
 Trajectory = Float[Array, "horizon transition_dim"]
@@ -95,6 +96,7 @@ class GroupNorm(nn.Module):
         # One multiplication and one addition for each value.
         factor = each(jax.lax.rsqrt(jnp.var(grouped, (0, 2)) + 1e-5)) * scale
         offset = bias - each(jnp.mean(grouped, (0, 2))) * factor
+        factor, offset = apart(factor), apart(offset)
         return (values * factor[None] + offset[None]).astype(x.dtype)
 
 
