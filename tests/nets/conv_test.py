@@ -1,5 +1,6 @@
 import itertools
 import re
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from gendiff.nets import conv
+from gendiff.nets import conv, conv_cpu
 
 CASES = [  # window, stride, padding, length, rank
     (3, 1, (1, 1), 6, 2),
@@ -91,6 +92,31 @@ def test_tiles(sides):
     assert_close(ours(x, w), theirs(x, w))
     forwards = convolutions(lambda x, w: correlate(x, w, (1, 1), sides), x, w)
     assert bool(forwards) == (jax.default_backend() != "cpu" or sides[0] == (2, 1))
+
+
+@pytest.mark.parametrize("sides", [((2, 2),), ((4, 0),), ((3, 2),)])
+def test_tiles_in_a_row(sides):
+    # Windows of 5 of many channels: in tiles of 4, unless their number does not divide the length (the last).
+    x, w = normal(0, 2, 32, 40), normal(1, 5, 40, 32) / 14
+    c = normal(2, *jax.eval_shape(lambda: reference(x, w, (1,), sides)).shape)
+    ours, theirs = (
+        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, (1,), sides), x, w, c))
+        for f in (correlate, reference)
+    )
+    assert_close(ours(x, w), theirs(x, w))
+    forwards = convolutions(lambda x, w: correlate(x, w, (1,), sides), x, w)
+    assert bool(forwards) == (jax.default_backend() != "cpu" or sides[0] == (3, 2))
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_toom_cook_is_the_convolution(m, k):
+    points = (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2))[: m + k - 2]
+    tiles = conv_cpu._toom_cook(m, k, points)
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal(m + k - 1), rng.standard_normal(k)
+    expected = np.correlate(x, w)
+    np.testing.assert_allclose(tiles.output @ ((tiles.kernel @ w) * (tiles.image @ x)), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("sides", [((1, 1), (1, 1)), ((0, 0), (2, 0)), ((2, 1), (1, 2))])

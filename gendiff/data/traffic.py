@@ -1,0 +1,362 @@
+"""Scenes of traffic: up to twelve vehicles in a window of 100 m, and the drivable area around them.
+
+A scene is seen in the frame of its window: metres from its centre, turned by the heading of one vehicle.  Scenes of
+one map are alike, so that maps, not scenes, are split into training, validation and test sets.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import ndimage
+from tqdm import tqdm
+
+from gendiff.data import sumo
+
+VEHICLES = 12
+HALF = 50.0
+"""Half the width of a window, in metres."""
+CELLS = 128
+"""Cells of a scene's map along each side."""
+FINE = 0.25
+"""Metres of a cell of the grid on which distances are computed."""
+REACH = 20.0
+"""Metres that distances are cut to."""
+Split: TypeAlias = Literal["train", "validation", "test"]
+
+
+class Scenes(NamedTuple):
+    """Scenes, each in the frame of its window."""
+
+    vehicles: Float[np.ndarray, "s 12 7"]
+    """x, y, length, width in metres, cos and sin of the yaw, speed in m/s; zeros where there is none."""
+    present: Bool[np.ndarray, "s 12"]
+    distance: Float[np.ndarray, "s cells cells"]
+    """Metres to the edge of the drivable area, negative on it; see `gendiff.oracles.drivable`."""
+    window: Float[np.ndarray, "s 3"]
+    """Centre x, y in the map's frame, and the angle of the window's x axis there."""
+    world: Int[np.ndarray, " s"]
+    """Number of the map."""
+
+
+class Cut(NamedTuple):
+    """How windows are cut."""
+
+    half: float = HALF
+    cells: int = CELLS
+    least: int = VEHICLES
+    """Vehicles of a scene at least; up to 12, the nearest to the centre, are kept."""
+    most: int = 40
+    """Vehicles that may be in the window."""
+    near: float = 25.0
+    """Metres around the place's focus, or a vehicle, that a window's centre may be from it, along each axis."""
+    tolerance: float = 0.3
+    """Metres that a vehicle may reach off the drivable area."""
+
+
+def cut(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
+    """Windows of all moments of a place: one each where it has a focus, else as many as do not share a vehicle.
+
+    Scenes with an overlap, or a vehicle off the drivable area, are left out: simulators make a few.
+
+    Raises:
+      ValueError: the place has no drivable area.
+    """
+    if place.drivable.is_empty:
+        raise ValueError(f"traffic: map {number}: expected drivable area, given none")
+    rng = np.random.default_rng((seed, number))
+    found = [scene for moment in place.moments for scene in _windows(place, moment.vehicles, rng, how)]
+    if not found:
+        return empty(how)
+    vehicles, present, window = (np.stack(part) for part in zip(*found, strict=True))
+    distance = distances(place.drivable, window, how.half, how.cells)
+    scenes = Scenes(
+        vehicles.astype(np.float32), present, distance, window.astype(np.float32), np.full(len(window), number)
+    )
+    return take(scenes, valid(scenes, how))
+
+
+def empty(how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
+    """No scene."""
+    shapes = {
+        "vehicles": (VEHICLES, 7),
+        "present": (VEHICLES,),
+        "distance": (how.cells,) * 2,
+        "window": (3,),
+        "world": (),
+    }
+    kinds = {"present": bool, "distance": np.float16, "world": int}
+    return Scenes(**{name: np.zeros((0, *shape), kinds.get(name, np.float32)) for name, shape in shapes.items()})
+
+
+def take(scenes: Scenes, which: Any) -> Scenes:
+    """Some scenes, by numbers, a slice or a mask."""
+    return Scenes(*(part[which] for part in scenes))
+
+
+def joined(parts: Sequence[Scenes]) -> Scenes:
+    """All scenes of several sets."""
+    return Scenes(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def valid(scenes: Scenes, how: Cut = Cut()) -> Bool[np.ndarray, " s"]:  # noqa: B008 (immutable)
+    """Which scenes have neither an overlap nor a vehicle off the drivable area."""
+    import jax
+
+    from gendiff.oracles import traffic as oracle
+
+    infractions = jax.jit(jax.vmap(partial(oracle.infractions, half=how.half, tolerance=how.tolerance)))
+    parts = []
+    for start in range(0, len(scenes.world), 1024):
+        part = take(scenes, slice(start, start + 1024))
+        of = infractions(part.vehicles, part.present, np.asarray(part.distance, np.float32))
+        parts.append(~np.asarray(of.collides.any(-1) | of.off_road.any(-1)))
+    return np.concatenate([np.zeros(0, bool), *parts])
+
+
+def _windows(
+    place: sumo.World, vehicles: np.ndarray, rng: np.random.Generator, how: Cut
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Vehicles, which are present, and the window, of the scenes of one moment."""
+    if len(vehicles) < how.least:
+        return
+    seen = np.zeros(len(vehicles), bool)
+    for i in rng.permutation(len(vehicles)):
+        if seen[i]:
+            continue
+        shift = rng.uniform(-how.near, how.near, 2)
+        ahead = vehicles[i, 4:6]
+        if place.focus is None:
+            centre = vehicles[i, :2] + shift
+        else:  # a single junction: at it and not at the queues, turned as a vehicle that is near it
+            centre, seen[:] = np.asarray(place.focus) + shift, True
+            near = np.flatnonzero(np.linalg.norm(vehicles[:, :2] - place.focus, axis=1) < how.half)
+            if len(near):
+                ahead = vehicles[rng.choice(near), 4:6]
+        local = _moved(vehicles, centre, ahead)
+        inside = np.flatnonzero(_reach(local) < how.half - 0.5)
+        if how.least <= len(inside) <= how.most:
+            seen[inside] = True
+            nearest = inside[np.argsort(np.linalg.norm(local[inside, :2], axis=1), kind="stable")[:VEHICLES]]
+            scene = np.zeros((VEHICLES, 7))
+            scene[: len(nearest)] = local[nearest]
+            yield scene, np.arange(VEHICLES) < len(nearest), np.array([*centre, np.arctan2(ahead[1], ahead[0])])
+
+
+def _moved(vehicles: np.ndarray, centre: np.ndarray, ahead: np.ndarray) -> np.ndarray:
+    """Vehicles in the frame of a window with its origin at `centre` and its x axis along `ahead`."""
+    cos, sin = ahead
+    turn = np.array([[cos, -sin], [sin, cos]])
+    moved = vehicles.copy()
+    moved[:, :2] = (vehicles[:, :2] - centre) @ turn
+    moved[:, 4:6] = vehicles[:, 4:6] @ turn
+    return moved
+
+
+def _reach(vehicles: np.ndarray) -> np.ndarray:
+    """Largest |x| or |y| of each vehicle's corners."""
+    length, width, heading = vehicles[:, 2:3], vehicles[:, 3:4], np.abs(vehicles[:, 4:6])
+    return (np.abs(vehicles[:, :2]) + length / 2 * heading + width / 2 * heading[:, ::-1]).max(1)
+
+
+def distances(
+    drivable: Any, window: Float[np.ndarray, "s 3"], half: float = HALF, cells: int = CELLS
+) -> Float[np.ndarray, "s cells cells"]:
+    """The signed distance, within +-REACH, on each window's grid, from one grid of FINE cells under all of them.
+
+    Windows that are far from each other are treated apart.
+
+    Args:
+      drivable: a shapely geometry.
+    """
+    import shapely
+
+    from gendiff.oracles.drivable import signed_distance
+
+    margin = half * np.sqrt(2) + REACH
+    low, high = window[:, :2].min(0) - margin, window[:, :2].max(0) + margin
+    if (high - low).max() > 400 and len(window) > 1:
+        order = np.argsort(window[:, np.argmax(high - low)], kind="stable")
+        first, second = np.array_split(order, 2)
+        out = np.empty((len(window), cells, cells), np.float16)
+        for part in (first, second):
+            out[part] = distances(drivable, window[part], half, cells)
+        return out
+    x, y = (np.arange(start, end, FINE) + FINE / 2 for start, end in zip(low, high, strict=True))
+    shapely.prepare(drivable)
+    on = shapely.contains_xy(drivable, *np.meshgrid(x, y))
+    field = signed_distance(on, FINE).clip(-REACH, REACH) if on.any() else np.full(on.shape, REACH)
+    place = (np.arange(cells) + 0.5) / cells * 2 * half - half
+    across, along = np.meshgrid(place, place, indexing="ij")
+    out = np.empty((len(window), cells, cells), np.float16)
+    for i, (cx, cy, angle) in enumerate(window):
+        cos, sin = np.cos(angle), np.sin(angle)
+        at = cx + cos * along - sin * across, cy + sin * along + cos * across
+        rows, columns = ((each - axis[0]) / FINE for each, axis in zip(at[::-1], (y, x), strict=True))
+        out[i] = ndimage.map_coordinates(field, [rows, columns], order=1, mode="nearest")
+    return out
+
+
+# Making and storing.
+
+
+class Recipe(NamedTuple):
+    """All that a data set depends on, but its number of scenes."""
+
+    seed: int = 0
+    kinds: tuple[sumo.Kind, ...] = ("junction", "junction", "roundabout")
+    """Of maps 0, 1, .., over and over."""
+    seconds: float = 900.0
+    least_scenes: int = 30
+    """A map with fewer is left out: one of its arms is starved."""
+    cut: Cut = Cut()
+
+
+def of_map(recipe: Recipe, number: int) -> Scenes:
+    """The scenes of map `number`; none where there would be fewer than `least_scenes`.
+
+    Raises:
+      sumo.SumoError: SUMO is not installed, or fails.
+    """
+    kind = recipe.kinds[number % len(recipe.kinds)]
+    seed = int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0] % 2**31)
+    scenes = cut(sumo.simulate(kind, seed, recipe.seconds), number, recipe.seed, recipe.cut)
+    return scenes if len(scenes.world) >= recipe.least_scenes else empty(recipe.cut)
+
+
+def split_of(number: int) -> Split:
+    """Of ten maps in a row one is for validation, one for tests and the others for training."""
+    return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
+
+
+def write(
+    folder: Path,
+    scenes: int,
+    recipe: Recipe = Recipe(),  # noqa: B008 (immutable)
+    workers: int | None = None,
+    report: Callable[[int], Any] = lambda scenes: None,
+) -> int:
+    """Makes maps 0, 1, .. until they have `scenes` scenes, a file each; after a kill the same call goes on.
+
+    Files appear whole, by renaming, so that a kill costs the maps that were under way.
+
+    Args:
+      workers: processes; one a core unless given.
+      report: called with the number of scenes so far.
+
+    Returns:
+      Number of maps.
+
+    Raises:
+      ValueError: the folder holds other scenes.
+      sumo.SumoError: SUMO is not installed, or fails.
+    """
+    if scenes < 1:
+        raise ValueError(f"traffic: scenes: expected 1 or more, given {scenes}")
+    folder.mkdir(parents=True, exist_ok=True)
+    told = json.loads(json.dumps(recipe._asdict() | {"cut": recipe.cut._asdict()}))
+    path = folder / "recipe.json"
+    if path.exists():
+        given = json.loads(path.read_text())
+        if given != told:
+            differ = {key: given.get(key) for key in told if given.get(key) != told[key]}
+            raise ValueError(f"traffic: {folder}: expected scenes of {told}, given a folder with {differ}")
+    else:
+        _store(path, json.dumps(told, indent=1).encode())
+    workers = workers or os.cpu_count() or 1
+    have = maps = 0
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        pending: dict[int, Future] = {}
+        try:
+            for number in count():
+                for ahead in range(number, number + 2 * workers):
+                    if ahead not in pending and not _file(folder, ahead).exists():
+                        pending[ahead] = pool.submit(_make, folder, recipe, ahead)
+                if number in pending:
+                    pending.pop(number).result()
+                have, maps = have + len(_load(_file(folder, number)).world), number + 1
+                report(have)
+                if have >= scenes:
+                    return maps
+        finally:
+            for future in pending.values():
+                future.cancel()
+    return maps
+
+
+def _make(folder: Path, recipe: Recipe, number: int) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **of_map(recipe, number)._asdict())
+    _store(_file(folder, number), buffer.getvalue())
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"map-{number:06d}.npz"
+
+
+def _store(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _load(path: Path) -> Scenes:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Scenes(**{name: stored[name] for name in Scenes._fields})
+    except Exception as error:  # a damaged archive has many ways to say so
+        raise ValueError(f"traffic: {path}: expected the scenes of a map, given a damaged file ({error!r})") from None
+
+
+def read(folder: Path, split: Split | None = None, scenes: int | None = None) -> Scenes:
+    """The scenes of a split, or of all maps, in order; the first `scenes` of the folder's if given.
+
+    Raises:
+      ValueError: the folder holds no scenes, or fewer.
+    """
+    paths = sorted(folder.glob("map-*.npz"))
+    if not paths:
+        raise ValueError(f"traffic: {folder}: expected files map-000000.npz .., given none; see `--help`")
+    every = joined([_load(path) for path in paths])
+    if scenes is not None:
+        if len(every.world) < scenes:
+            raise ValueError(f"traffic: {folder}: expected {scenes} scenes, given {len(every.world)}")
+        every = take(every, slice(scenes))
+    return every if split is None else take(every, [split_of(int(number)) == split for number in every.world])
+
+
+def main() -> None:
+    """Writes scenes from the command line."""
+    parser = argparse.ArgumentParser(
+        "python -m gendiff.data.traffic", description="Simulates scenes; goes on if stopped."
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--scenes", type=int, default=8000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kinds", nargs="+", choices=get_args(sumo.Kind), default=Recipe().kinds, help="of the maps in turn"
+    )
+    parser.add_argument("--workers", type=int, help="processes; default: one a core")
+    given = parser.parse_args()
+    with tqdm(total=given.scenes, unit=" scenes") as bar:
+        try:
+            recipe = Recipe(given.seed, tuple(given.kinds))
+            maps = write(given.folder, given.scenes, recipe, given.workers, lambda have: bar.update(have - bar.n))
+        except (ValueError, sumo.SumoError) as error:
+            parser.error(str(error))
+    print(f"{given.folder}: {maps} maps")
+
+
+if __name__ == "__main__":
+    main()

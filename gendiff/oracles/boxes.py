@@ -1,0 +1,72 @@
+"""Oriented boxes: which of them overlap, by the separating axis theorem.
+
+A box is (x, y, length, width, cos yaw, sin yaw): its centre, its extents along and across its heading, and the heading.
+Two convex shapes are apart if and only if their shadows on some axis are, and of two rectangles the four directions of
+their edges are enough (Gottschalk, Lin and Manocha 1996, "OBBTree", section 5).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+Boxes = Float[Array, "*n 6"]
+Points = Float[Array, "*n p 2"]
+
+LEAST = 0.1
+"""Metres: what a sampled length or width below it counts as."""
+HEADING = 0.5
+"""How far |(cos, sin)| of a sample may be from 1 before the box counts as degenerate."""
+
+AROUND = jnp.array([(1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1)], jnp.float32) / 2
+"""Corners and, between them, the middles of the edges, in units of length and width."""
+
+
+def degenerate(boxes: Boxes) -> Bool[Array, "*n"]:
+    """Whether a box has a length or width that is not positive, or hardly a heading; NaN is degenerate."""
+    size = jnp.linalg.norm(boxes[..., 4:6], axis=-1)
+    return ~(jnp.all(boxes[..., 2:4] > 0, -1) & (jnp.abs(size - 1) < HEADING))
+
+
+def mended(boxes: Boxes) -> Boxes:
+    """With length and width of LEAST or more, and a heading of norm 1; a heading (0, 0) becomes (1, 0)."""
+    heading = boxes[..., 4:6]
+    size = jnp.linalg.norm(heading, axis=-1, keepdims=True)
+    ahead = jnp.array([1, 0], boxes.dtype)
+    heading = jnp.where(size > 0, heading / jnp.where(size > 0, size, 1), ahead)
+    return jnp.concatenate([boxes[..., :2], jnp.maximum(boxes[..., 2:4], LEAST), heading], -1)
+
+
+def outline(boxes: Boxes, corners_only: bool = False) -> Points:
+    """The four corners, in order around the box, and the middle of the edge after each: (8, 2), or (4, 2)."""
+    around = AROUND[::2] if corners_only else AROUND
+    along, across = jnp.moveaxis(around.astype(boxes.dtype) * boxes[..., None, 2:4], -1, 0)
+    cos, sin = boxes[..., None, 4], boxes[..., None, 5]
+    return boxes[..., None, :2] + jnp.stack([cos * along - sin * across, sin * along + cos * across], -1)
+
+
+def overlap(a: Boxes, b: Boxes, margin: float = 0.0) -> Bool[Array, "*n"]:
+    """Whether boxes have a point in common; boxes that touch do.
+
+    Args:
+      a, b: with positive extents and headings of norm 1 (see `mended`), of shapes that broadcast.
+      margin: metres; boxes count as apart only if more than this separates them along an axis.
+    """
+    return ~(_apart(a, b, margin) | _apart(b, a, margin))
+
+
+def _apart(a: Boxes, b: Boxes, margin: float) -> Bool[Array, "*n"]:
+    """Whether the shadows on one of the edges' directions of a are apart."""
+    turn = lambda u, v: (u[..., 0] * v[..., 0] + u[..., 1] * v[..., 1], u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
+    ahead, aside = turn(a[..., 4:6], b[..., :2] - a[..., :2])
+    cos, sin = map(jnp.abs, turn(a[..., 4:6], b[..., 4:6]))
+    length, width = b[..., 2], b[..., 3]
+    along = a[..., 2] + length * cos + width * sin
+    across = a[..., 3] + length * sin + width * cos
+    return (2 * jnp.abs(ahead) > along + 2 * margin) | (2 * jnp.abs(aside) > across + 2 * margin)
+
+
+def collisions(
+    boxes: Float[Array, "*n k 6"], present: Bool[Array, "*n k"] | None = None, margin: float = 0.0
+) -> Bool[Array, "*n k k"]:
+    """Which pairs of k boxes overlap: symmetric, False for a box and itself and for boxes that are not present."""
+    pairs = overlap(boxes[..., :, None, :], boxes[..., None, :, :], margin) & ~jnp.eye(boxes.shape[-2], dtype=bool)
+    return pairs if present is None else pairs & present[..., :, None] & present[..., None, :]

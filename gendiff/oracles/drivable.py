@@ -1,0 +1,59 @@
+"""The drivable area around a scene: a signed distance in metres on a grid, and which boxes leave it.
+
+A map (h, w) covers the square of `half` metres in each direction: cell (row, column) has its centre at
+x = (column + 1/2) cell - half and y = (row + 1/2) cell - half.  Distances are negative on the drivable area.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Bool, Float
+from scipy import ndimage
+
+from gendiff.oracles import boxes
+
+TOLERANCE = 0.3
+"""Metres that a box may reach beyond the drivable area."""
+
+
+def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.ndarray, "h w"]:
+    """Metres to the edge of the drivable area, negative on it.
+
+    The distance to the nearest centre of a cell of the other kind, exact, less the half of a cell that lies between the
+    last centre and the edge; where the nearest is askew, up to 0.21 cells more lie between.
+
+    Raises:
+      ValueError: no cell is drivable.
+    """
+    drivable = np.asarray(drivable, bool)
+    if not drivable.any():
+        raise ValueError(f"drivable: expected a map with drivable area, given none in {drivable.shape} cells")
+    if drivable.all():
+        return np.full(drivable.shape, -np.inf)
+    outside, inside = (ndimage.distance_transform_edt(mask, sampling=cell) for mask in (~drivable, drivable))
+    return np.where(drivable, cell / 2 - inside, outside - cell / 2)
+
+
+def distance_at(distance: Float[Array, "h w"], points: Float[Array, "*n 2"], half: float) -> Float[Array, "*n"]:
+    """The signed distance at points (x, y), bilinear between the centres of cells; infinite beyond the map."""
+    size = jnp.array(distance.shape[::-1], points.dtype)
+    place = (points / half + 1) * size / 2 - 0.5
+    within = jnp.all(jnp.abs(points) <= half, -1)
+    found = map_coordinates(distance, [place[..., 1], place[..., 0]], order=1, mode="nearest")
+    return jnp.where(within, found, jnp.inf)
+
+
+def off_road(
+    distance: Float[Array, "h w"],
+    vehicles: Float[Array, "k 6"],
+    half: float,
+    present: Bool[Array, " k"] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Bool[Array, " k"]:
+    """Whether a corner, or the middle of an edge, of a vehicle is farther than `tolerance` from the drivable area.
+
+    Beyond the map nothing is known to be drivable.
+    """
+    farthest = jnp.max(distance_at(distance, boxes.outline(vehicles), half), -1)
+    off = ~(farthest <= tolerance)  # NaN is off the road
+    return off if present is None else off & present

@@ -1,0 +1,40 @@
+"""What is wrong with a scene of traffic: overlapping vehicles, and vehicles off the drivable area."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gendiff.oracles import boxes, drivable
+
+
+class Infractions(NamedTuple):
+    """Of one scene, or of many with leading axes."""
+
+    pairs: Bool[Array, "*s k k"]
+    """Which pairs of vehicles overlap."""
+    collides: Bool[Array, "*s k"]
+    """Vehicles that overlap another."""
+    off_road: Bool[Array, "*s k"]
+    degenerate: Bool[Array, "*s k"]
+    """Vehicles without positive extents or a heading, which were mended first."""
+
+
+def infractions(
+    vehicles: Float[Array, "k f"],
+    present: Bool[Array, " k"],
+    distance: Float[Array, "h w"],
+    half: float,
+    tolerance: float = drivable.TOLERANCE,
+) -> Infractions:
+    """All oracles on one scene.
+
+    Args:
+      vehicles: x, y, length, width in metres, cos and sin of the yaw, and more that does not matter.
+      present: vehicles that count.
+      distance: signed distance to the edge of the drivable area, over `half` metres in each direction.
+    """
+    shapes = boxes.mended(vehicles[:, :6])
+    pairs = boxes.collisions(shapes, present)
+    off = drivable.off_road(distance, shapes, half, present, tolerance)
+    return Infractions(pairs, jnp.any(pairs, -1), off, boxes.degenerate(vehicles[:, :6]) & present)
