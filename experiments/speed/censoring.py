@@ -19,22 +19,18 @@ PyTorch.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr
 
 from experiments.censoring import mnist
 from experiments.censoring.mnist import MnistConfig
 from experiments.contract import Between, Column, Folder, Results, main
 from experiments.speed import ours_censoring, table
-from experiments.speed.table import Measured, Sides, TimedConfig, Work
+from experiments.speed.table import Measured, Sides, TimedConfig, Work, flops
 from gendiff.metrics.rates import Estimate
-from gendiff.nets import conv
 
 OURS, RIVAL = "experiments.speed.ours_censoring", "experiments.speed.rival_censoring"
 TOLERANCE = {"small/samples": 1e-3}
@@ -60,7 +56,7 @@ class SpeedConfig(TimedConfig):
     """Rewards of the rows `paper` and `reward`."""
     large: Literal["smoke", "default", "paper", "none"] = "paper"
     """Preset with the networks of the row `paper`; none: without the row."""
-    large_samples: Annotated[int, Between(1, 1_000_000)] = 4
+    large_samples: Annotated[int, Between(1, 1_000_000)] = 16
     """Samples of them drawn at a time."""
     large_steps: Annotated[int, Between(2, 1000)] = 2
     """Steps of sampling timed together."""
@@ -170,33 +166,6 @@ def evaluations(preset: str) -> tuple[float, float, float, float]:
         flops(jax.grad(total), theta, x, t),
         flops(jax.grad(half.apply), phi, x, t),
     )
-
-
-def flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """2 for each multiply-add of the convolutions and matrix products of a function without loops."""
-    return counted(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def counted(jaxpr: Jaxpr) -> float:
-    """The same for a traced function."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        shapes = [getattr(variable.aval, "shape", ()) for variable in (*equation.invars, *equation.outvars)]
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2.0 * math.prod(shapes[2]) * math.prod(shapes[0][axis] for axis in contracted)
-        elif equation.primitive in (conv.correlate_p, conv.spread_p, conv.gather_p):
-            # The kernel (m, *window, i, o) and the map (m, n, *positions, o), whichever of the three is the result.
-            kernel, positions = {
-                conv.correlate_p: (shapes[1], shapes[2]),
-                conv.spread_p: (shapes[1], shapes[0]),
-                conv.gather_p: (shapes[2], shapes[1]),
-            }[equation.primitive]
-            total += 2.0 * math.prod(positions) * math.prod(kernel[1:-1])
-        else:
-            inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-            total += sum(counted(each) for each in inner if isinstance(each, Jaxpr))
-    return total
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from experiments.contract import Between, Column, Folder, Results, main
 from experiments.relative_reward import maze2d
 from experiments.speed import ours_relative_reward as ours
 from experiments.speed import table
-from experiments.speed.censoring import flops
-from experiments.speed.table import Sides, TimedConfig, Work
+from experiments.speed.table import Sides, TimedConfig, Work, flops
 from experiments.speed.worker import Worker
 from gendiff import losses
 from gendiff.losses import Aligned
@@ -139,7 +138,8 @@ def evaluations(preset: str) -> tuple[float, float, float]:
 
 def peaks(config: SpeedConfig) -> dict[str, Estimate]:
     """The memory of a reward's step on both sides, in processes of their own."""
-    given, environment = sides(config), {"JAX_PLATFORMS": "cpu"}
+    # With one arena, glibc can give back all that is free before it is measured what a call needs.
+    given, environment = sides(config), {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "1"}
     setup: dict[str, Any] = given.setup | {"peak": True}
     found = {}
     with Worker(OURS, setup, environment) as worker:

@@ -7,18 +7,22 @@ whose answers differ, and calls every program once in each repetition; `finish` 
 
 import dataclasses
 import importlib.util
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import jax
 import numpy as np
+from jax.extend.core import Jaxpr
 
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row
 from experiments.speed.worker import Worker
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
+from gendiff.nets import conv
 
 POINTWISE = 1e-4
 """Largest difference between the sides over the largest answer, where `Sides` says nothing else."""
@@ -234,6 +238,33 @@ def metrics(name: str, work: Work, measured: Measured, peak: float) -> dict[str,
         if variant == "compiled":
             row["compiled_compile_seconds"] = beyond(measured.first[f"{name}/{variant}"], seconds)
     return row
+
+
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """2 for each multiply-add of the convolutions and matrix products of a function without loops."""
+    return counted(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def counted(jaxpr: Jaxpr) -> float:
+    """The same for a traced function."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        shapes = [getattr(variable.aval, "shape", ()) for variable in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += 2.0 * math.prod(shapes[2]) * math.prod(shapes[0][axis] for axis in contracted)
+        elif equation.primitive in (conv.correlate_p, conv.spread_p, conv.gather_p):
+            # The kernel (m, *window, i, o) and the map (m, n, *positions, o), whichever of the three is the result.
+            kernel, positions = {
+                conv.correlate_p: (shapes[1], shapes[2]),
+                conv.spread_p: (shapes[1], shapes[0]),
+                conv.gather_p: (shapes[2], shapes[1]),
+            }[equation.primitive]
+            total += 2.0 * math.prod(positions) * math.prod(kernel[1:-1])
+        else:
+            inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+            total += sum(counted(each) for each in inner if isinstance(each, Jaxpr))
+    return total
 
 
 def spread(values: np.ndarray) -> Estimate:

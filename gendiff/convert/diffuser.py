@@ -1,7 +1,6 @@
 """Checkpoints of Diffuser (its `TemporalUnet` without attention) -> `gendiff.nets.temporal`."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +18,7 @@ def read(file: str | Path, weights: Literal["ema", "model"] = "ema") -> StateDic
     Raises:
       ValueError: the checkpoint has no such part.
     """
-    import torch
-
-    saved = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(saved, Mapping) or not isinstance(saved.get(weights), Mapping):
-        given = ", ".join(map(str, saved)) if isinstance(saved, Mapping) else type(saved).__name__
-        raise ValueError(f"{file}: expected a checkpoint with a state dict {weights!r}, given {given[:200]}")
-    return {key: value.float().numpy() for key, value in saved[weights].items()}
+    return state_dict.read(file, weights)
 
 
 def temporal_unet(state: StateDict, like: Params) -> Params:

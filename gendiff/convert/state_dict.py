@@ -14,11 +14,14 @@ Name: TypeAlias = Callable[[tuple[str, ...]], str]
 """The path of a Flax leaf -> the key of a state dict."""
 
 
-def read(file: str | Path) -> StateDict:
+def read(file: str | Path, part: str | None = None) -> StateDict:
     """The arrays of a checkpoint in float32, `.safetensors` or PyTorch's own; no code in the file is run.
 
+    Args:
+      part: of a checkpoint that is a dict of state dicts.
+
     Raises:
-      ValueError: the file is no flat dict of tensors.
+      ValueError: the file, or its part, is no flat dict of tensors.
     """
     if Path(file).suffix == ".safetensors":
         from safetensors.numpy import load_file
@@ -27,6 +30,12 @@ def read(file: str | Path) -> StateDict:
     import torch
 
     state = torch.load(file, map_location="cpu", weights_only=True)
+    if part is not None:
+        given = state if isinstance(state, Mapping) else {}
+        if not isinstance(given.get(part), Mapping):
+            what = ", ".join(map(str, given)) or type(state).__name__
+            raise ValueError(f"{file}: expected a checkpoint with a state dict {part!r}, given {what[:200]}")
+        state = given[part]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{file}: expected a flat dict of tensors; give the part of it that is a state dict")
     return {key: value.float().numpy() for key, value in state.items()}
