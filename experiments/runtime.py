@@ -1,6 +1,5 @@
-"""Settings of the process that must come before the first use of JAX: devices, memory, compile cache."""
+"""Settings of the process that must come before the first use of JAX: devices, compile cache."""
 
-import ctypes
 import os
 import platform
 import sys
@@ -23,24 +22,6 @@ def start() -> None:
             print(f"warning: no compile cache in {cache} ({error.strerror})", file=sys.stderr)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system at every call, and XLA on CPU pays for the page faults.
-
-    Its arenas stay several: in a single one programs would work in what their compilation left scattered, which cost up
-    to a third of their speed.
-    """
-    if platform.system() != "Linux" or "MALLOC_MMAP_MAX_" in os.environ:
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2
-    for setting, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
-        mallopt(setting, value)
 
 
 def device() -> str:

@@ -107,18 +107,18 @@ def simulate(kind: Kind, seed: int, seconds: float = 900.0, warm_up: float = 240
 
 
 def _home() -> Path:
-    """SUMO's folder; sets SUMO_HOME, which its tools read."""
+    """SUMO's folder, of the environment or of the package; sets SUMO_HOME, which its tools read."""
     found = importlib.util.find_spec("sumo")
-    home = os.environ.get("SUMO_HOME") or (
-        found and found.submodule_search_locations and found.submodule_search_locations[0]
-    )
+    package = list(found.submodule_search_locations or []) if found else []
+    # `libsumo` sets SUMO_HOME too, to a package without programs.
+    places = [Path(each) for each in (os.environ.get("SUMO_HOME"), *package) if each]
+    home = next((place for place in places if _program(place, "sumo").exists()), None)
     missing = [name for name in ("libsumo", "sumolib", "shapely") if importlib.util.find_spec(name) is None]
-    if not home or not _program(Path(home), "sumo").exists():
-        missing.insert(0, "eclipse-sumo" if not home else f"{_program(Path(home), 'sumo')}")
-    if missing:
-        raise SumoError(f"sumo: expected {', '.join(missing)}, given none: pip install 'gendiff[traffic]'")
+    if home is None or missing:
+        what = ", ".join([*missing, *([] if home else ["eclipse-sumo with its program sumo"])])
+        raise SumoError(f"sumo: expected {what}, given none: pip install 'gendiff[traffic]'")
     os.environ["SUMO_HOME"] = str(home)
-    return Path(str(home))
+    return home
 
 
 def _program(home: Path, name: str) -> Path:

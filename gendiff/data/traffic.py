@@ -138,18 +138,20 @@ def _windows(
         if place.focus is None:
             centre = vehicles[i, :2] + shift
         else:  # a single junction: at it and not at the queues, turned as a vehicle that is near it
-            centre, seen[:] = np.asarray(place.focus) + shift, True
+            centre = np.asarray(place.focus) + shift
             near = np.flatnonzero(np.linalg.norm(vehicles[:, :2] - place.focus, axis=1) < how.half)
             if len(near):
                 ahead = vehicles[rng.choice(near), 4:6]
         local = _moved(vehicles, centre, ahead)
         inside = np.flatnonzero(_reach(local) < how.half - 0.5)
-        if how.least <= len(inside) <= how.most:
+        if how.least <= len(inside) <= how.most and not seen[inside].any():
             seen[inside] = True
             nearest = inside[np.argsort(np.linalg.norm(local[inside, :2], axis=1), kind="stable")[:VEHICLES]]
             scene = np.zeros((VEHICLES, 7))
             scene[: len(nearest)] = local[nearest]
             yield scene, np.arange(VEHICLES) < len(nearest), np.array([*centre, np.arctan2(ahead[1], ahead[0])])
+        if place.focus is not None:
+            return
 
 
 def _moved(vehicles: np.ndarray, centre: np.ndarray, ahead: np.ndarray) -> np.ndarray:

@@ -30,15 +30,16 @@ def mended(boxes: Boxes) -> Boxes:
     """With length and width of LEAST or more, and a heading of norm 1; a heading (0, 0) becomes (1, 0)."""
     heading = boxes[..., 4:6]
     size = jnp.linalg.norm(heading, axis=-1, keepdims=True)
-    ahead = jnp.array([1, 0], boxes.dtype)
+    ahead = jnp.zeros_like(heading).at[..., 0].set(1)
     heading = jnp.where(size > 0, heading / jnp.where(size > 0, size, 1), ahead)
     return jnp.concatenate([boxes[..., :2], jnp.maximum(boxes[..., 2:4], LEAST), heading], -1)
 
 
 def outline(boxes: Boxes, corners_only: bool = False) -> Points:
     """The four corners, in order around the box, and the middle of the edge after each: (8, 2), or (4, 2)."""
-    around = AROUND[::2] if corners_only else AROUND
-    along, across = jnp.moveaxis(around.astype(boxes.dtype) * boxes[..., None, 2:4], -1, 0)
+    around = (AROUND[::2] if corners_only else AROUND).astype(boxes.dtype)
+    around = around.reshape((1,) * (boxes.ndim - 1) + around.shape)
+    along, across = jnp.moveaxis(around * boxes[..., None, 2:4], -1, 0)
     cos, sin = boxes[..., None, 4], boxes[..., None, 5]
     return boxes[..., None, :2] + jnp.stack([cos * along - sin * across, sin * along + cos * across], -1)
 
@@ -68,5 +69,6 @@ def collisions(
     boxes: Float[Array, "*n k 6"], present: Bool[Array, "*n k"] | None = None, margin: float = 0.0
 ) -> Bool[Array, "*n k k"]:
     """Which pairs of k boxes overlap: symmetric, False for a box and itself and for boxes that are not present."""
-    pairs = overlap(boxes[..., :, None, :], boxes[..., None, :, :], margin) & ~jnp.eye(boxes.shape[-2], dtype=bool)
+    pairs = overlap(boxes[..., :, None, :], boxes[..., None, :, :], margin)
+    pairs &= jnp.broadcast_to(~jnp.eye(boxes.shape[-2], dtype=bool), pairs.shape)
     return pairs if present is None else pairs & present[..., :, None] & present[..., None, :]

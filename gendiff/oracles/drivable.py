@@ -36,10 +36,10 @@ def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.
 
 def distance_at(distance: Float[Array, "h w"], points: Float[Array, "*n 2"], half: float) -> Float[Array, "*n"]:
     """The signed distance at points (x, y), bilinear between the centres of cells; infinite beyond the map."""
-    size = jnp.array(distance.shape[::-1], points.dtype)
-    place = (points / half + 1) * size / 2 - 0.5
+    rows, columns = distance.shape
+    place = lambda axis, cells: (points[..., axis] / half + 1) * (cells / 2) - 0.5
     within = jnp.all(jnp.abs(points) <= half, -1)
-    found = map_coordinates(distance, [place[..., 1], place[..., 0]], order=1, mode="nearest")
+    found = map_coordinates(distance, [place(1, rows), place(0, columns)], order=1, mode="nearest")
     return jnp.where(within, found, jnp.inf)
 
 

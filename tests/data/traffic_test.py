@@ -1,0 +1,150 @@
+import jax
+import numpy as np
+import pytest
+
+from gendiff.data import sumo, traffic
+from gendiff.data.traffic import Cut, Recipe
+from gendiff.oracles import drivable
+
+shapely = pytest.importorskip("shapely")
+
+ROAD = shapely.box(-300, -6, 300, 6)
+"""Along x, 12 m wide."""
+
+
+def vehicle(x, y, yaw=0.0, speed=3.0, length=4.0):
+    return [x, y, length, 2.0, np.cos(yaw), np.sin(yaw), speed]
+
+
+def world(*vehicles, focus=None, road=ROAD):
+    return sumo.World(road, focus, [sumo.Moment(5.0, np.array(vehicles, float).reshape(-1, 7))])
+
+
+def queue(n, gap=6.0):
+    return [vehicle(gap * i - gap * n / 2, 0) for i in range(n)]
+
+
+def test_a_scene_is_the_nearest_twelve_in_the_frame_of_its_window():
+    scenes = traffic.cut(world(*queue(16), focus=(0.0, 0.0)), number=3, seed=0, how=Cut(near=0.0))
+    assert scenes.vehicles.shape == (1, 12, 7)
+    assert scenes.present.all()
+    assert scenes.world.tolist() == [3]
+    assert abs(scenes.vehicles[0, :, 0]).max() == 36  # of -48 .. 42 the twelve nearest to 0
+    np.testing.assert_allclose(scenes.vehicles[0, :, 2:], np.tile(vehicle(0, 0)[2:], (12, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("turn", [0.3, 2.0, -1.1])
+def test_windows_are_turned_with_their_map(turn):
+    cos, sin = np.cos(turn), np.sin(turn)
+    rotate = lambda p: np.stack([cos * p[..., 0] - sin * p[..., 1], sin * p[..., 0] + cos * p[..., 1]], -1)
+    cars = [vehicle(*rotate(np.array([6.0 * i - 36, 1.0])), turn) for i in range(12)]
+    road = shapely.transform(ROAD, rotate)
+    scenes = traffic.cut(world(*cars, focus=(0.0, 0.0), road=road), 0, 0, Cut(near=0.0))
+    np.testing.assert_allclose(np.sort(scenes.vehicles[0, :, 0]), 6.0 * np.arange(12) - 36, atol=1e-4)
+    np.testing.assert_allclose(scenes.vehicles[0, :, 1], 1, atol=1e-4)
+    np.testing.assert_allclose(scenes.vehicles[0, :, 4:6], np.tile([1, 0], (12, 1)), atol=1e-6)
+    np.testing.assert_allclose(scenes.window[0], [0, 0, turn], atol=1e-6)
+
+
+def test_distances_are_those_to_the_area():
+    area = shapely.union_all([shapely.box(-80, -4, 80, 4), shapely.Point(10, 5).buffer(12)])
+    window = np.array([[3.0, -2.0, 0.7], [400.0, 300.0, 0.0]])  # the second far from all that is drivable
+    given = traffic.distances(area, window, cells=64).astype(float)
+    place = (np.arange(64) + 0.5) / 64 * 100 - 50
+    y, x = np.meshgrid(place, place, indexing="ij")
+    cos, sin = np.cos(0.7), np.sin(0.7)
+    points = shapely.points(3 + cos * x - sin * y, -2 + sin * x + cos * y)
+    expected = np.where(shapely.contains(area, points), -1, 1) * shapely.distance(area.boundary, points)
+    # A cell of the fine grid askew, and the precision of 16 bits.
+    np.testing.assert_allclose(given[0], expected.clip(-traffic.REACH, traffic.REACH), atol=0.25)
+    assert np.abs(given[0] - expected.clip(-traffic.REACH, traffic.REACH)).mean() < 0.06
+    assert (given[1] == traffic.REACH).all()
+
+
+def test_a_scene_keeps_what_the_oracle_reads():
+    scenes = traffic.cut(world(*queue(12), focus=(0.0, 0.0)), 0, 0, Cut(near=0.0))
+    at = lambda x, y: float(drivable.distance_at(scenes.distance[0].astype(np.float32), np.float32([[x, y]]), 50.0)[0])
+    assert at(0, 0) == pytest.approx(-6, abs=0.5)  # the middle, between two cells
+    assert at(10, 5) == pytest.approx(-1, abs=0.13)
+    assert at(-20, -9) == pytest.approx(3, abs=0.13)
+
+
+@pytest.mark.parametrize("what", ["overlap", "off the road"])
+def test_scenes_with_infractions_are_left_out(what):
+    cars = queue(12)
+    cars[5] = vehicle(cars[6][0] + 1, 0) if what == "overlap" else vehicle(0, 5.5)
+    assert len(traffic.cut(world(*cars, focus=(0.0, 0.0)), 0, 0, Cut(near=0.0)).world) == 0
+
+
+def test_few_vehicles_are_padded():
+    assert len(traffic.cut(world(*queue(3)), 0, 0).world) == 0
+    scenes = traffic.cut(world(*queue(3)), 0, 0, Cut(least=1))
+    assert scenes.present.tolist() == [[True] * 3 + [False] * 9]
+    assert not scenes.vehicles[0, 3:].any()
+
+
+def test_windows_of_one_moment_do_not_share_vehicles():
+    cars = [vehicle(50.0 * block + 5 * i, 0) for block in range(-4, 4) for i in range(5)]
+    scenes = traffic.cut(world(*cars), 0, 0, Cut(least=2, near=1.0))
+    assert len(scenes.world) > 1
+    cos, sin = np.cos(scenes.window[:, 2:]), np.sin(scenes.window[:, 2:])
+    x, y = scenes.vehicles[..., 0], scenes.vehicles[..., 1]
+    places = (scenes.window[:, :1] + cos * x - sin * y)[scenes.present].round(2)
+    assert len(set(places.tolist())) == len(places)
+
+
+def test_a_map_without_drivable_area_is_an_error():
+    with pytest.raises(ValueError, match="map 7: expected drivable area"):
+        traffic.cut(world(*queue(12), road=shapely.Polygon()), 7, 0)
+
+
+def test_maps_are_split_and_not_scenes():
+    assert [traffic.split_of(i) for i in range(10)] == ["train"] * 8 + ["validation", "test"]
+    assert traffic.split_of(29) == "test"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    for name in ("libsumo", "sumolib", "sumo"):
+        pytest.importorskip(name)
+    folder = tmp_path_factory.mktemp("scenes")
+    traffic.write(folder, 40, RECIPE, workers=2)
+    return folder
+
+
+RECIPE = Recipe(seconds=420.0, least_scenes=5)
+
+
+def test_generated_scenes_are_valid_and_go_on_after_a_kill(folder):
+    scenes = traffic.read(folder, scenes=40)
+    assert traffic.valid(scenes).all()
+    assert scenes.present.all()
+    assert (np.abs(np.linalg.norm(scenes.vehicles[..., 4:6], axis=-1) - 1) < 1e-5).all()
+    files = sorted(folder.glob("map-*.npz"))
+    files[0].unlink()  # as if killed before it
+    seen = []
+    assert traffic.write(folder, 40, RECIPE, workers=1, report=seen.append) >= 1
+    again = traffic.read(folder, scenes=40)
+    jax.tree.map(np.testing.assert_array_equal, scenes, again)
+    assert seen[-1] >= 40
+
+
+def test_a_folder_of_other_scenes_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="given a folder with"):
+        traffic.write(folder, 10, RECIPE._replace(seed=1))
+    with pytest.raises(ValueError, match=r"map-000000\.npz \.\., given none"):
+        traffic.read(tmp_path)
+    with pytest.raises(ValueError, match="expected 100000 scenes"):
+        traffic.read(folder, scenes=100_000)
+    with pytest.raises(ValueError, match="scenes: expected 1 or more"):
+        traffic.write(tmp_path, 0)
+    (tmp_path / "map-000000.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="damaged"):
+        traffic.read(tmp_path)
+
+
+def test_without_sumo_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(sumo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("SUMO_HOME", raising=False)
+    with pytest.raises(sumo.SumoError, match=r"pip install 'gendiff\[traffic\]'"):
+        sumo.simulate("junction", 0)

@@ -1,0 +1,73 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+
+from gendiff.oracles import drivable, traffic
+
+HALF, CELLS = 20.0, 80
+CELL = 2 * HALF / CELLS
+
+
+@settings(max_examples=50, deadline=None)
+@given(arrays(bool, (7, 9)).filter(lambda mask: 0 < mask.sum() < mask.size))
+def test_signed_distance_is_that_of_brute_force(mask):
+    at = np.argwhere(np.ones_like(mask)) * 0.5
+    far = np.linalg.norm(at[:, None] - at[None], axis=-1)
+    flat = mask.ravel()
+    nearest = np.where(flat, far[:, ~flat].min(1), far[:, flat].min(1)).reshape(mask.shape)
+    expected = np.where(mask, 0.25 - nearest, nearest - 0.25)
+    np.testing.assert_allclose(drivable.signed_distance(mask, 0.5), expected, atol=1e-12)
+
+
+def test_a_map_without_drivable_area_is_an_error():
+    with pytest.raises(ValueError, match="expected a map with drivable area"):
+        drivable.signed_distance(np.zeros((4, 4), bool), 1.0)
+    assert (drivable.signed_distance(np.ones((4, 4), bool), 1.0) == -np.inf).all()
+
+
+def band():
+    """A road along x of 8 m: |y| <= 4."""
+    y = (np.arange(CELLS) + 0.5) * CELL - HALF
+    return jnp.asarray(drivable.signed_distance(np.broadcast_to(np.abs(y)[:, None] < 4, (CELLS, CELLS)), CELL))
+
+
+def test_distances_between_cells():
+    points = jnp.array([[0.0, 1], [3, 4], [-7.3, 5.25], [0, -4.1], [0, 30], [25, 0]])
+    expected = [-3, 0, 1.25, 0.1, np.inf, np.inf]
+    np.testing.assert_allclose(drivable.distance_at(band(), points, HALF), expected, atol=1e-5)
+
+
+def test_off_road_at_corners_and_edges():
+    box = lambda x, y, cos, sin: [x, y, 4, 2, cos, sin]
+    vehicles = jnp.array([
+        box(0, 0, 1, 0), box(0, 2.9, 1, 0), box(0, 3.4, 1, 0), box(0, 2.2, 0, 1), box(0, 2.4, 0, 1), box(18.5, 0, 1, 0)
+    ])  # fmt: skip
+    # From the middle: sides at 1, 3.9 and 4.4; ends at 4.2 and 4.4; and beyond the map.
+    expected = [False, False, True, False, True, True]
+    np.testing.assert_array_equal(drivable.off_road(band(), vehicles, HALF), expected)
+    absent = jnp.array([True] * 5 + [False])
+    assert not bool(drivable.off_road(band(), vehicles, HALF, absent)[5])
+    assert bool(drivable.off_road(band(), vehicles.at[0, 0].set(jnp.nan), HALF)[0])
+
+
+def test_the_middle_of_an_edge_may_leave_the_road():
+    # An island in the road under the middle of a long side, with all corners on the road.
+    mask = np.ones((CELLS, CELLS), bool)
+    mask[36:44, 38:42] = False
+    distance = jnp.asarray(drivable.signed_distance(mask, CELL))
+    vehicle = jnp.array([[0.0, 1.0, 12, 2, 1, 0]])
+    assert bool(drivable.off_road(distance, vehicle, HALF)[0])
+
+
+def test_infractions_of_a_scene():
+    vehicles = jnp.array(
+        [[0.0, 0, 4, 2, 1, 0, 5], [3, 0, 4, 2, 1, 0, 5], [-8, 4, 4, 2, 1, 0, 0], [8, 0, -1, 2, 1, 0, 0]]
+    )
+    found = traffic.infractions(vehicles, jnp.ones(4, bool), band(), HALF)
+    np.testing.assert_array_equal(found.collides, [True, True, False, False])
+    np.testing.assert_array_equal(found.off_road, [False, False, True, False])
+    np.testing.assert_array_equal(found.degenerate, [False, False, False, True])
+    one = traffic.infractions(vehicles, jnp.array([True, False, False, False]), band(), HALF)
+    assert not any(map(np.any, one))
