@@ -16,6 +16,9 @@ HOMES = {
     "uvicorn": "gendiff/feedback",
     "PIL": "gendiff/feedback",
     "mujoco": "gendiff/data",
+    "shapely": "gendiff/data",
+    "libsumo": "gendiff/data",
+    "sumolib": "gendiff/data",
     "h5py": "gendiff/data",
     "sklearn": "gendiff/metrics",
 }
