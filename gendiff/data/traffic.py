@@ -5,6 +5,7 @@ one map are alike, so that maps, not scenes, are split into training, validation
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -15,12 +16,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 from tqdm import tqdm
 
 from gendiff.data import sumo
+from gendiff.oracles import traffic as oracle
+from gendiff.oracles.drivable import signed_distance
+from gendiff.training import capacity, padded
 
 VEHICLES = 12
 HALF = 50.0
@@ -110,17 +116,18 @@ def joined(parts: Sequence[Scenes]) -> Scenes:
 
 def valid(scenes: Scenes, how: Cut = Cut()) -> Bool[np.ndarray, " s"]:  # noqa: B008 (immutable)
     """Which scenes have neither an overlap nor a vehicle off the drivable area."""
-    import jax
+    n = len(scenes.world)
+    given = scenes.vehicles, scenes.present, scenes.distance
+    # Padded, so that maps with other numbers of scenes share the compiled program.
+    good = _valid(how, *(padded(part, capacity(n, 128)) for part in given))
+    return np.asarray(good)[:n]
 
-    from gendiff.oracles import traffic as oracle
 
-    infractions = jax.jit(jax.vmap(partial(oracle.infractions, half=how.half, tolerance=how.tolerance)))
-    parts = []
-    for start in range(0, len(scenes.world), 1024):
-        part = take(scenes, slice(start, start + 1024))
-        of = infractions(part.vehicles, part.present, np.asarray(part.distance, np.float32))
-        parts.append(~np.asarray(of.collides.any(-1) | of.off_road.any(-1)))
-    return np.concatenate([np.zeros(0, bool), *parts])
+@partial(jax.jit, static_argnums=0)
+def _valid(how: Cut, vehicles: Array, present: Array, distance: Array) -> Bool[Array, " s"]:
+    check = partial(oracle.infractions, half=how.half, tolerance=how.tolerance)
+    found = jax.vmap(check)(vehicles, present, distance.astype(jnp.float32))
+    return ~jnp.any(found.collides | found.off_road, -1)
 
 
 def _windows(
@@ -181,8 +188,6 @@ def distances(
       drivable: a shapely geometry.
     """
     import shapely
-
-    from gendiff.oracles.drivable import signed_distance
 
     margin = half * np.sqrt(2) + REACH
     low, high = window[:, :2].min(0) - margin, window[:, :2].max(0) + margin
@@ -285,7 +290,7 @@ def write(
                         pending[ahead] = pool.submit(_make, folder, recipe, ahead)
                 if number in pending:
                     pending.pop(number).result()
-                have, maps = have + len(_load(_file(folder, number)).world), number + 1
+                have, maps = have + len(_load(_file(folder, number), "world")[0]), number + 1
                 report(have)
                 if have >= scenes:
                     return maps
@@ -296,8 +301,6 @@ def write(
 
 
 def _make(folder: Path, recipe: Recipe, number: int) -> None:
-    import io
-
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **of_map(recipe, number)._asdict())
     _store(_file(folder, number), buffer.getvalue())
@@ -313,10 +316,10 @@ def _store(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def _load(path: Path) -> Scenes:
+def _load(path: Path, *names: str) -> list[np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return Scenes(**{name: stored[name] for name in Scenes._fields})
+            return [stored[name] for name in names]
     except Exception as error:  # a damaged archive has many ways to say so
         raise ValueError(f"traffic: {path}: expected the scenes of a map, given a damaged file ({error!r})") from None
 
@@ -330,7 +333,7 @@ def read(folder: Path, split: Split | None = None, scenes: int | None = None) ->
     paths = sorted(folder.glob("map-*.npz"))
     if not paths:
         raise ValueError(f"traffic: {folder}: expected files map-000000.npz .., given none; see `--help`")
-    every = joined([_load(path) for path in paths])
+    every = joined([Scenes(*_load(path, *Scenes._fields)) for path in paths])
     if scenes is not None:
         if len(every.world) < scenes:
             raise ValueError(f"traffic: {folder}: expected {scenes} scenes, given {len(every.world)}")

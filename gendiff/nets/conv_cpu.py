@@ -208,7 +208,7 @@ def _examples_last(x: Array) -> Array:
 # axis (Winograd 1980; Lavin and Gray 2016, "Fast algorithms for convolutional neural networks").  Tiles of the image
 # and the kernel become the values of polynomials at m + k - 1 points, one of them infinity, and are multiplied there.
 #
-# F(2 x 2, 3 x 3) takes 16 products instead of 36, and its rounding errors are about twice as large as those of the
+# F(2 x 2, 3 x 3) takes 16 products instead of 36, and its rounding errors are at most twice as large as those of the
 # plain convolution; F(4, 5) takes 8 instead of 20, and they are two to four times as large.
 
 Grid = Any
@@ -228,9 +228,8 @@ class Tiles(NamedTuple):
 
 def _toom_cook(m: int, k: int, points: Sequence[Fraction | int]) -> Tiles:
     """F(m, k) at m + k - 2 points and infinity (Toom 1963; Cook 1966)."""
-    polynomial = lambda roots: reduce(np.polymul, [[Fraction(1), -root] for root in roots], np.array([Fraction(1)]))[
-        ::-1
-    ]
+    one = np.array([Fraction(1)])
+    polynomial = lambda roots: reduce(np.polymul, [[Fraction(1), -root] for root in roots], one)[::-1]
     powers = lambda point, count: [Fraction(point) ** i for i in range(count)]
     rest = [[other for other in points if other != point] for point in points]
     image = [[*polynomial(others), 0] for others in rest] + [list(polynomial(points))]

@@ -54,6 +54,16 @@ def assert_close(given, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-3, float(np.abs(b).max())))
 
 
+def assert_as_lax(x, w, stride, padding):
+    """The value and all derivatives up to the second order."""
+    c = normal(2, *jax.eval_shape(lambda: reference(x, w, stride, padding)).shape)
+    ours, theirs = (
+        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, stride, padding), x, w, c))
+        for f in (correlate, reference)
+    )
+    assert_close(ours(x, w), theirs(x, w))
+
+
 def convolutions(function, *arguments):
     """The labels of all convolutions in the compiled program, and whether one is dilated or grouped."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
@@ -66,11 +76,7 @@ def convolutions(function, *arguments):
 def test_values_and_derivatives_are_those_of_lax(window, stride, padding, length, rank):
     how = (stride,) * rank, (padding,) * rank
     x, w = normal(0, 2, *(length,) * rank, 3), normal(1, *(window,) * rank, 3, 4)
-    c = normal(2, *jax.eval_shape(lambda: reference(x, w, *how)).shape)
-    ours, theirs = (
-        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, *how), x, w, c)) for f in (correlate, reference)
-    )
-    assert_close(ours(x, w), theirs(x, w))
+    assert_as_lax(x, w, *how)
 
 
 def test_extents_need_not_be_equal():
@@ -84,12 +90,7 @@ def test_extents_need_not_be_equal():
 def test_tiles(sides):
     # Kernels of 3 x 3 of many channels: in tiles, where the extents are even (the last are odd).
     x, w = normal(0, 2, 6, 8, 32), normal(1, 3, 3, 32, 40) / 10
-    c = normal(2, *jax.eval_shape(lambda: reference(x, w, (1, 1), sides)).shape)
-    ours, theirs = (
-        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, (1, 1), sides), x, w, c))
-        for f in (correlate, reference)
-    )
-    assert_close(ours(x, w), theirs(x, w))
+    assert_as_lax(x, w, (1, 1), sides)
     forwards = convolutions(lambda x, w: correlate(x, w, (1, 1), sides), x, w)
     assert bool(forwards) == (jax.default_backend() != "cpu" or sides[0] == (2, 1))
 
@@ -98,12 +99,7 @@ def test_tiles(sides):
 def test_tiles_in_a_row(sides):
     # Windows of 5 of many channels: in tiles of 4, unless their number does not divide the length (the last).
     x, w = normal(0, 2, 32, 40), normal(1, 5, 40, 32) / 14
-    c = normal(2, *jax.eval_shape(lambda: reference(x, w, (1,), sides)).shape)
-    ours, theirs = (
-        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, (1,), sides), x, w, c))
-        for f in (correlate, reference)
-    )
-    assert_close(ours(x, w), theirs(x, w))
+    assert_as_lax(x, w, (1,), sides)
     forwards = convolutions(lambda x, w: correlate(x, w, (1,), sides), x, w)
     assert bool(forwards) == (jax.default_backend() != "cpu" or sides[0] == (3, 2))
 
@@ -124,12 +120,7 @@ def test_toom_cook_is_the_convolution(m, k):
 def test_few_features(i, o, wide, sides):
     # Neighbours in a row together, in a window as `wide`, or products added up where there is hardly a feature (0).
     x, w = normal(0, 2, 6, 8, i), normal(1, 3, 3, i, o) / 10
-    c = normal(2, *jax.eval_shape(lambda: reference(x, w, (1, 1), sides)).shape)
-    ours, theirs = (
-        jax.jit(lambda x, w, f=f: derivatives(lambda x, w: f(x, w, (1, 1), sides), x, w, c))
-        for f in (correlate, reference)
-    )
-    assert_close(ours(x, w), theirs(x, w))
+    assert_as_lax(x, w, (1, 1), sides)
     if jax.default_backend() == "cpu" and sides[1] != (1, 2):  # which leaves rows that are odd
         text = jax.jit(lambda x, w: correlate(x, w, (1, 1), sides)).lower(x, w).compile().as_text()
         assert (f"window={{size=3x{wide} stride=1x{wide - 2}" in text) == (wide > 0)
