@@ -5,6 +5,7 @@ one map are alike, so that maps, not scenes, are split into training, validation
 """
 
 import argparse
+import importlib.metadata
 import io
 import json
 import multiprocessing
@@ -38,6 +39,15 @@ FINE = 0.25
 REACH = 20.0
 """Metres that distances are cut to."""
 Split: TypeAlias = Literal["train", "validation", "test"]
+EMBEDDED = Path(__file__).with_name("traffic_smoke.npz")
+"""The small data set that comes with the package."""
+SMOKE = 240
+"""Scenes of the small data set before those that its coarse map makes invalid are left out."""
+SMOKE_MOST = 12
+"""Scenes of one of its maps at most, so that they are from about 20."""
+SMOKE_CELLS = CELLS // 2
+QUANTUM = REACH / 127
+"""Metres of a step of its distances, which are rounded to 8 bits."""
 
 
 class Scenes(NamedTuple):
@@ -70,9 +80,17 @@ class Cut(NamedTuple):
 
 
 def cut(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
-    """Windows of all moments of a place: one each where it has a focus, else as many as do not share a vehicle.
+    """The windows of a place without those with an overlap, or a vehicle off the drivable area: simulators make a few.
 
-    Scenes with an overlap, or a vehicle off the drivable area, are left out: simulators make a few.
+    Raises:
+      ValueError: the place has no drivable area.
+    """
+    scenes = windows(place, number, seed, how)
+    return take(scenes, valid(scenes, how))
+
+
+def windows(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
+    """Windows of all moments of a place: one each where it has a focus, else as many as do not share a vehicle.
 
     Raises:
       ValueError: the place has no drivable area.
@@ -85,10 +103,8 @@ def cut(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes: 
         return empty(how)
     vehicles, present, window = (np.stack(part) for part in zip(*found, strict=True))
     distance = distances(place.drivable, window, how.half, how.cells)
-    scenes = Scenes(
-        vehicles.astype(np.float32), present, distance, window.astype(np.float32), np.full(len(window), number)
-    )
-    return take(scenes, valid(scenes, how))
+    world = np.full(len(window), number)
+    return Scenes(vehicles.astype(np.float32), present, distance, window.astype(np.float32), world)
 
 
 def empty(how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
@@ -119,13 +135,13 @@ def valid(scenes: Scenes, how: Cut = Cut()) -> Bool[np.ndarray, " s"]:  # noqa: 
     n = len(scenes.world)
     given = scenes.vehicles, scenes.present, scenes.distance
     # Padded, so that maps with other numbers of scenes share the compiled program.
-    good = _valid(how, *(padded(part, capacity(n, 128)) for part in given))
+    good = _valid(how.half, how.tolerance, *(padded(part, capacity(n, 128)) for part in given))
     return np.asarray(good)[:n]
 
 
-@partial(jax.jit, static_argnums=0)
-def _valid(how: Cut, vehicles: Array, present: Array, distance: Array) -> Bool[Array, " s"]:
-    check = partial(oracle.infractions, half=how.half, tolerance=how.tolerance)
+@jax.jit
+def _valid(half: float, tolerance: float, vehicles: Array, present: Array, distance: Array) -> Bool[Array, " s"]:
+    check = partial(oracle.infractions, half=half, tolerance=tolerance)
     found = jax.vmap(check)(vehicles, present, distance.astype(jnp.float32))
     return ~jnp.any(found.collides | found.off_road, -1)
 
@@ -251,14 +267,17 @@ def write(
     recipe: Recipe = Recipe(),  # noqa: B008 (immutable)
     workers: int | None = None,
     report: Callable[[int], Any] = lambda scenes: None,
+    most: int | None = None,
 ) -> int:
     """Makes maps 0, 1, .. until they have `scenes` scenes, a file each; after a kill the same call goes on.
 
-    Files appear whole, by renaming, so that a kill costs the maps that were under way.
+    Files appear whole, by renaming, so that a kill costs the maps that were under way.  SUMO is not needed where all of
+    them are there.
 
     Args:
       workers: processes; one a core unless given.
       report: called with the number of scenes so far.
+      most: of one map that count; its file holds all.
 
     Returns:
       Number of maps.
@@ -267,8 +286,9 @@ def write(
       ValueError: the folder holds other scenes.
       sumo.SumoError: SUMO is not installed, or fails.
     """
-    if scenes < 1:
-        raise ValueError(f"traffic: scenes: expected 1 or more, given {scenes}")
+    for name, number in (("scenes", scenes), ("most", most)):
+        if number is not None and number < 1:
+            raise ValueError(f"traffic: {name}: expected 1 or more, given {number}")
     folder.mkdir(parents=True, exist_ok=True)
     told = json.loads(json.dumps(recipe._asdict() | {"cut": recipe.cut._asdict()}))
     path = folder / "recipe.json"
@@ -285,12 +305,13 @@ def write(
         pending: dict[int, Future] = {}
         try:
             for number in count():
-                for ahead in range(number, number + 2 * workers):
-                    if ahead not in pending and not _file(folder, ahead).exists():
-                        pending[ahead] = pool.submit(_make, folder, recipe, ahead)
+                if number in pending or not _file(folder, number).exists():
+                    for ahead in range(number, number + 2 * workers):
+                        if ahead not in pending and not _file(folder, ahead).exists():
+                            pending[ahead] = pool.submit(_make, folder, recipe, ahead)
                 if number in pending:
                     pending.pop(number).result()
-                have, maps = have + len(_load(_file(folder, number), "world")[0]), number + 1
+                have, maps = have + counted(folder, number, most), number + 1
                 report(have)
                 if have >= scenes:
                     return maps
@@ -324,21 +345,108 @@ def _load(path: Path, *names: str) -> list[np.ndarray]:
         raise ValueError(f"traffic: {path}: expected the scenes of a map, given a damaged file ({error!r})") from None
 
 
-def read(folder: Path, split: Split | None = None, scenes: int | None = None) -> Scenes:
+def counted(folder: Path, number: int, most: int | None = None) -> int:
+    """How many scenes `stored` gives."""
+    n = len(_load(_file(folder, number), "world")[0])
+    return n if most is None else min(n, most)
+
+
+def stored(folder: Path, number: int, most: int | None = None) -> Scenes:
+    """The scenes of map `number` in the order of time; of more than `most` as many, spread evenly.
+
+    Raises:
+      ValueError: there is no such file, or it is damaged.
+    """
+    return spread(Scenes(*_load(_file(folder, number), *Scenes._fields)), most)
+
+
+def spread(scenes: Scenes, most: int | None) -> Scenes:
+    """Of more than `most` scenes as many, evenly spread."""
+    n = len(scenes.world)
+    return scenes if most is None or n <= most else take(scenes, np.arange(most) * n // most)
+
+
+def read(folder: Path, split: Split | None = None, scenes: int | None = None, most: int | None = None) -> Scenes:
     """The scenes of a split, or of all maps, in order; the first `scenes` of the folder's if given.
+
+    Args:
+      most: of one map, spread evenly.
 
     Raises:
       ValueError: the folder holds no scenes, or fewer.
     """
-    paths = sorted(folder.glob("map-*.npz"))
-    if not paths:
+    numbers = sorted(int(path.stem.removeprefix("map-")) for path in folder.glob("map-*.npz"))
+    if not numbers:
         raise ValueError(f"traffic: {folder}: expected files map-000000.npz .., given none; see `--help`")
-    every = joined([Scenes(*_load(path, *Scenes._fields)) for path in paths])
+    every = joined([stored(folder, number, most) for number in numbers])
     if scenes is not None:
         if len(every.world) < scenes:
             raise ValueError(f"traffic: {folder}: expected {scenes} scenes, given {len(every.world)}")
         every = take(every, slice(scenes))
-    return every if split is None else take(every, [split_of(int(number)) == split for number in every.world])
+    return of_split(every, split)
+
+
+def of_split(scenes: Scenes, split: Split | None) -> Scenes:
+    """Those of a split; all where it is None.
+
+    Raises:
+      ValueError: there is no such split.
+    """
+    if split is None:
+        return scenes
+    if split not in get_args(Split):
+        raise ValueError(f"traffic: split: expected one of {', '.join(get_args(Split))}, given {split!r}")
+    return take(scenes, [split_of(int(number)) == split for number in scenes.world])
+
+
+# The data set that comes with the package.
+
+
+def embedded(split: Split | None = None) -> Scenes:
+    """A few hundred scenes of about 20 maps, for runs of seconds without SUMO; distances on 64 x 64 cells.
+
+    Distances are rounded to multiples of `QUANTUM`, that is by 0.08 m at most; `valid(.., Cut(cells=64))` holds for all
+    scenes.  `python -m gendiff.data.traffic FOLDER --embed gendiff/data/traffic_smoke.npz` makes the file, with FOLDER
+    for the maps.
+
+    Raises:
+      ValueError: the file is damaged, or there is no such split.
+    """
+    vehicles, present, steps, window, world = _load(EMBEDDED, *Scenes._fields)
+    distance = _metres(np.cumsum(steps, 1, dtype=np.int8))
+    return of_split(Scenes(vehicles, present, distance, window, world.astype(int)), split)
+
+
+def embed(
+    folder: Path, path: Path, workers: int | None = None, report: Callable[[int], Any] = lambda scenes: None
+) -> int:
+    """Makes the file that `embedded` reads, with the maps in `folder`, and returns its number of scenes.
+
+    Raises:
+      ValueError: the folder holds other scenes.
+      sumo.SumoError: SUMO is not installed, or fails.
+    """
+    write(folder, SMOKE, Recipe(), workers, report, SMOKE_MOST)
+    scenes = read(folder, scenes=SMOKE, most=SMOKE_MOST)
+    steps = np.rint(halved(scenes.distance) / QUANTUM).astype(np.int8)
+    scenes = scenes._replace(distance=_metres(steps), world=scenes.world.astype(np.int16))
+    keep = valid(scenes, Cut(cells=SMOKE_CELLS))
+    # Differences along y, modulo 256, take two thirds of the room.
+    scenes = scenes._replace(distance=np.diff(steps, axis=1, prepend=np.int8(0)))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **take(scenes, keep)._asdict(), sumo=importlib.metadata.version("libsumo"))
+    _store(path, buffer.getvalue())
+    return int(keep.sum())
+
+
+def halved(distance: Float[np.ndarray, "s 2*n 2*n"]) -> Float[np.ndarray, "s n n"]:
+    """Distances at the centres of cells twice as wide, bilinear between those of the smaller ones, in float32."""
+    s, rows, columns = distance.shape
+    return distance.reshape(s, rows // 2, 2, columns // 2, 2).mean((2, 4), dtype=np.float32)
+
+
+def _metres(steps: np.ndarray) -> np.ndarray:
+    return (steps * np.float32(QUANTUM)).astype(np.float16)
 
 
 def main() -> None:
@@ -353,14 +461,19 @@ def main() -> None:
         "--kinds", nargs="+", choices=get_args(sumo.Kind), default=Recipe().kinds, help="of the maps in turn"
     )
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
+    parser.add_argument("--embed", type=Path, metavar="FILE", help="the package's small data set into FILE, no other")
     given = parser.parse_args()
-    with tqdm(total=given.scenes, unit=" scenes") as bar:
+    with tqdm(total=SMOKE if given.embed else given.scenes, unit=" scenes") as bar:
+        report = lambda have: bar.update(have - bar.n)
         try:
-            recipe = Recipe(given.seed, tuple(given.kinds))
-            maps = write(given.folder, given.scenes, recipe, given.workers, lambda have: bar.update(have - bar.n))
+            if given.embed:
+                made = f"{given.embed}: {embed(given.folder, given.embed, given.workers, report)} scenes"
+            else:
+                recipe = Recipe(given.seed, tuple(given.kinds))
+                made = f"{given.folder}: {write(given.folder, given.scenes, recipe, given.workers, report)} maps"
         except (ValueError, sumo.SumoError) as error:
             parser.error(str(error))
-    print(f"{given.folder}: {maps} maps")
+    print(made)
 
 
 if __name__ == "__main__":
