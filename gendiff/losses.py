@@ -16,6 +16,9 @@ from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time
 
 Loss: TypeAlias = Callable[[Params, PRNGKey, Any], Scalar]
 Weight: TypeAlias = Callable[[Time], Scalar]
+Bind: TypeAlias = Callable[[Params, Any], Params]
+"""(params, condition) -> the parameters for that condition: what depends on it, but neither on x nor on t, is computed
+here, once a sample and not at each of its steps."""
 
 
 def noised(process: Process, key: PRNGKey, x0: Sample) -> tuple[Sample, Time]:
@@ -54,15 +57,23 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
 
 
 def cross_entropy(process: Process, logit: Logit) -> Loss:
-    """Importance-weighted cross-entropy of Gen-neG, eq. 12; an example is (x_0, label in [0, 1], weight)."""
+    """Importance-weighted cross-entropy of Gen-neG, eq. 12; an example is (x_0, label in [0, 1], weight).
+
+    Of several logits, with as many labels, it is the sum.
+    """
 
     def loss(params: Params, key: PRNGKey, example: tuple[Sample, Scalar, Scalar]) -> Scalar:
         x0, label, weight = example
         x, t = noised(process, key, x0)
         value = logit(params, x, t)
-        return weight * (jax.nn.softplus(value) - label * value)
+        return weight * jnp.sum(jax.nn.softplus(value) - label * value)
 
     return loss
+
+
+def conditional(loss: Loss, bind: Bind) -> Loss:
+    """A loss of examples that have conditions: an example is (condition, example of `loss`)."""
+    return lambda params, key, example: loss(bind(params, example[0]), key, example[1])
 
 
 def distillation(process: Process, model: Model, teacher: Denoiser, weight: Weight) -> Loss:

@@ -18,8 +18,11 @@ Logit: TypeAlias = Callable[[Params, Sample, Time], Scalar]
 
 
 def log_probability(logit: Logit) -> Logit:
-    """log C = -softplus(-l), exact where sigmoid(l) has long rounded to 0 or 1.  Its gradient is (1 - C) grad l."""
-    return lambda params, x, t: jax.nn.log_sigmoid(logit(params, x, t))
+    """log C = -softplus(-l), exact where sigmoid(l) has long rounded to 0 or 1.  Its gradient is (1 - C) grad l.
+
+    Of several logits (one an agent, one a constraint) it is the sum: all of them at once, as if independent.
+    """
+    return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(logit(params, x, t)))
 
 
 def stack(potential: Logit, params: Params) -> Potential:

@@ -75,14 +75,20 @@ def classifier_time(
     return sample
 
 
-def ddpm(betas: ArrayLike) -> Process:
+def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
     """Discrete variance-preserving chain, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
 
     `betas[t - 1]` is beta_t; t = 0 is data, t = T is noise.  A time outside 0..T gives NaN, not a neighbour's value.
+
+    Args:
+      power: of the grids of fewer steps, T (i / n)^power: 1 is even, 2 (Song et al. 2021, appendix D.2) has more steps
+        near the data.
     """
     betas = np.asarray(betas, np.float64)
     if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
         raise ValueError(f"ddpm: expected a vector of betas in (0, 1), given shape {betas.shape}, values {betas}")
+    if not power > 0:
+        raise ValueError(f"ddpm: power: expected a positive number, given {power}")
     steps = len(betas)
     # In float64 on the host: a product of 1,000 factors near 1 loses digits in float32, for good.
     log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
@@ -94,7 +100,10 @@ def ddpm(betas: ArrayLike) -> Process:
     def grid(n: int) -> Array:
         if not 1 <= n <= steps:
             raise ValueError(f"ddpm: grid: expected 1 to {steps} steps, given {n}")
-        return jnp.round(jnp.linspace(steps, 0, n + 1)).astype(int)
+        times = np.round(steps * np.linspace(0, 1, n + 1) ** power)
+        # All different: from below at least a step each, and no more than leaves a step for each above.
+        times = np.maximum.accumulate(times - np.arange(n + 1)) + np.arange(n + 1)
+        return jnp.asarray(np.minimum(times, steps - n + np.arange(n + 1))[::-1].astype(int))
 
     within = lambda t: jnp.where(jnp.asarray(t) < 0, steps + 1, t)
     return Process(

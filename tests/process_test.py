@@ -213,3 +213,23 @@ def test_grids_and_schedules_of_few_steps():
     last = lambda betas: float(np.prod(np.sqrt(1 - betas)))
     full = last(process.sqrt_linear_betas(1000))
     assert abs(last(process.sqrt_linear_betas(100)) - full) < 0.02
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.3, 5.0))
+def test_grids_of_any_power_fall_from_noise_to_data(steps, n, power):
+    chain = process.ddpm(process.linear_betas(max(steps, 21)), power=power)
+    n = min(n, chain.steps)
+    grid = np.asarray(chain.grid(n))
+    assert grid[0] == chain.steps
+    assert grid[-1] == 0
+    assert len(grid) == n + 1
+    assert (np.diff(grid) < 0).all()
+    # Where the curve has room it is followed.
+    ideal = chain.steps * (np.arange(n, -1, -1) / n) ** power
+    room = np.abs(np.diff(ideal)).min() > 1
+    assert not room or np.abs(grid - ideal).max() <= 0.5 + 1e-6
+
+
+def test_a_power_must_be_positive():
+    with pytest.raises(ValueError, match="power: expected a positive number, given 0"):
+        process.ddpm(process.linear_betas(50), power=0)

@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     """(theta, x, t) -> x_0."""
     network: Logit
     """(phi, x, t) -> scalar, the classifier's logit without its shift."""
-    oracle: Oracle
+    oracle: Oracle | Callable[[Samples, Any], Samples]
     """Samples (n, *shape) -> Boolean (n,), True is good."""
     shape: tuple[int, ...]
     """Of one sample."""
@@ -54,6 +54,11 @@ class Problem(NamedTuple):
     """Draws the noise levels that classifiers train on."""
     chunk: int = 1024
     """Samples at a time and device."""
+    bind: losses.Bind | None = None
+    """Where samples have conditions (maps, texts): binds theta to one.  The oracle is then asked (samples, conditions)
+    and may answer with several labels a sample, (n, m); a sample is good if all of them are True."""
+    bind_network: losses.Bind | None = None
+    """The same for phi; the network may then give m logits."""
 
 
 class Guided(NamedTuple):
@@ -69,10 +74,13 @@ class Guided(NamedTuple):
 
 
 class Synthetic(NamedTuple):
-    """Labelled samples of one model."""
+    """Labelled samples of one model: arrays, or, where they have conditions, dicts of arrays.
 
-    positives: Samples
-    negatives: Samples
+    Then "x" are the samples, "row" (n,) the rows of their conditions, "labels" (n, m) the oracle's.
+    """
+
+    positives: Any
+    negatives: Any
     good: Any
     """Number of good samples among all draws, before any selection."""
     bad: Any
@@ -81,6 +89,18 @@ class Synthetic(NamedTuple):
     def alpha(self) -> float:
         """P(good) under the model, from all draws."""
         return float(self.good) / (float(self.good) + float(self.bad))
+
+    @property
+    def label_rate(self) -> float:
+        """Share of good labels among all of all draws: alpha, where a sample has one."""
+        if not isinstance(self.negatives, dict):
+            return self.alpha
+        return self.alpha + (1 - self.alpha) * float(np.mean(self.negatives["labels"]))
+
+    def relabelled(self, change: Callable[[Any], Any]) -> "Synthetic":
+        """The same samples with other labels: `change` of (n, m) Booleans, (n, l) or (n,)."""
+        positives, negatives = (each | {"labels": change(each["labels"])} for each in (self.positives, self.negatives))
+        return self._replace(positives=positives, negatives=negatives)
 
 
 class ClassifierTraining(NamedTuple):
@@ -96,6 +116,21 @@ class ClassifierTraining(NamedTuple):
     """balanced: the paper's N of each class.  all: each half from its whole class; the same optimum, less variance."""
     held_out: float = 0.1
     """Share of each class that is kept for validation and calibration."""
+    validation: int = 4096
+    """The most held-out samples of each class that a validation uses; calibration uses all."""
+
+
+def bound(problem: Problem, guided: Guided, condition: Any) -> Guided:
+    """The model for one condition; for None, the model itself."""
+    bind, bind_network = problem.bind, problem.bind_network
+    if condition is None:
+        return guided
+    if bind is None or bind_network is None:
+        raise ValueError("genneg: conditions: expected a problem with bind and bind_network, given None for them")
+    if guided.classifiers is None:
+        return Guided(bind(guided.theta, condition))
+    each = lambda classifier: classifier | {"net": bind_network(classifier["net"], condition)}
+    return Guided(bind(guided.theta, condition), potential.over_members(each, guided.classifiers))
 
 
 def logit(problem: Problem) -> Logit:
@@ -125,18 +160,28 @@ def _joined(classifiers: Params, classifier: Params) -> Params:
 
 
 def draw(
-    problem: Problem, guided: Guided, key: PRNGKey, n: int, mesh: jax.sharding.Mesh | None = None, scale: float = 1.0
+    problem: Problem,
+    guided: Guided,
+    key: PRNGKey,
+    n: int,
+    mesh: jax.sharding.Mesh | None = None,
+    scale: float = 1.0,
+    conditions: Any = None,
 ) -> Samples:
-    """n samples of a model."""
-    return _draw(problem, n, mesh, *distributed.place(mesh, (guided, key, scale)))
+    """n samples of a model; `conditions`, a pytree with n rows, one for each."""
+    return _draw(problem, n, mesh, *distributed.place(mesh, (guided, key, scale, conditions)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _draw(problem: Problem, n: int, mesh: Any, guided: Guided, key: PRNGKey, scale: float) -> Samples:
-    kernel = problem.kernel(problem.process, denoiser(problem, guided, scale))
+def _draw(problem: Problem, n: int, mesh: Any, guided: Guided, key: PRNGKey, scale: float, conditions: Any) -> Samples:
     grid = problem.process.grid(problem.steps)
-    one = lambda key: sampling.sample(problem.process, kernel, grid, key, problem.shape)
-    return distributed.chunked(one, jax.random.split(key, n), problem.chunk, mesh)
+
+    def one(given: tuple[PRNGKey, Any]) -> Sample:
+        key, condition = given
+        kernel = problem.kernel(problem.process, denoiser(problem, bound(problem, guided, condition), scale))
+        return sampling.sample(problem.process, kernel, grid, key, problem.shape)
+
+    return distributed.chunked(one, (jax.random.split(key, n), conditions), problem.chunk, mesh)
 
 
 def collect(
@@ -149,8 +194,12 @@ def collect(
     *,
     mesh: jax.sharding.Mesh | None = None,
     report: Callable[[int, int, dict[str, float]], None] = lambda done, of, metrics: None,
+    conditions: Any = None,
 ) -> Synthetic:
     """Draws batches until both classes have `per_class` samples, or `budget` samples have been drawn.
+
+    Args:
+      conditions: a pytree of arrays with one leading axis; each sample has one of its rows, at random.
 
     Raises:
       ValueError: the budget gave no sample of one class.
@@ -160,13 +209,11 @@ def collect(
     report(0, budget, {})
     while min(counts.values()) < per_class and sum(counts.values()) < budget:
         drawn = sum(counts.values())
-        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, drawn), batch, mesh))[: budget - drawn]
-        if not np.isfinite(samples).all():
-            raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
-        good = label(problem.oracle, samples)
+        samples, good = _labelled(problem, guided, jax.random.fold_in(key, drawn), batch, mesh, conditions)
+        samples, good = jax.tree.map(lambda a: a[: budget - drawn], (samples, good))  # noqa: B023 (used at once)
         for value in (True, False):
-            kept[value].append(samples[good == value])
-            counts[value] += len(kept[value][-1])
+            kept[value].append(jax.tree.map(lambda a: a[good == value], samples))  # noqa: B023
+            counts[value] += int((good == value).sum())
         report(sum(counts.values()), budget, {"good": counts[True], "bad": counts[False]})
     for value, name in ((True, "positive"), (False, "negative")):
         if counts[value] == 0:
@@ -175,7 +222,26 @@ def collect(
                 f"{'good' if value else 'bad'}, given 0 of {sum(counts.values())} draws (budget {budget}): take fewer "
                 "rounds, or a larger budget"
             )
-    return Synthetic(np.concatenate(kept[True]), np.concatenate(kept[False]), counts[True], counts[False])
+    joined = {value: jax.tree.map(lambda *parts: np.concatenate(parts), *kept[value]) for value in (True, False)}
+    return Synthetic(joined[True], joined[False], counts[True], counts[False])
+
+
+def _labelled(
+    problem: Problem, guided: Guided, key: PRNGKey, n: int, mesh: jax.sharding.Mesh | None, conditions: Any
+) -> tuple[Any, np.ndarray]:
+    """n samples, as `Synthetic` holds them, and which are good."""
+    rows, given = None, None
+    if conditions is not None:
+        choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        rows = choice.integers(0, len(jax.tree.leaves(conditions)[0]), n)
+        given = jax.tree.map(lambda a: a[rows], conditions)
+    samples = np.asarray(draw(problem, guided, key, n, mesh, conditions=given))
+    if not np.isfinite(samples).all():
+        raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
+    if conditions is None:
+        return samples, label(problem.oracle, samples)
+    labels = label(problem.oracle, samples, given)
+    return {"x": samples, "row": rows, "labels": labels}, np.asarray(labels.all(1))
 
 
 def _not_finite(samples: np.ndarray) -> str:
@@ -189,24 +255,29 @@ def split(synthetic: Synthetic, settings: ClassifierTraining, key: PRNGKey) -> t
     With select = "balanced" what the selection leaves over goes to the held-out set.
     """
     parts: tuple[list, list] = ([], [])
-    smaller = min(len(synthetic.positives), len(synthetic.negatives))
+    smaller = min(_size(synthetic.positives), _size(synthetic.negatives))
     shuffle = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # on the host, where the samples are
     for samples in (synthetic.positives, synthetic.negatives):
-        size = smaller if settings.select == "balanced" else len(samples)
-        order = shuffle.permutation(len(samples))
+        size = smaller if settings.select == "balanced" else _size(samples)
+        order = shuffle.permutation(_size(samples))
         held = max(1, int(settings.held_out * size))
         if size - held < 1:
-            raise ValueError(f"genneg: expected at least 2 samples of each class, given {len(samples)}")
-        parts[0].append(samples[order[held:size]])
-        parts[1].append(np.concatenate([samples[order[:held]], samples[order[size:]]]))
+            raise ValueError(f"genneg: expected at least 2 samples of each class, given {_size(samples)}")
+        for part, which in zip(parts, (order[held:size], np.concatenate([order[:held], order[size:]])), strict=True):
+            part.append(jax.tree.map(lambda a: a[which], samples))  # noqa: B023 (used at once)
     train, held_out = (synthetic._replace(positives=pair[0], negatives=pair[1]) for pair in parts)
     return train, held_out
 
 
+def _size(samples: Any) -> int:
+    return len(jax.tree.leaves(samples)[0])
+
+
 def classifier_loss(problem: Problem, shift: Scalar | float) -> losses.Loss:
-    """Cross-entropy of `network + shift`, an example is (x_0, label, weight)."""
+    """Cross-entropy of `network + shift`, an example is (x_0, label, weight), after its condition if it has one."""
     process = problem.process._replace(sample_time=problem.classifier_time)
-    return losses.cross_entropy(process, lambda phi, x, t: problem.network(phi, x, t) + shift)
+    plain = losses.cross_entropy(process, lambda phi, x, t: problem.network(phi, x, t) + shift)
+    return plain if problem.bind_network is None else losses.conditional(plain, problem.bind_network)
 
 
 def fit_classifier(
@@ -218,6 +289,7 @@ def fit_classifier(
     key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
     density: tuple[np.ndarray, np.ndarray] | None = None,
+    conditions: Any = None,
 ) -> Params:
     """phi with the least held-out loss (eq. 12), as {"net": phi, "shift": scalar}.
 
@@ -226,61 +298,70 @@ def fit_classifier(
       start: phi to begin from.
       density: how often each of the positives and negatives of `train` is to be drawn, relative to the others, where
         they are not plain samples of one model (replay).
+      conditions: those of `collect`.
     """
-    prior = float(np.log(train.alpha / (1 - train.alpha)))
+    rate = train.label_rate
+    prior = float(np.log(rate / (1 - rate)))
     importance = settings.weighting == "importance"
     positive, negative = (2 * train.alpha, 2 * (1 - train.alpha)) if importance else (1.0, 1.0)
     pools = (train.positives, train.negatives)
-    rows = training.capacity(max(map(len, pools)))
-    densities = tuple(np.ones(len(pool)) for pool in pools) if density is None else density
-    held = (held_out.positives[:HELD_OUT], held_out.negatives[:HELD_OUT])
+    rows = training.capacity(max(map(_size, pools)))
+    densities = tuple(np.ones(_size(pool)) for pool in pools) if density is None else density
+    most = settings.validation
+    held = tuple(jax.tree.map(lambda a: a[:most], each) for each in (held_out.positives, held_out.negatives))
     # Everything that differs between rounds is an argument, and pools are padded: all rounds share one program.
     context = {
-        "pools": tuple(training.padded(pool, rows) for pool in pools),
+        "pools": tuple(jax.tree.map(lambda a: training.padded(a, rows), pool) for pool in pools),
         "edges": tuple(np.cumsum(training.padded(each, rows), dtype=np.float64) for each in densities),
-        "held_out": tuple(training.padded(pool, HELD_OUT) for pool in held),
-        "counts": tuple(float(len(pool)) for pool in held),
+        "held_out": tuple(jax.tree.map(lambda a: training.padded(a, most), pool) for pool in held),
+        "counts": tuple(float(_size(pool)) for pool in held),
         "weights": (positive, negative),
         # Under importance weights the network learns log q1/q0 on top of the prior's log-odds: it starts calibrated.
         "shift": prior if importance else 0.0,
     }
-    context = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), context) | {"key": jax.random.fold_in(key, 2**31 - 1)}
+    whole = lambda a: np.issubdtype(np.asarray(a).dtype, np.integer)
+    context = jax.tree.map(lambda a: jnp.asarray(a, jnp.int32 if whole(a) else jnp.float32), context)
+    context |= {"key": jax.random.fold_in(key, 2**31 - 1), "conditions": conditions}
 
-    task = classifier_task(problem, settings.half)
+    task = classifier_task(problem, settings.half, most)
     state = training.train(key, start, task, context, settings.training, host)
     return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else prior)}
 
 
-HELD_OUT = 4096
-"""The most held-out samples of each class that a validation uses; calibration uses all."""
-
-
 @cache
-def classifier_task(problem: Problem, half: int) -> Callable[[dict], training.Task]:
+def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], training.Task]:
     """The task of `fit_classifier`; the same function for the same problem, so that all rounds share one program."""
 
     def task(context: dict) -> training.Task:
         loss = classifier_loss(problem, context["shift"])
         positive, negative = context["weights"]
 
+        def examples(halves: list, weights: Array) -> tuple:
+            """Of samples of both classes, equally many: (x_0, label, weight), after the condition if there is one."""
+            pool = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
+            n = len(weights)
+            if context["conditions"] is None:
+                return pool, jnp.repeat(jnp.array([1.0, 0.0]), n // 2, total_repeat_length=n), weights
+            condition = jax.tree.map(lambda a: a[pool["row"]], context["conditions"])
+            return condition, (pool["x"], pool["labels"], weights)
+
         def draw_batch(key: PRNGKey) -> tuple:
             halves = []
             for i, (pool, edges) in enumerate(zip(context["pools"], context["edges"], strict=True)):
                 places = edges[-1] * jax.random.uniform(jax.random.fold_in(key, i), (half,))
-                halves.append(pool[jnp.searchsorted(edges, places, side="right")])
-            labels = jnp.repeat(jnp.array([1.0, 0.0]), half, total_repeat_length=2 * half)
-            return jnp.concatenate(halves), labels, jnp.where(labels == 1, positive, negative)
+                rows = jnp.searchsorted(edges, places, side="right")
+                halves.append(jax.tree.map(lambda a: a[rows], pool))  # noqa: B023 (used at once)
+            return examples(halves, jnp.repeat(jnp.stack([positive, negative]), half, total_repeat_length=2 * half))
 
         def validate(phi: Params) -> Scalar:
-            samples = jnp.concatenate(context["held_out"])
-            labels = jnp.repeat(jnp.array([1.0, 0.0]), HELD_OUT, total_repeat_length=2 * HELD_OUT)
-            place = jnp.arange(2 * HELD_OUT) % HELD_OUT
-            share = jnp.where(labels == 1, positive / context["counts"][0], negative / context["counts"][1]) / 2
-            there = place < jnp.where(labels == 1, context["counts"][0], context["counts"][1])
+            place = jnp.arange(2 * most) % most
+            good = jnp.arange(2 * most) < most
+            share = jnp.where(good, positive / context["counts"][0], negative / context["counts"][1]) / 2
+            there = place < jnp.where(good, context["counts"][0], context["counts"][1])
             share = jnp.where(there, share, 0.0)
             # The same noise at every validation, on purpose.
-            keys = jax.random.split(jax.random.clone(context["key"]), len(samples))
-            return jnp.sum(jax.vmap(loss, (None, 0, 0))(phi, keys, (samples, labels, share)))
+            keys = jax.random.split(jax.random.clone(context["key"]), 2 * most)
+            return jnp.sum(jax.vmap(loss, (None, 0, 0))(phi, keys, examples(list(context["held_out"]), share)))
 
         return training.Task(loss, draw_batch, validate)
 
@@ -311,6 +392,8 @@ def distill(
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
     mesh: jax.sharding.Mesh | None = None,
     model: Model | None = None,
+    conditions: Any = None,
+    rows: Any = None,
 ) -> Params:
     """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
 
@@ -321,28 +404,44 @@ def distill(
       batch: examples a step.
       mesh: the devices that ask it.
       model: the student's, (psi, x, t) -> x_0; default the problem's own.
+      conditions, rows: those that samples may have, and the rows of those of x0.
     """
     if len(x0) == 0:
         raise ValueError("distill: x0: expected at least one sample, given none")
-    asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1)))
+    asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows))
     examples = teach(problem, mesh, *asked)
-    task = student_task(problem.model if model is None else model, problem.weight, batch)
-    return training.train(jax.random.fold_in(key, 2), start, task, examples, settings, host).best
+    model = problem.model if model is None else model
+    task = student_task(answer_loss(model, problem.weight), batch, problem.bind)
+    given = (examples, rows, conditions)
+    return training.train(jax.random.fold_in(key, 2), start, task, given, settings, host).best
 
 
 @cache
-def student_task(model: Model, weight: losses.Weight, batch: int) -> Callable[[tuple], training.Task]:
-    """The task of `distill`: regression on stored answers."""
+def answer_loss(model: Model, weight: losses.Weight) -> losses.Loss:
+    """Regression on stored answers; the same function for the same model."""
+    return losses.regression(model, weight)
 
-    def task(examples: tuple) -> training.Task:
-        loss = losses.regression(model, weight)
-        return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
+
+@cache
+def student_task(loss: losses.Loss, batch: int, bind: losses.Bind | None) -> Callable[[tuple], training.Task]:
+    """Batches of examples with their conditions, if any; the context is (examples, rows, conditions)."""
+
+    def task(context: tuple) -> training.Task:
+        examples, rows, conditions = context
+        if bind is None or conditions is None:
+            return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
+
+        def draw_batch(key: PRNGKey) -> tuple:
+            chosen, which = training.minibatch(key, (examples, rows), batch)
+            return jax.tree.map(lambda a: a[which], conditions), chosen
+
+        return training.Task(losses.conditional(loss, bind), draw_batch)
 
     return task
 
 
-def mixture(good: Samples, bad: Samples, n: int, key: PRNGKey, share: float = 0.25) -> np.ndarray:
-    """n points for `distill`, with replacement, `share` of them bad.
+def mixture(good: Any, bad: Any, n: int, key: PRNGKey, share: float = 0.25) -> Any:
+    """n points for `distill`, with replacement, `share` of them bad; arrays, or dicts of arrays as in `Synthetic`.
 
     A student that is asked about good samples alone never sees the regions that the teacher pushes samples out of, and
     what strays there stays there.
@@ -350,27 +449,40 @@ def mixture(good: Samples, bad: Samples, n: int, key: PRNGKey, share: float = 0.
     if not 0 <= share < 1:
         raise ValueError(f"genneg: share: expected a number in [0, 1), given {share}")
     for name, points in (("good", good), *([("bad", bad)] if share else [])):
-        if len(points) == 0:
+        if _size(points) == 0:
             raise ValueError(f"genneg: {name}: expected at least one sample, given none")
     pick = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-    parts = (good, n - int(share * n)), (bad, int(share * n))
-    return np.concatenate([np.asarray(points)[pick.integers(0, len(points), size)] for points, size in parts if size])
+    picked = []
+    for points, size in ((good, n - int(share * n)), (bad, int(share * n))):
+        if size:
+            rows = pick.integers(0, _size(points), size)
+            picked.append(jax.tree.map(lambda a: np.asarray(a)[rows], points))  # noqa: B023 (used at once)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def teach(problem: Problem, mesh: Any, teacher: Guided, x0: Samples, key: PRNGKey) -> tuple[Samples, Array, Samples]:
+def teach(
+    problem: Problem,
+    mesh: Any,
+    teacher: Guided,
+    x0: Samples,
+    key: PRNGKey,
+    conditions: Any = None,
+    rows: Any = None,
+) -> tuple[Samples, Array, Samples]:
     """An example (x_t, t, guided denoiser at x_t) for each x_0.
 
     At the classifiers' times, not the denoiser's: that is where the teacher differs from theta.
     """
-    guided = denoiser(problem, teacher)
     process = problem.process._replace(sample_time=problem.classifier_time)
 
-    def example(given: tuple[PRNGKey, Sample]) -> tuple[Sample, Time, Sample]:
-        x, t = losses.noised(process, *given)
-        return x, t, guided(x, t)
+    def example(given: tuple[PRNGKey, Sample, Any]) -> tuple[Sample, Time, Sample]:
+        key, x0, row = given
+        condition = None if conditions is None else jax.tree.map(lambda a: a[row], conditions)
+        x, t = losses.noised(process, key, x0)
+        return x, t, denoiser(problem, bound(problem, teacher, condition))(x, t)
 
-    return distributed.chunked(example, (jax.random.split(key, len(x0)), x0), problem.chunk, mesh)
+    return distributed.chunked(example, (jax.random.split(key, len(x0)), x0, rows), problem.chunk, mesh)
 
 
 def refit(
@@ -381,17 +493,20 @@ def refit(
     settings: training.Settings,
     key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
+    conditions: Any = None,
+    rows: Any = None,
 ) -> Params:
     """Rejection, then refit: the denoising loss on samples that the oracle accepts.  No classifier, no guidance."""
-
     if len(accepted) == 0:
         raise ValueError("refit: accepted: expected at least one sample, given none")
+    task = student_task(denoising_loss(problem), batch, problem.bind)
+    return training.train(key, start, task, (jnp.asarray(accepted), rows, conditions), settings, host).best
 
-    def task(points: Samples) -> training.Task:
-        loss = losses.denoising(problem.process, problem.model, problem.weight)
-        return training.Task(loss, lambda key: training.minibatch(key, points, batch))
 
-    return training.train(key, start, task, jnp.asarray(accepted), settings, host).best
+@cache
+def denoising_loss(problem: Problem) -> losses.Loss:
+    """The loss that theta was trained with; the same function for the same problem."""
+    return losses.denoising(problem.process, problem.model, problem.weight)
 
 
 class Round(NamedTuple):

@@ -40,6 +40,26 @@ def mean(values: ArrayLike) -> Estimate:
     return Estimate(value, value - half, value + half, n)
 
 
+def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean of values that come in groups (samples of one scene), with the percentile bootstrap over the groups.
+
+    Where all values are the same the bootstrap knows nothing: then it is Wilson's interval of one value a group, which
+    needs values in [0, 1].
+    """
+    values, groups = np.asarray(values, np.float64), np.asarray(groups)
+    if values.ndim != 1 or values.shape != groups.shape or not len(values):
+        raise ValueError(f"clustered: expected a group for each value, given shapes {groups.shape}, {values.shape}")
+    _, where = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(where, values), np.bincount(where)
+    value = float(values.mean())
+    if np.all(values == values[0]) and value in (0.0, 1.0):
+        return rate(round(value * len(counts)), len(counts))._replace(n=len(values))
+    rows = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
+    means = sums[rows].sum(1) / counts[rows].sum(1)
+    low, high = np.quantile(means, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return Estimate(value, float(low), float(high), len(values))
+
+
 def exact(value: float, n: int = 1) -> Estimate:
     """A count or a measured time: no interval."""
     return Estimate(float(value), float(value), float(value), n)

@@ -8,16 +8,12 @@ their edges are enough (Gottschalk, Lin and Manocha 1996, "OBBTree", section 5).
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Boxes = Float[Array, "*n 6"]
-Points = Float[Array, "*n p 2"]
+from gendiff.geometry import Boxes
 
 LEAST = 0.1
 """Metres: what a sampled length or width below it counts as."""
 HEADING = 0.5
 """How far |(cos, sin)| of a sample may be from 1 before the box counts as degenerate."""
-
-AROUND = jnp.array([(1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1)], jnp.float32) / 2
-"""Corners and, between them, the middles of the edges, in units of length and width."""
 
 
 def degenerate(boxes: Boxes) -> Bool[Array, "*n"]:
@@ -33,15 +29,6 @@ def mended(boxes: Boxes) -> Boxes:
     ahead = jnp.zeros_like(heading).at[..., 0].set(1)
     heading = jnp.where(size > 0, heading / jnp.where(size > 0, size, 1), ahead)
     return jnp.concatenate([boxes[..., :2], jnp.maximum(boxes[..., 2:4], LEAST), heading], -1)
-
-
-def outline(boxes: Boxes, corners_only: bool = False) -> Points:
-    """The four corners, in order around the box, and the middle of the edge after each: (8, 2), or (4, 2)."""
-    around = (AROUND[::2] if corners_only else AROUND).astype(boxes.dtype)
-    around = around.reshape((1,) * (boxes.ndim - 1) + around.shape)
-    along, across = jnp.moveaxis(around * boxes[..., None, 2:4], -1, 0)
-    cos, sin = boxes[..., None, 4], boxes[..., None, 5]
-    return boxes[..., None, :2] + jnp.stack([cos * along - sin * across, sin * along + cos * across], -1)
 
 
 def overlap(a: Boxes, b: Boxes, margin: float = 0.0) -> Bool[Array, "*n"]:

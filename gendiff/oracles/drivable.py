@@ -10,7 +10,7 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float
 from scipy import ndimage
 
-from gendiff.oracles import boxes
+from gendiff.geometry import outline
 
 TOLERANCE = 0.3
 """Metres that a box may reach beyond the drivable area."""
@@ -54,6 +54,6 @@ def off_road(
 
     Beyond the map nothing is known to be drivable.
     """
-    farthest = jnp.max(distance_at(distance, boxes.outline(vehicles), half), -1)
+    farthest = jnp.max(distance_at(distance, outline(vehicles), half), -1)
     off = ~(farthest <= tolerance)  # NaN is off the road
     return off if present is None else off & present

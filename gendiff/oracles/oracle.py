@@ -14,11 +14,16 @@ class OracleError(ValueError):
     """An oracle gave something else than one Boolean for each sample."""
 
 
-def label(oracle: Oracle, samples: Samples) -> np.ndarray:
-    """`oracle(samples)`, checked: one Boolean a sample; numbers are taken if each is exactly 0 or 1."""
-    given: Any = np.asarray(oracle(samples))
+def label(oracle: Callable[..., Valid], samples: Samples, conditions: Any = None) -> np.ndarray:
+    """`oracle(samples)`, checked: one Boolean a sample; numbers are taken if each is exactly 0 or 1.
+
+    With conditions it is `oracle(samples, conditions)`, which may give m Booleans a sample, (n, m).
+    """
     n = len(samples)
-    if given.shape != (n,):
+    given: Any = np.asarray(oracle(samples) if conditions is None else oracle(samples, conditions))
+    if conditions is not None and (given.ndim != 2 or len(given) != n):
+        raise OracleError(f"oracle: expected m Booleans a sample, shape ({n}, m), given shape {given.shape}")
+    if conditions is None and given.shape != (n,):
         raise OracleError(f"oracle: expected one Boolean a sample, shape ({n},), given shape {given.shape}")
     if given.dtype == np.bool_:
         return given

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gendiff.oracles import boxes, drivable
@@ -38,3 +39,21 @@ def infractions(
     pairs = boxes.collisions(shapes, present)
     off = drivable.off_road(distance, shapes, half, present, tolerance)
     return Infractions(pairs, jnp.any(pairs, -1), off, boxes.degenerate(vehicles[:, :6]) & present)
+
+
+def constraints(found: Infractions) -> Bool[Array, "*s m"]:
+    """Each constraint once, True where it holds: that a pair i < j does not overlap, in the order of
+    `numpy.triu_indices`, then that a vehicle is on the drivable area; m = k (k - 1) / 2 + k."""
+    rows, columns = np.triu_indices(found.collides.shape[-1], 1)
+    return jnp.concatenate([~found.pairs[..., rows, columns], ~found.off_road], -1)
+
+
+def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
+    """Which vehicles break no constraint; both of an overlapping pair do."""
+    holds = np.asarray(holds)
+    k = round((np.sqrt(1 + 8 * holds.shape[-1]) - 1) / 2)
+    pairs, good = holds[..., :-k], holds[..., -k:].copy()
+    for each, (i, j) in enumerate(zip(*np.triu_indices(k, 1), strict=True)):
+        good[..., i] &= pairs[..., each]
+        good[..., j] &= pairs[..., each]
+    return good

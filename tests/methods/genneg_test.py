@@ -434,3 +434,111 @@ def test_replay_weighs_all_rounds_back_to_the_first_model(select, problem, gauss
         assert abs(estimate - expected) < limit
     # Without the weights it is the mean of another model.
     assert abs(train.positives.mean() - stats.truncnorm(-np.inf, cut, mean, std).mean()) > 0.012
+
+
+# Samples with conditions: the mean of the Gaussian, whose sample is good where it is below EDGE and above -EDGE.
+
+
+@pytest.fixture(scope="module")
+def conditional(gaussian) -> Problem:
+    """x_0 given m is N(m, std^2), two constraints: x_0 < EDGE and x_0 > -EDGE."""
+    std = gaussian.stds[0]
+
+    def model(theta, x, t):
+        return theta["m"] + std**2 / (std**2 + t**2) * (x - theta["m"]) + 0 * theta["net"]
+
+    def network(phi, x, t):
+        expected = (phi["m"] + std**2 / (std**2 + t**2) * (x - phi["m"]))[0]
+        spread = std * t / jnp.sqrt(std**2 + t**2)
+        return phi["net"][0] * jnp.stack([EDGE - expected, expected + EDGE]) / spread + phi["net"][1]
+
+    bind = lambda params, condition: {"net": params, "m": condition["mean"]}
+    return Problem(
+        process=EDM,
+        model=model,
+        network=network,
+        oracle=lambda samples, conditions: np.stack([samples[:, 0] < EDGE, samples[:, 0] > -EDGE], 1),
+        shape=(1,),
+        kernel=sampling.heun,
+        steps=12,
+        weight=losses.edm_weight(std),
+        classifier_time=lambda key: jnp.exp(jax.random.uniform(key, (), minval=jnp.log(0.02), maxval=jnp.log(20.0))),
+        chunk=128,
+        bind=bind,
+        bind_network=bind,
+    )
+
+
+MEANS = {"mean": np.array([-0.9, 0.1, 0.8], np.float32)}
+THETA_0 = np.float32(0.0)
+
+
+@pytest.fixture(scope="module")
+def labelled(conditional) -> Synthetic:
+    return genneg.collect(conditional, Guided(THETA_0), jax.random.key(5), 400, 6000, 2000, conditions=MEANS)
+
+
+def test_each_sample_has_the_condition_that_it_was_drawn_for(conditional, labelled, gaussian):
+    both = [np.concatenate([labelled.positives[name], labelled.negatives[name]]) for name in ("x", "row")]
+    x, rows = both
+    for row, mean in enumerate(MEANS["mean"]):
+        of_row = x[rows == row, 0]
+        assert stats.kstest(of_row, stats.norm(mean, gaussian.stds[0]).cdf).pvalue > FALSE_ALARM / 3
+    assert labelled.positives["labels"].all()
+    assert not labelled.negatives["labels"].all(1).any()
+    np.testing.assert_array_equal(labelled.negatives["labels"][:, 0], labelled.negatives["x"][:, 0] < EDGE)
+    share = np.concatenate([labelled.positives["labels"], labelled.negatives["labels"]]).mean()
+    assert labelled.label_rate == pytest.approx(share, abs=1e-6)
+
+
+def test_scene_weights_leave_the_loss_of_each_label_unbiased(labelled):
+    """Halves of good and bad samples with weights 2 alpha and 2 (1 - alpha): the mean over all draws of any function of
+    sample and label is kept, also of labels that are good in bad samples."""
+    alpha = labelled.alpha
+    function = lambda part: (part["labels"] * np.array([3.0, -1.0]) + np.sin(part["x"]) * [1, 2]).sum(1)
+    good, bad = function(labelled.positives), function(labelled.negatives)
+    everything = np.concatenate([good, bad]).mean()
+    assert 0.5 * (2 * alpha * good.mean() + 2 * (1 - alpha) * bad.mean()) == pytest.approx(everything, rel=1e-6)
+    assert abs(0.5 * (good.mean() + bad.mean()) - everything) > 0.1
+
+
+def test_relabelled_changes_labels_alone(labelled):
+    changed = labelled.relabelled(lambda labels: labels.all(-1))
+    assert changed.negatives["labels"].shape == (len(labelled.negatives["x"]),)
+    assert changed.label_rate == changed.alpha
+    assert changed.positives["x"] is labelled.positives["x"]
+
+
+def test_a_classifier_of_several_constraints_keeps_most_of_them(conditional, labelled):
+    """A round with conditions: fewer bad samples, of every condition; and a student as good as its teacher."""
+    train, held_out = genneg.split(labelled, CLASSIFIER, jax.random.key(0))
+    settings = CLASSIFIER._replace(validation=200)
+    start = np.array([1.0, 0.0], np.float32)
+    classifier = genneg.fit_classifier(
+        conditional, train, held_out, start, settings, jax.random.key(1), conditions=jax.tree.map(jnp.asarray, MEANS)
+    )
+    guided = genneg.append(Guided(THETA_0), classifier)
+    rows = np.repeat(np.arange(3), 2000)
+    given = {"mean": MEANS["mean"][rows]}
+    bad = lambda x: ~((x[:, 0] < EDGE) & (x[:, 0] > -EDGE)).reshape(3, -1)
+    before = bad(np.asarray(genneg.draw(conditional, Guided(THETA_0), jax.random.key(2), 6000, conditions=given)))
+    after = bad(np.asarray(genneg.draw(conditional, guided, jax.random.key(3), 6000, conditions=given)))
+    assert (after.mean(1) < 0.6 * before.mean(1)).all()
+
+
+def test_the_teacher_answers_for_the_sample_s_own_condition(conditional, gaussian):
+    x0, rows = np.zeros((30, 1), np.float32), np.arange(30) % 3
+    x, t, target = genneg.teach(conditional, None, Guided(THETA_0), x0, jax.random.key(4), MEANS, rows)
+    mean, variance = MEANS["mean"][rows], gaussian.stds[0] ** 2
+    expected = mean + variance / (variance + np.asarray(t) ** 2) * (np.asarray(x)[:, 0] - mean)
+    np.testing.assert_allclose(np.asarray(target)[:, 0], expected, atol=1e-5)
+
+
+def test_conditions_without_bind_are_an_error(problem):
+    with pytest.raises(ValueError, match="conditions: expected a problem with bind"):
+        genneg.bound(problem, Guided(THETA), {"mean": 0.0})
+    with pytest.raises(ValueError, match="expected m Booleans a sample"):
+        genneg.collect(
+            problem._replace(bind=lambda p, c: p, bind_network=lambda p, c: p, oracle=lambda x, c: x[:, 0] < EDGE),
+            Guided(THETA), jax.random.key(0), 10, 100, 100, conditions=MEANS,
+        )  # fmt: skip

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gendiff.geometry import outline
 from gendiff.oracles import boxes
 
 PAIRS = 100_000
@@ -103,10 +104,10 @@ def test_collisions_of_a_scene():
 
 
 def test_outline():
-    (turned,) = boxes.outline(jnp.array([[1.0, 2, 4, 2, 0, 1]]))
+    (turned,) = outline(jnp.array([[1.0, 2, 4, 2, 0, 1]]))
     expected = [(0, 4), (1, 4), (2, 4), (2, 2), (2, 0), (1, 0), (0, 0), (0, 2)]
     np.testing.assert_allclose(turned, expected, atol=1e-6)
-    np.testing.assert_allclose(boxes.outline(jnp.array([1.0, 2, 4, 2, 0, 1]), corners_only=True), turned[::2])
+    np.testing.assert_allclose(outline(jnp.array([1.0, 2, 4, 2, 0, 1]), corners_only=True), turned[::2])
 
 
 def test_degenerate_boxes_are_counted_and_mended():

@@ -71,3 +71,28 @@ def test_infractions_of_a_scene():
     np.testing.assert_array_equal(found.degenerate, [False, False, False, True])
     one = traffic.infractions(vehicles, jnp.array([True, False, False, False]), band(), HALF)
     assert not any(map(np.any, one))
+
+
+def test_constraints_hold_each_once():
+    """Against the definition, vehicle by vehicle and pair by pair."""
+    rng = np.random.default_rng(3)
+    k = 6
+    vehicles = np.concatenate(
+        [rng.uniform(-9, 9, (20, k, 2)), np.full((20, k, 2), [5.0, 2.0]), rng.normal(size=(20, k, 3))], -1
+    )
+    present = rng.random((20, k)) < 0.8
+    found = [
+        traffic.infractions(jnp.asarray(v), jnp.asarray(p), band(), HALF)
+        for v, p in zip(vehicles, present, strict=True)
+    ]
+    for each in found:
+        holds = np.asarray(traffic.constraints(each))
+        pairs = [(i, j) for i in range(k) for j in range(i + 1, k)]
+        assert holds.shape == (len(pairs) + k,)
+        for (i, j), good in zip(pairs, holds, strict=False):
+            assert good == (not each.pairs[i, j])
+        bad = np.asarray(each.collides | each.off_road)
+        np.testing.assert_array_equal(holds[len(pairs) :], ~np.asarray(each.off_road))
+        np.testing.assert_array_equal(traffic.by_agent(holds), ~bad)
+        assert holds.all() == (not bad.any())
+    assert 0 < sum(bool(np.asarray(each.collides).any()) for each in found) < 20

@@ -1,0 +1,69 @@
+"""How real scenes of traffic look: marginals of speed, heading and gaps, and their distances to those of real ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from scipy.stats import wasserstein_distance
+
+from gendiff.oracles import boxes
+from gendiff.oracles.drivable import distance_at
+
+LANE = 1.5
+"""Metres to the side within which another vehicle is ahead."""
+PROBE = 1.0
+"""Metres over which the direction of the road's edge is read from the map."""
+
+Marginals = dict[str, Float[np.ndarray, " n"]]
+
+
+def marginals(
+    vehicles: Float[np.ndarray, "s k 7"],
+    present: Bool[np.ndarray, "s k"],
+    distance: Float[np.ndarray, "s c c"],
+    half: float,
+) -> Marginals:
+    """Speed in m/s; degrees, 0 to 90, between a vehicle and the nearest edge of the drivable area; metres of road to
+    the next vehicle ahead, negative where they overlap, of those that have one.  Each of all vehicles of all scenes."""
+    shapes = boxes.mended(jnp.asarray(vehicles[..., :6]))
+    angle = np.asarray(_angles(shapes, jnp.asarray(distance, jnp.float32), half))
+    gap = np.asarray(_gaps(shapes, jnp.asarray(present)))
+    return {
+        "speed": vehicles[..., 6][present].astype(np.float64),
+        "heading": angle[present & np.isfinite(angle)].astype(np.float64),
+        "gap": gap[np.isfinite(gap)].astype(np.float64),
+    }
+
+
+@jax.jit
+def _angles(shapes: Float[Array, "s k 6"], distance: Float[Array, "s c c"], half: float) -> Float[Array, "s k"]:
+    def of_scene(shapes: Array, distance: Array) -> Array:
+        steps = jnp.array([[PROBE, 0.0], [0.0, PROBE]])
+        slopes = [
+            distance_at(distance, shapes[:, :2] + step[None], half)
+            - distance_at(distance, shapes[:, :2] - step[None], half)
+            for step in steps
+        ]
+        normal = jnp.stack(slopes, -1)
+        size = jnp.linalg.norm(normal, axis=-1)
+        aligned = jnp.abs(jnp.sum(normal * shapes[:, 4:6], -1)) / jnp.where(size > 0, size, jnp.nan)
+        return jnp.degrees(jnp.arcsin(jnp.clip(aligned, 0, 1)))
+
+    return jax.vmap(of_scene)(shapes, distance)
+
+
+@jax.jit
+def _gaps(shapes: Float[Array, "s k 6"], present: Bool[Array, "s k"]) -> Float[Array, "s k"]:
+    way = shapes[:, None, :, :2] - shapes[:, :, None, :2]
+    cos, sin = shapes[:, :, None, 4], shapes[:, :, None, 5]
+    ahead = way[..., 0] * cos + way[..., 1] * sin
+    aside = way[..., 1] * cos - way[..., 0] * sin
+    length = shapes[..., 2]
+    there = (ahead > 0) & (jnp.abs(aside) < LANE) & present[:, :, None] & present[:, None, :]
+    return jnp.min(jnp.where(there, ahead - (length[:, :, None] + length[:, None, :]) / 2, jnp.inf), -1)
+
+
+def differences(given: Marginals, real: Marginals) -> dict[str, float]:
+    """Wasserstein's distance of each marginal to the real one, in its unit; infinite where there is nothing."""
+    both = {name: (given[name], real[name]) for name in real}
+    return {name: float(wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf for name, pair in both.items()}

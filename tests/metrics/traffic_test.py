@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+
+from gendiff.metrics import traffic
+
+HALF, CELLS = 20.0, 80
+
+
+def road() -> np.ndarray:
+    """A road along x of 8 m: |y| <= 4."""
+    y = (np.arange(CELLS) + 0.5) * (2 * HALF / CELLS) - HALF
+    return np.broadcast_to((np.abs(y) - 4)[:, None], (CELLS, CELLS)).astype(np.float32)
+
+
+def scene(*vehicles: tuple[float, ...]) -> np.ndarray:
+    return np.asarray([[[x, y, length, 2.0, np.cos(yaw), np.sin(yaw), speed] for x, y, length, yaw, speed in vehicles]])
+
+
+def test_marginals_of_a_scene_that_can_be_read_off():
+    given = scene((0, 2, 4, 0, 3), (10, 2.5, 6, 0, 5), (-3, -2, 4, np.pi, 7), (6, -2.2, 4, np.pi + np.radians(20), 9))
+    present = np.ones((1, 4), bool)
+    found = traffic.marginals(given, present, road()[None], HALF)
+    np.testing.assert_allclose(found["speed"], [3, 5, 7, 9])
+    # 0 -> 1: 10 - (4 + 6) / 2.  3 -> 2 is turned: along its heading, 9 cos 20 - 0.2 sin 20, aside by more than a lane.
+    np.testing.assert_allclose(found["gap"], [5.0], atol=1e-5)
+    np.testing.assert_allclose(found["heading"], [0, 0, 0, 20], atol=0.05)
+
+
+def test_the_absent_do_not_count():
+    given = scene((0, 2, 4, 0, 3), (10, 2, 6, 0, 5))
+    found = traffic.marginals(given, np.array([[True, False]]), road()[None], HALF)
+    assert found["speed"].tolist() == [3]
+    assert len(found["gap"]) == 0
+
+
+def test_distances_between_marginals():
+    rng = np.random.default_rng(0)
+    real = {"speed": rng.normal(size=500), "gap": rng.normal(size=300)}
+    same = traffic.differences(real, real)
+    assert same == {"speed": 0.0, "gap": 0.0}
+    moved = traffic.differences({name: values + 2.5 for name, values in real.items()}, real)
+    assert moved["speed"] == pytest.approx(2.5)
+    assert traffic.differences({"speed": real["speed"], "gap": np.zeros(0)}, real)["gap"] == np.inf
