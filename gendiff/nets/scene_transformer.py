@@ -1,0 +1,349 @@
+"""A transformer over the vehicles of a traffic scene, for denoisers and for classifiers.
+
+Vehicles are a set: nothing tells their order, so that the network is equivariant to permutations.  What one vehicle is
+to another (where it stands, how much room is between them) enters self-attention as a relative positional encoding in
+queries, keys and values (Wu et al. 2021, "Rethinking and improving relative position encoding", eq. 16, with a network
+in place of their table); the map enters by cross-attention, and by the distances to the edge of the drivable area that
+each vehicle reads from it at its own, noisy, outline.
+"""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Bool, Float
+
+from gendiff.geometry import outline
+from gendiff.nets.mlp import sine_cosine, sinusoidal
+from gendiff.types import Params, Scalar
+
+Head: TypeAlias = Literal["denoise", "scene", "agent", "pair"]
+RELATIONS = 18
+"""Numbers that `relations` gives for a pair."""
+ABSENT = 1e4
+"""Logit of what is not there: its log C and the gradient of it are 0 in float32."""
+
+
+class Place(NamedTuple):
+    """What a scene is conditioned on."""
+
+    distance: Float[Array, "c c"]
+    """Signed distance to the edge of the drivable area in metres; see `gendiff.oracles.drivable`."""
+    present: Bool[Array, " k"]
+
+
+class Units(NamedTuple):
+    """Metres of the network's coordinates, x = scale u + shift, for (x, y, length, width, cos, sin, speed)."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+    half: float
+    """Half the width of the map."""
+
+    def metres(self, u: Float[Array, "*s k 7"]) -> Float[Array, "*s k 7"]:
+        """Vehicles in metres, radians' cosines and sines, and m/s."""
+        shift, scale = self._arrays(u)
+        return u * scale + shift
+
+    def normalised(self, vehicles: Float[Array, "*s k 7"], present: Bool[Array, "*s k"]) -> Float[Array, "*s k 7"]:
+        """The network's coordinates; zeros for what is not present."""
+        shift, scale = self._arrays(vehicles)
+        return jnp.where(present[..., None], (vehicles - shift) / scale, 0.0)
+
+    def _arrays(self, like: Array) -> tuple[Array, Array]:
+        one = (1,) * (like.ndim - 1) + (7,)
+        return jnp.asarray(self.shift, jnp.float32).reshape(one), jnp.asarray(self.scale, jnp.float32).reshape(one)
+
+
+class MapEncoder(nn.Module):
+    """A map -> the keys and values of the attention to it, (2, heads, width / heads, tokens), the same for all layers.
+
+    They depend on neither the vehicles nor the noise: a sampler computes them once.
+    """
+
+    width: int
+    heads: int
+    channels: tuple[int, ...] = (64, 128)
+    """Of squares of 8 x 8 cells, and then of squares of 2 x 2 of those before."""
+
+    @nn.compact
+    def __call__(self, distance: Float[Array, "c c"]) -> Float[Array, "2 heads each tokens"]:
+        """Keys and values; raises ValueError for a map that is not square, or not a multiple of the squares."""
+        least = 8 * 2 ** (len(self.channels) - 1)
+        if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] % least:
+            raise ValueError(
+                f"MapEncoder: distance: expected square maps of a multiple of {least} cells, given {distance.shape}"
+            )
+        near = squares(distance[..., None], 8).astype(jnp.float32)
+        h = jnp.concatenate([near / 20, jnp.tanh(near), jnp.tanh(near / 4)], -1)
+        for i, channels in enumerate(self.channels):
+            h = nn.silu(nn.Dense(channels, name=f"squares{i}")(squares(h, 2) if i else h))
+            h = h + nn.silu(nn.Dense(channels, name=f"mix{i}")(h))
+        side = h.shape[0]
+        centre = (jnp.arange(side) + 0.5) / side * 2 - 1
+        y, x = (each.ravel() for each in jnp.meshgrid(centre, centre, indexing="ij"))
+        h = jnp.concatenate([h.reshape(side * side, -1), waves(jnp.stack([x, y], -1))], -1)
+        tokens = nn.Dense(self.width, name="tokens")(h)
+        tokens = nn.LayerNorm(name="norm")(tokens)
+        out = nn.Dense(2 * self.width, use_bias=False, name="out")(tokens)
+        # In the order in which both products of an attention read them.
+        return jnp.moveaxis(out.reshape(side * side, 2, self.heads, -1), 0, -1)
+
+
+def squares(x: Float[Array, "h w i"], side: int) -> Float[Array, "h/side w/side side*side*i"]:
+    """Squares that do not overlap, each flattened: with a matrix they are a convolution whose window is its stride."""
+    h, w, i = x.shape
+    parts = x.reshape(h // side, side, w // side, side, i)
+    return jnp.moveaxis(parts, 2, 1).reshape(h // side, w // side, side * side * i)
+
+
+def waves(at: Float[Array, "n 2"], octaves: int = 6) -> Float[Array, "n 4*octaves"]:
+    """Sines and cosines of x and y, in units of half the map; the finest wave is 2^(1 - octaves) of that long."""
+    # Bounded before the octaves: far from the map a wave says nothing.
+    phase = jnp.clip(at, -1.5, 1.5)[..., None] * (jnp.pi * 2.0 ** jnp.arange(octaves))[None, None]
+    return jnp.concatenate(sine_cosine(phase), -1).reshape(len(at), -1)
+
+
+def heading(vehicles: Float[Array, "k 7"]) -> Float[Array, "k 2"]:
+    """The direction of (cos, sin), shorter where noise leaves hardly any: smooth everywhere."""
+    given = vehicles[:, 4:6]
+    return given / jnp.sqrt(jnp.sum(given**2, -1, keepdims=True) + 0.01)
+
+
+def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k 18"]:
+    """What vehicle j (axis 1) is to vehicle i (axis 0).
+
+    The way to it, in the window's frame and in i's; its heading in i's frame; the gaps between the two boxes along i's
+    two axes, and the largest of the four gaps along both boxes' axes, positive if and only if the boxes are apart
+    (the separating axis theorem); whether i is j.
+
+    Args:
+      vehicles: in metres, noisy.
+      noise: standard deviation of the noise of x and y in metres, which sets how sharply gaps are seen.
+    """
+    ahead = heading(vehicles)
+    way = vehicles[None, :, :2] - vehicles[:, None, :2]
+    turned = lambda v: jnp.stack(
+        [jnp.sum(v * ahead[:, None], -1), v[..., 1] * ahead[:, None, 0] - v[..., 0] * ahead[:, None, 1]], -1
+    )
+    mine, turn = turned(way), turned(jnp.broadcast_to(ahead[None], way.shape))
+    far = jnp.sqrt(jnp.sum(way**2, -1) + 1e-2)
+    cos, sin = jnp.abs(turn[..., 0]), jnp.abs(turn[..., 1])
+    length, width = vehicles[:, 2], vehicles[:, 3]
+    along = jnp.abs(mine[..., 0]) - 0.5 * (length[:, None] + length[None] * cos + width[None] * sin)
+    across = jnp.abs(mine[..., 1]) - 0.5 * (width[:, None] + length[None] * sin + width[None] * cos)
+    apart = jnp.maximum(along, across)
+    apart = jnp.maximum(apart, apart.T)
+    gaps = jnp.stack([along, across, apart], -1)
+    same = jnp.eye(len(vehicles))
+    return jnp.concatenate(
+        [
+            way / 25,
+            mine / 25,
+            turn,
+            jnp.stack([far / 25, jnp.log(1 + far) / 3, same], -1),
+            gaps / 25,
+            jnp.tanh(gaps / 3),
+            jnp.tanh(gaps / (noise + 0.3)),
+        ],
+        -1,
+    )
+
+
+def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half: float) -> Float[Array, "k 9"]:
+    """The signed distance to the edge of the drivable area, in metres, at the outline and the centre of each vehicle.
+
+    Beyond the map it is that of the map's edge, and a metre more for each metre.
+    """
+    shapes = jnp.concatenate([vehicles[:, :4], heading(vehicles)], -1)
+    points = jnp.concatenate([outline(shapes), vehicles[:, None, :2]], 1)
+    cells = distance.shape[0]
+    place = [(points[..., axis] / half + 1) * (cells / 2) - 0.5 for axis in (1, 0)]
+    beyond = jnp.sum(jnp.maximum(jnp.abs(points) - half, 0), -1)
+    return map_coordinates(distance.astype(jnp.float32), place, order=1, mode="nearest") + beyond
+
+
+class SceneTransformer(nn.Module):
+    """(u, c_noise, place, keys and values of the map) -> what the head gives.
+
+    u = x_t / sqrt(alpha^2 + sigma^2) and c_noise = ln(sigma / alpha) / 4 are the same numbers for DDPM and for EDM with
+    sigma_data 1.  Heads: "denoise" gives (k, 7); "scene" a logit; "agent" (k,); "pair" (k (k - 1) / 2 + k,): logits
+    of each pair i < j, that it does not overlap, in the order of `numpy.triu_indices`, then of each vehicle, that it
+    is on the drivable area.  Logits of what is not present are ABSENT.
+    """
+
+    units: Units
+    head: Head = "denoise"
+    width: int = 128
+    layers: int = 4
+    heads: int = 8
+    expansion: int = 2
+    """Width of the feed-forward layers in units of the width."""
+    hidden: int = 32
+    """Width of the network of the relative encodings."""
+
+    @nn.compact
+    def __call__(
+        self, u: Float[Array, "k 7"], c_noise: Scalar, place: Place, memory: Float[Array, "2 heads each tokens"]
+    ) -> Array:
+        """The head's output."""
+        present = place.present
+        vehicles = self.units.metres(u)
+        noise = self.units.scale[0] * jnp.sqrt(jax.nn.sigmoid(8 * c_noise))  # sigma^2 / (alpha^2 + sigma^2)
+        related = relations(vehicles, noise)
+        beside = roadside(vehicles, place.distance, self.units.half)
+        time = nn.silu(nn.Dense(64, name="time")(sinusoidal(c_noise, 32)))
+        own = jnp.concatenate(
+            [
+                u,
+                waves(vehicles[:, :2] / self.units.half),
+                jnp.tanh(beside / 20),
+                jnp.tanh(beside / 3),
+                jnp.tanh(beside / (noise + 0.3)),
+            ],
+            -1,
+        )
+        # The hidden layers of all encodings in one product: it has few columns as it is.
+        encoded = nn.Dense(self.layers * self.hidden, name="relation")(related)
+        encoded += nn.Dense(self.layers * self.hidden, use_bias=False, name="related_when")(time)[None, None]
+        encoded = jnp.split(nn.silu(encoded), self.layers, -1)
+        h = nn.Dense(self.width, name="input")(own) + nn.Dense(self.width, use_bias=False, name="when")(time)[None]
+        for i in range(self.layers):
+            film = nn.Dense(12 * self.width, kernel_init=nn.initializers.zeros, name=f"film{i}")(time)
+            film = film.reshape(4, 3, 1, self.width)
+            parts = (
+                RelativeAttention(self.heads, name=f"self{i}"),
+                FeedForward(self.expansion, name=f"after_self{i}"),
+                CrossAttention(self.heads, name=f"map{i}"),
+                FeedForward(self.expansion, name=f"after_map{i}"),
+            )
+            given: tuple[tuple[Any, ...], ...] = ((encoded[i], present), (), (memory,), ())
+            for part, arguments, (gain, offset, gate) in zip(parts, given, film, strict=True):
+                inner = nn.LayerNorm(use_bias=False, use_scale=False)(h) * (1 + gain) + offset
+                h = h + (1 + gate) * part(inner, *arguments)
+        h = nn.LayerNorm(name="norm")(h)
+        return self._read(h, related, present)
+
+    def _read(self, h: Array, related: Array, present: Array) -> Array:
+        k = len(h)
+        last = lambda features, name: nn.Dense(features, kernel_init=nn.initializers.zeros, name=name)
+        if self.head == "denoise":
+            return last(7, "output")(h)
+        if self.head == "scene":
+            share = present.astype(jnp.float32) / jnp.sum(present)
+            return last(1, "output")(nn.silu(nn.Dense(self.width, name="pooled")(share @ h)))[0]
+        agents = jnp.where(present, last(1, "output")(h)[:, 0], ABSENT)
+        if self.head == "agent":
+            return agents
+        one, other = (nn.Dense(self.width // 2, name=name)(h) for name in ("one", "other"))
+        inner = one[:, None] + other[None] + nn.Dense(self.width // 2, use_bias=False, name="related")(related)
+        logits = last(1, "pairs")(nn.silu(inner))[..., 0]
+        rows, columns = np.triu_indices(k, 1)
+        both = present[rows] & present[columns]
+        return jnp.concatenate([jnp.where(both, (logits + logits.T)[rows, columns], ABSENT), agents])
+
+
+class FeedForward(nn.Module):
+    """W2 gelu(W1 h), the second matrix 0 at first."""
+
+    expansion: int
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "k d"]) -> Float[Array, "k d"]:
+        """The layer."""
+        d = h.shape[-1]
+        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+        return nn.Dense(d, kernel_init=small)(nn.gelu(nn.Dense(self.expansion * d)(h)))
+
+
+class CrossAttention(nn.Module):
+    """Attention from vehicles to keys and values of a map."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, h: Float[Array, "k d"], memory: Float[Array, "2 heads each tokens"]) -> Float[Array, "k d"]:
+        """The layer."""
+        k, d = h.shape
+        q = nn.Dense(d, use_bias=False, name="q")(h).reshape(k, self.heads, -1)
+        logits = jnp.einsum("ihe,hem->him", q, memory[0]) / q.shape[-1] ** 0.5
+        mixed = jnp.einsum("him,hem->ihe", jax.nn.softmax(logits, -1), memory[1])
+        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+        return nn.Dense(d, kernel_init=small, name="out")(mixed.reshape(k, d))
+
+
+class RelativeAttention(nn.Module):
+    """Self-attention with encodings R_ij of relations in queries, keys and values (Wu et al. 2021, eq. 16).
+
+        logit_ij = (q_i . k_j + q_i . R^k_ij + k_j . R^q_ji) / sqrt(e),   out_i = sum_j a_ij (v_j + R^v_ij)
+
+    R_ij = W r_ij with r = silu(U relation + V time), one hidden layer for the three and one W for each.  W is linear:
+    q_i . W r = (W^T q_i) . r, so that the encodings themselves, k^2 vectors of the full width, are never made.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(
+        self, h: Float[Array, "k d"], r: Float[Array, "k k f"], present: Bool[Array, " k"]
+    ) -> Float[Array, "k d"]:
+        """The layer; what is not present is not attended to."""
+        k, d = h.shape
+        each = d // self.heads
+        q, key, v = jnp.moveaxis(nn.Dense(3 * d, use_bias=False, name="qkv")(h).reshape(k, 3, self.heads, each), 1, 0)
+        read = self.param("read", nn.initializers.zeros, (3, self.heads, each, r.shape[-1]))
+        asked, offered = jnp.einsum("sihe,shef->sihf", jnp.stack([q, key]), read[:2])
+        logits = jnp.einsum("ihe,jhe->hij", q, key)
+        logits += jnp.einsum("ihf,ijf->hij", asked, r) + jnp.einsum("jhf,jif->hij", offered, r)
+        logits = jnp.where(present[None, None], logits / each**0.5, -1e9)
+        share = jax.nn.softmax(logits, -1)
+        mixed = jnp.einsum("hij,jhe->ihe", share, v)
+        mixed += jnp.einsum("ihf,hef->ihe", jnp.einsum("hij,ijf->ihf", share, r), read[2])
+        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+        return nn.Dense(d, kernel_init=small, name="out")(mixed.reshape(k, d))
+
+
+class SceneNetwork(NamedTuple):
+    """The two modules as one network: `init`, `bind` a place to its parameters, `apply`."""
+
+    units: Units
+    head: Head = "denoise"
+    width: int = 128
+    layers: int = 4
+    heads: int = 8
+    expansion: int = 2
+    hidden: int = 32
+    channels: tuple[int, ...] = (64, 128)
+
+    @property
+    def encoder(self) -> MapEncoder:
+        """The map's part."""
+        return MapEncoder(self.width, self.heads, self.channels)
+
+    @property
+    def trunk(self) -> SceneTransformer:
+        """The vehicles' part."""
+        return SceneTransformer(self.units, self.head, self.width, self.layers, self.heads, self.expansion, self.hidden)
+
+    def init(self, key: Array, place: Place) -> Params:
+        """Fresh parameters {"map": .., "scene": ..}."""
+        map_key, scene_key = jax.random.split(key)
+        memory, encoder = self.encoder.init_with_output(map_key, place.distance)
+        u = jnp.zeros((len(place.present), 7))
+        return {"map": encoder, "scene": self.trunk.init(scene_key, u, jnp.zeros(()), place, memory)}
+
+    def bind(self, params: Params, place: Place) -> Params:
+        """The parameters for one place: what depends on neither vehicles nor noise is computed here, once."""
+        return {
+            "scene": params["scene"],
+            "place": place,
+            "memory": self.encoder.apply(params["map"], place.distance),
+        }
+
+    def apply(self, bound: Params, u: Float[Array, "k 7"], c_noise: Scalar) -> Array:
+        """The head's output, for parameters that are bound to a place."""
+        out: Any = self.trunk.apply(bound["scene"], u, c_noise, bound["place"], bound["memory"])
+        return out
