@@ -260,3 +260,51 @@ def denoising(
             axis.set_title(f"t = {t}", fontsize=8)
         line[0].set_ylabel(name, fontsize=8)
     _save(figure, path)
+
+
+def traffic_scenes(
+    path: Path, rows: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]], half: float
+) -> None:
+    """Scenes of each model (a row), with vehicles that break a constraint marked (2307.16463, Fig. 1).
+
+    Args:
+      rows: title -> (signed distance (c, c), vehicles (k, 7) in metres, present (k,), broken (k,)) of each scene.
+      half: half the width of a map, in metres.
+    """
+    columns = max(map(len, rows.values()))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(2.6 * columns, 2.6 * len(rows)), squeeze=False)
+    for line, (title, scenes) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.set(xlim=(-half, half), ylim=(-half, half), xticks=[], yticks=[])
+            axis.set_aspect("equal")
+        for axis, (distance, vehicles, present, broken) in zip(line, scenes, strict=False):
+            road = np.where(np.asarray(distance, np.float32) <= 0, 0.86, 1.0)
+            axis.imshow(road, extent=(-half, half, -half, half), origin="lower", cmap="gray", vmin=0, vmax=1)
+            for (x, y, length, width, cos, sin, _), bad in zip(vehicles[present], broken[present], strict=True):
+                size = max(float(np.hypot(cos, sin)), 1e-6)
+                ahead, aside = np.array([cos, sin]) / size, np.array([-sin, cos]) / size
+                ends = [(1, 1), (1, -1), (-1, -1), (-1, 1)]
+                corners = [(x, y) + a * length / 2 * ahead + b * width / 2 * aside for a, b in ends]
+                axis.add_patch(plt.Polygon(corners, color=BAD if bad else GOOD, lw=0))
+                axis.plot(*zip((x, y), (x, y) + (length / 2 + 1) * ahead, strict=True), color=LINE, lw=0.6)
+        line[0].set_ylabel(title, fontsize=9)
+    _save(figure, path)
+
+
+def infraction_maps(path: Path, panels: Mapping[str, tuple[np.ndarray, int]], half: float) -> None:
+    """Vehicles that break a constraint per scene and 5 m square, where they stand (2307.16463, Fig. 1 g and h).
+
+    Args:
+      panels: title -> (centres (n, 2) of vehicles that break one, number of scenes).
+      half: half the width of a map, in metres.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4), squeeze=False)
+    edges = np.linspace(-half, half, 21)
+    counts = [np.histogram2d(at[:, 1], at[:, 0], (edges, edges))[0] / n for at, n in panels.values()]
+    most = max(float(np.max(each)) for each in counts) or 1.0
+    for axis, title, count in zip(axes[0], panels, counts, strict=True):
+        shown = axis.imshow(count, extent=(-half, half, -half, half), origin="lower", vmin=0, vmax=most, cmap="magma")
+        axis.set_title(f"{title}\n{count.sum():.2f} vehicles a scene", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    figure.colorbar(shown, ax=axes[0].tolist(), shrink=0.8)
+    _save(figure, path)

@@ -1,0 +1,761 @@
+"""Gen-neG on scenes of traffic (2307.16463, section 6.2, Table 1 and Figure 1).
+
+Twelve vehicles are placed jointly on a map, no two overlapping, none off the road. A diffusion model learns scenes of a
+traffic simulator, an oracle tells what is wrong with each of its samples, and classifiers steer it away from that: by
+scene, by vehicle, or by pair of vehicles.
+"""
+
+import dataclasses
+import os
+import time
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from experiments import figures
+from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main
+from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, training
+from gendiff.checkpoint import Archive
+from gendiff.data import traffic as data
+from gendiff.data.sumo import SumoError
+from gendiff.data.traffic import Scenes
+from gendiff.methods import genneg
+from gendiff.methods.genneg import Guided, Synthetic
+from gendiff.metrics import rates
+from gendiff.metrics import traffic as realism
+from gendiff.nets.scene_transformer import Head, Place, SceneNetwork, Units
+from gendiff.oracles import traffic as oracle
+from gendiff.process import Process
+from gendiff.types import Params, Sample, Time
+
+UNITS = Units((0.0, 0.0, 4.8, 1.9, 0.0, 0.0, 5.0), (25.0, 25.0, 1.2, 0.25, 1.0, 1.0, 5.0), data.HALF)
+DATA_STD = 1.0
+"""EDM's sigma_data, in those units."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrafficConfig(Config):
+    """The scenes, the model, the rounds and the evaluation."""
+
+    source: Literal["simulated", "embedded"] = "simulated"
+    """Scenes that SUMO simulates (`pip install 'gendiff[traffic]'`), or the 240 that come with the package."""
+    data: Path | None = None
+    """Folder of simulated scenes, made if it is not there (`python -m gendiff.data.traffic`); default: one in
+    $XDG_CACHE_HOME/gendiff."""
+    scenes: Annotated[int, Between(100, 10_000_000)] = 8000
+    """Scenes in all; of ten maps eight are for training, one for validation and one for tests."""
+    recorded: Path | None = None
+    """Folder of recorded scenes in CommonRoad's XML, on whose maps three models are evaluated too; default: the folder
+    `commonroad` in $GENDIFF_DATA, if there is one."""
+
+    chain: Literal["ddpm", "edm"] = "ddpm"
+    """The process: the paper's, or EDM with Heun's steps."""
+    steps: Annotated[int, Between(10, 100_000)] = 1000
+    """T of the DDPM, linear schedule."""
+    sampler_steps: Annotated[int, Between(2, 10_000)] = 32
+    """Steps of the sampler, for synthetic data and evaluation alike: DDIM on T (i / n)^2, Heun for EDM."""
+    eta: Annotated[float, Between(0.0, 1.0)] = 0.0
+    """DDIM's: 0 is deterministic, 1 ancestral."""
+    width: Annotated[int, Between(16, 4096)] = 128
+    """Width of the denoiser."""
+    layers: Annotated[int, Between(1, 64)] = 4
+    """Its pairs of self-attention and attention to the map."""
+    heads: Annotated[int, Between(1, 64)] = 8
+    """Its heads of attention."""
+    expansion: Annotated[int, Between(1, 8)] = 2
+    """Width of its feed-forward layers in units of the width."""
+    base_steps: Annotated[int, Between(10, 100_000_000)] = 4000
+    """Most training steps of the baseline."""
+    base_batch: Annotated[int, Between(1, 1_000_000)] = 128
+    """Scenes of one."""
+    base_rate: Annotated[float, Between(1e-6, 1.0)] = 1e-3
+    """Its rate of learning."""
+    patience: Annotated[int, Between(10, 100_000_000)] = 2000
+    """Stop the baseline when the held-out loss has not improved for so many steps."""
+
+    per_class: Annotated[int, Between(10, 100_000_000)] = 3000
+    """Scenes of each class that a round wants."""
+    draw_budget: Annotated[int, Between(100, 1_000_000_000)] = 8192
+    """The most scenes that a round draws for them."""
+    draw_batch: Annotated[int, Between(16, 1_000_000)] = 1024
+    """Scenes drawn at a time."""
+    classifier_width: Annotated[int, Between(16, 4096)] = 96
+    """Width of a classifier."""
+    classifier_layers: Annotated[int, Between(1, 64)] = 2
+    """Layers of a classifier."""
+    classifier_heads: Annotated[int, Between(1, 64)] = 6
+    """Heads of a classifier."""
+    classifier_steps: Annotated[int, Between(10, 10_000_000)] = 1000
+    """Training steps of a classifier."""
+    classifier_batch: Annotated[int, Between(2, 1_000_000)] = 128
+    """Batch of a classifier's step, half of it positives."""
+    student_steps: Annotated[int, Between(10, 10_000_000)] = 800
+    """Training steps of a distilled or refitted model."""
+    student_batch: Annotated[int, Between(1, 1_000_000)] = 128
+    """Scenes of one."""
+    stored: Annotated[int, Between(1, 1_000_000_000)] = 2**15
+    """Answers of the teacher that a student learns from."""
+
+    samples: Annotated[int, Between(16, 1_000_000_000)] = 2048
+    """Scenes on test maps that each model's rates are measured on."""
+    elbo_scenes: Annotated[int, Between(16, 10_000_000)] = 512
+    """Test scenes that the r-ELBO is averaged over."""
+    elbo_levels: Annotated[int, Between(1, 1000)] = 16
+    """Stratified noise levels a scene."""
+    smc_particles: Annotated[int, Between(2, 100_000)] = 8
+    """Particles of a population of SMC: one population, and one scene, for each map."""
+    smc_populations: Annotated[int, Between(4, 1_000_000)] = 256
+    """Populations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for width, heads in ((self.width, self.heads), (self.classifier_width, self.classifier_heads)):
+            if width % heads:
+                raise ConfigError(f"--heads: expected a divisor of the width {width}, given {heads}")
+
+
+PRESETS = {
+    "smoke": TrafficConfig(
+        preset="smoke", source="embedded", width=32, layers=1, heads=2, base_steps=120, base_batch=32, patience=120,
+        sampler_steps=8, per_class=40, draw_budget=256, draw_batch=128, classifier_width=32, classifier_layers=1,
+        classifier_heads=2, classifier_steps=30, classifier_batch=32, student_steps=20, student_batch=32, stored=256,
+        samples=64, elbo_scenes=16, elbo_levels=4, smc_particles=4, smc_populations=8,
+    ),
+    "default": TrafficConfig(),
+    "paper": TrafficConfig(
+        preset="paper", scenes=100_000, width=256, layers=6, expansion=4, sampler_steps=1000, eta=1.0,
+        base_steps=250_000, base_batch=256, base_rate=2e-4, patience=50_000, per_class=50_000, draw_budget=1_000_000,
+        draw_batch=8192, classifier_width=256, classifier_layers=6, classifier_heads=8, classifier_steps=50_000,
+        classifier_batch=512, student_steps=50_000, student_batch=256, stored=2**20, samples=10_000, elbo_scenes=4096,
+        elbo_levels=128, smc_particles=16, smc_populations=1024,
+    ),
+}  # fmt: skip
+
+COLUMNS = (
+    Column("collision_rate", "collision %", percent=True, digits=1),
+    Column("offroad_rate", "off-road %", percent=True, digits=1),
+    Column("infraction_rate", "infraction %", percent=True, digits=1),
+    Column("r_elbo", "r-ELBO", digits=0),
+    Column("r_elbo_gain", "r-ELBO gain", digits=1),
+    Column("r_elbo_per_dim_step", "per dim and step", digits=4),
+    Column("evaluations_per_valid", "evaluations per valid", digits=1),
+    Column("seconds_per_valid", "seconds per valid", digits=4),
+    Column("speed_distance", "speed (m/s)", digits=2),
+    Column("heading_distance", "heading (deg)", digits=1),
+    Column("gap_distance", "gap (m)", digits=2),
+    Column("degenerate_rate", "degenerate %", percent=True, digits=2),
+)
+PAPER = {
+    name: dict(zip(("collision_rate", "offroad_rate", "infraction_rate", "r_elbo"), values, strict=True))
+    for name, values in {
+        "baseline": (0.283, 0.013, 0.293, -2750),
+        "by-scene-unweighted": (0.205, 0.009, 0.219, -2770),
+        "by-scene": (0.233, 0.010, 0.241, -2760),
+        "by-agent-unweighted": (0.146, 0.008, 0.152, -2800),
+        "by-agent": (0.164, 0.009, 0.172, -2770),
+        "by-agent-stacked": (0.116, 0.006, 0.122, -2800),
+        "distilled-1": (0.122, 0.008, 0.129, -2680),
+        "distilled-2": (0.051, 0.005, 0.056, -2700),
+        "time-independent": (0.207, 0.009, 0.214, -24400),
+    }.items()
+}
+NOTES = """\
+The paper's scenes are private; ours are SUMO's, so that levels cannot be compared, only what changes them.
+collision, off-road, infraction: share of scenes with an overlap, a vehicle more than 0.3 m off the drivable area, or
+either, on maps that no model was trained on; 95 % intervals by the bootstrap over the scenes whose maps they are.
+r-ELBO: -sum_t E || eps - eps_hat ||^2 over T steps on test scenes (for EDM, minus the training loss), Student's
+intervals over scenes; its gain to the baseline is paired (same scenes, noise levels and noise). It is not known for
+models that are conditioned by rejection.
+evaluations per valid: of a network the size of the denoiser; a classifier counts three times (its gradient) the share
+of the denoiser's parameters that it has. seconds: of sampling alone, compiled, on this device.
+speed, heading, gap: Wasserstein's distance of the marginal to that of test scenes: speed; angle to the nearest edge of
+the road; road to the next vehicle ahead. degenerate: vehicles without positive extents or a heading, which are mended.
+`time-independent` knows clean scenes only, and its gradient is taken at noisy ones (by agent). The others are told the
+noise. `distilled-1` learned from `by-agent`, `distilled-2` from `by-agent-stacked`, both at the scenes drawn for
+round 2, three quarters of them good. `rejection` has the baseline's good scenes, `refit` was trained on them (of
+round 1). `smc` has `by-pair` for its twist, one scene a population, and the oracle at the end."""
+
+
+# The model.
+
+
+def denoiser_network(config: TrafficConfig) -> SceneNetwork:
+    """The baseline's, and every student's."""
+    return SceneNetwork(UNITS, "denoise", config.width, config.layers, config.heads, config.expansion)
+
+
+def classifier_network(config: TrafficConfig, head: Head) -> SceneNetwork:
+    """The network of a classifier."""
+    return SceneNetwork(
+        UNITS, head, config.classifier_width, config.classifier_layers, config.classifier_heads, config.expansion
+    )
+
+
+@cache
+def chain(config: TrafficConfig) -> Process:
+    """The process of a configuration."""
+    return process.edm() if config.chain == "edm" else process.ddpm(process.linear_betas(config.steps), power=2.0)
+
+
+def noise_level(chain: Process, t: Time) -> Array:
+    """ln(sigma / alpha) / 4, how networks are told the noise."""
+    return 0.25 * jnp.log(chain.sigma(t) / chain.alpha(t))
+
+
+@cache
+def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False) -> genneg.Problem:
+    """Scenes, with networks, sampler and oracle.
+
+    Args:
+      head: of the classifiers.
+      timeless: they are trained on clean scenes and told that all are.
+    """
+    steps, net, classifier = chain(config), denoiser_network(config), classifier_network(config, head)
+    edm = config.chain == "edm"
+    least = np.asarray(steps.grid(config.sampler_steps))[-2]
+
+    def model(bound: Params, x: Sample, t: Time) -> Sample:
+        # v for DDPM: eps leaves x_0 undetermined at high noise, and x_0 eps at low.
+        if edm:
+            x0 = denoiser.from_edm(net.apply, DATA_STD)(bound, x, t)
+        else:
+            x0 = denoiser.from_v(steps, lambda b, x, t: net.apply(b, x, noise_level(steps, t)))(bound, x, t)
+        return jnp.where(bound["place"].present[:, None], x0, 0.0)
+
+    def network(bound: Params, x: Sample, t: Time) -> Array:
+        size = jnp.sqrt(steps.alpha(t) ** 2 + steps.sigma(t) ** 2)
+        return classifier.apply(bound, x / size, noise_level(steps, least if timeless else t))
+
+    def times(key: Array) -> Time:
+        # As the sampler's grid: a uniform choice would hardly see where infractions are decided.
+        if timeless:
+            return least
+        return jnp.ceil(config.steps * jax.random.uniform(key, minval=1e-6) ** 2).astype(int)
+
+    kernel = sampling.heun if edm else partial(sampling.ddim, eta=config.eta)
+    return genneg.Problem(
+        process=steps,
+        model=model,
+        network=network,
+        oracle=judged,
+        shape=(data.VEHICLES, 7),
+        kernel=kernel,
+        steps=config.sampler_steps,
+        weight=losses.edm_weight(DATA_STD) if edm else losses.epsilon_weight(steps),
+        classifier_time=process.classifier_time() if edm and not timeless else times,
+        chunk=64,
+        bind=net.bind,
+        bind_network=classifier.bind,
+    )
+
+
+def judged(samples: Any, places: Place) -> np.ndarray:
+    """The oracle: which constraints each scene keeps, (n, 78)."""
+    return np.asarray(oracle.constraints(found(samples, places)))
+
+
+@jax.jit
+def found(samples: Array, places: Place) -> oracle.Infractions:
+    """What is wrong with each scene."""
+
+    def one(given: tuple[Array, Place]) -> oracle.Infractions:
+        u, place = given
+        return oracle.infractions(UNITS.metres(u), place.present, place.distance.astype(jnp.float32), data.HALF)
+
+    return distributed.chunked(one, (jnp.asarray(samples), places), 256)
+
+
+# The scenes.
+
+
+def load(config: TrafficConfig) -> dict[str, Scenes]:
+    """The scenes of each split; simulated first where they are not there yet.
+
+    Raises:
+      ConfigError: SUMO is missing, the folder holds other scenes, or a split has too few.
+    """
+    if config.source == "embedded":
+        scenes = {name: data.embedded(name) for name in get_args(data.Split)}
+    else:
+        recipe = data.Recipe()
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gendiff"
+        folder = config.data or cache / f"traffic-{config.scenes}"
+        try:
+            with tqdm(total=config.scenes, desc="scenes", unit=" scenes") as bar:
+                data.write(folder, config.scenes, recipe, report=lambda have: bar.update(have - bar.n))
+            every = data.read(folder, scenes=config.scenes)
+        except SumoError as error:
+            raise ConfigError(f"--source: {error}; or `--source embedded`") from None
+        scenes = {name: data.of_split(every, name) for name in get_args(data.Split)}
+    for name, part in scenes.items():
+        if len(part.world) < 8:
+            raise ConfigError(f"--scenes: expected 8 or more for {name}, given {len(part.world)}: take more scenes")
+    return scenes
+
+
+def places(scenes: Scenes) -> Place:
+    """What models are told of each scene."""
+    told: Any = scenes.distance, scenes.present
+    return Place(*told)
+
+
+def rows_of(tree: Any, rows: Any) -> Any:
+    """Some rows of a tree of arrays, or one."""
+    return jax.tree.map(lambda a: a[rows], tree)
+
+
+# One run.
+
+START, BASELINE, DRAWS, CLASSIFIER, SAMPLES, ELBO, STUDENT, REFIT, SMC, VALIDATION, RECORDED = range(11)
+"""What the keys are for."""
+
+
+class Evaluation(NamedTuple):
+    """What is measured of one model."""
+
+    vehicles: np.ndarray
+    """(n, 12, 7), in metres."""
+    holds: np.ndarray
+    """(n, 78): which constraints each scene keeps."""
+    degenerate: np.ndarray
+    """(n, 12): vehicles that had to be mended."""
+    elbo: np.ndarray
+    """r-ELBO of each test scene; none where it is not known."""
+    seconds: np.ndarray
+    """Of one sample, without compilation."""
+
+
+class Run:
+    """One run of the experiment: each method makes phases, evaluates what they made, and adds rows."""
+
+    def __init__(self, config: TrafficConfig, archive: Archive, progress: Progress, scenes: dict[str, Scenes]) -> None:
+        self.config, self.archive, self.progress = config, archive, progress
+        self.key, self.mesh = jax.random.key(config.seed), distributed.make_mesh()
+        self.problem = problem(config)
+        self.scenes = scenes
+        self.train_places = jax.tree.map(jnp.asarray, places(scenes["train"]))
+        self.test_places = places(scenes["test"])
+        test = scenes["test"]
+        self.real = realism.marginals(test.vehicles, test.present, test.distance, data.HALF)
+        self.rows: list[Row] = []
+        self.evaluations: dict[str, Evaluation] = {}
+
+    def all(self) -> None:
+        """Every row of the table, in its order."""
+        theta = self.baseline()
+        draws = self.draws("round-1", Guided(theta))
+        for head in ("scene", "agent"):
+            for weighting in ("none", "importance"):
+                classifier = self.classified(theta, draws, head, weighting)
+        first = genneg.append(Guided(theta), classifier)
+        second_draws = self.draws("round-2", first)
+        stacked = genneg.append(first, self.fit("by-agent-stacked", second_draws, "agent", "importance"))
+        self.add("by-agent-stacked", stacked, self.problem)
+        self.distilled("distilled-1", theta, first, second_draws)
+        student = self.distilled("distilled-2", theta, stacked, second_draws)
+        self.classified(theta, draws, "agent", "importance", timeless=True)
+        pairs = self.classified(theta, draws, "pair", "importance")
+        self.rejection()
+        self.refit(theta, draws)
+        self.smc(genneg.append(Guided(theta), pairs))
+        self.on_recorded({"baseline": Guided(theta), "by-agent-stacked": stacked, "distilled-2": student})
+
+    # Shared by the rows.
+
+    def fold(self, purpose: int) -> Array:
+        return jax.random.fold_in(self.key, purpose)
+
+    def normalised(self, scenes: Scenes) -> np.ndarray:
+        return np.asarray(UNITS.normalised(jnp.asarray(scenes.vehicles), jnp.asarray(scenes.present)))
+
+    def add(self, name: str, guided: Guided, setup: genneg.Problem, head: Head | None = "agent") -> None:
+        """Evaluates a model and adds its row."""
+        evaluate = lambda: self.evaluate(name, guided, setup, self.test_places, self.fold(SAMPLES), True)
+        evaluation = self.archive.once(f"evaluate/{name}", evaluate, Evaluation)
+        self.evaluations[name] = evaluation
+        share = _size(self.config, head) / _size(self.config, "denoise") if guided.members and head else 0.0
+        cost = evaluations(self.config) * (1 + 3 * share * guided.members)
+        self.rows.append(Row(name, self.measured(evaluation, cost), PAPER.get(name, {})))
+
+    def measured(self, evaluation: Evaluation, cost: float) -> dict[str, rates.Estimate]:
+        """The metrics of a row; `cost` is in evaluations of the denoiser's network for one sample."""
+        rows = self.test_rows(len(evaluation.holds))
+        metrics = infraction_rates(evaluation, rows)
+        share = max(1 - metrics["infraction_rate"].value, 0.5 / len(rows))
+        metrics["evaluations_per_valid"] = rates.exact(cost / share, len(rows))
+        metrics["seconds_per_valid"] = rates.exact(float(evaluation.seconds) / share, len(rows))
+        if len(evaluation.elbo):
+            metrics |= self.likelihoods(evaluation)
+        present = self.test_places.present[rows]
+        metrics["degenerate_rate"] = rates.rate(int(evaluation.degenerate.sum()), int(present.sum()))
+        return metrics | self.realism(evaluation.vehicles, rows)
+
+    def test_rows(self, n: int) -> np.ndarray:
+        """The test scenes whose maps n samples are on."""
+        return np.arange(n) % len(self.test_places.present)
+
+    def likelihoods(self, evaluation: Evaluation) -> dict[str, rates.Estimate]:
+        """r-ELBO, to the baseline, and by dimension and step."""
+        bound = rates.mean(evaluation.elbo)
+        steps = self.config.steps if self.config.chain == "ddpm" else 1
+        numbers = 7 * float(self.test_places.present[: len(evaluation.elbo)].sum(1).mean())
+        return {
+            "r_elbo": bound,
+            "r_elbo_gain": rates.mean(evaluation.elbo - self.evaluations["baseline"].elbo),
+            "r_elbo_per_dim_step": rates.scaled(bound, 1 / (steps * numbers)),
+        }
+
+    def realism(self, vehicles: np.ndarray, rows: np.ndarray) -> dict[str, rates.Estimate]:
+        """How far the marginals are from those of test scenes; `rows` are the scenes whose maps they are on."""
+        given = rows_of(self.test_places, rows)
+        marginals = realism.marginals(vehicles, given.present, given.distance, data.HALF)
+        away = realism.differences(marginals, self.real)
+        return {f"{name}_distance": rates.exact(value, len(marginals[name])) for name, value in away.items()}
+
+    def evaluate(
+        self, name: str, guided: Guided, setup: genneg.Problem, given: Place, key: Array, likelihood: bool
+    ) -> Evaluation:
+        """Samples, their verdicts, and the r-ELBO of test scenes with the same noise for every model."""
+        config = self.config
+        size, n = min(config.draw_batch, config.samples), config.samples
+        rows = np.arange(-(-n // size) * size) % len(given.present)
+        kept: list[np.ndarray] = []
+        seconds: list[float] = []
+        phase = f"evaluate {name}"
+        self.progress(phase, 0, n, {})
+        for first in range(0, n, size):
+            conditions = rows_of(given, rows[first : first + size])
+            begun = time.perf_counter()
+            drawn = genneg.draw(setup, guided, jax.random.fold_in(key, first), size, self.mesh, conditions=conditions)
+            kept.append(np.asarray(drawn))
+            seconds.append(time.perf_counter() - begun)
+            self.progress(phase, min(first + size, n), n, {})
+        samples = np.concatenate(kept)[:n]
+        if not np.isfinite(samples).all():
+            raise FloatingPointError(f"traffic: {name}: expected finite scenes, given NaN or infinity")
+        verdict = found(samples, rows_of(given, rows[:n]))
+        elbo = self.elbo(guided, setup) if likelihood else np.zeros(0)
+        # The first batch compiles.
+        each = float(np.median(seconds[1:] or seconds)) / size
+        holds, vehicles = np.asarray(oracle.constraints(verdict)), np.asarray(UNITS.metres(jnp.asarray(samples)))
+        return Evaluation(vehicles, holds, np.asarray(verdict.degenerate), elbo, np.asarray(each))
+
+    def elbo(self, guided: Guided, setup: genneg.Problem) -> np.ndarray:
+        scenes = data.take(self.scenes["test"], slice(self.config.elbo_scenes))
+        given = (guided, jnp.asarray(self.normalised(scenes)), places(scenes), self.fold(ELBO))
+        return np.asarray(elbos(setup, self.config.elbo_levels, self.mesh, *distributed.place(self.mesh, given)))
+
+    # The rows.
+
+    def baseline(self) -> Params:
+        """theta: denoising score matching, stopped by the loss on validation maps."""
+        theta = self.archive.once("baseline", self.train_baseline)
+        self.add("baseline", Guided(theta), self.problem)
+        return theta
+
+    def train_baseline(self) -> Params:
+        config = self.config
+        settings = training.Settings(
+            config.base_steps, config.base_rate, 0.999, min(250, config.base_steps),
+            warmup=min(500, config.base_steps // 5), patience=config.patience,
+        )  # fmt: skip
+        held = data.take(self.scenes["validation"], slice(512))
+        whole = lambda scenes: (self.normalised(scenes), places(scenes))
+        keys = jax.random.split(self.fold(VALIDATION), len(held.world))
+        start = jax.jit(denoiser_network(config).init)(self.fold(START), rows_of(self.test_places, 0))
+        host = genneg.host(self.archive, self.progress, "baseline", config.base_steps)
+        task, context = base_task(self.problem, config.base_batch), (whole(self.scenes["train"]), whole(held), keys)
+        return training.train(self.fold(BASELINE), start, task, context, settings, host).best
+
+    def draws(self, phase: str, guided: Guided) -> Synthetic:
+        """Scenes of a model on training maps, and their constraints."""
+        config = self.config
+        report = lambda done, of, metrics: self.progress(f"{phase} draws", done, of, metrics)
+        return self.archive.once(
+            f"{phase}/draws",
+            lambda: genneg.collect(
+                self.problem, guided, jax.random.fold_in(self.fold(DRAWS), guided.members), config.per_class,
+                config.draw_budget, config.draw_batch, mesh=self.mesh, report=report, conditions=self.train_places,
+            ),
+            Synthetic,
+        )  # fmt: skip
+
+    def fit(
+        self,
+        name: str,
+        draws: Synthetic,
+        head: Head,
+        weighting: Literal["importance", "none"],
+        timeless: bool = False,
+    ) -> Params:
+        """A classifier of scenes, of vehicles or of pairs."""
+        config, setup = self.config, problem(self.config, head, timeless)
+        steps = config.classifier_steps
+        settings = training.Settings(steps, 1e-3, 0.998, min(250, steps), warmup=min(100, steps // 5))
+        how = genneg.ClassifierTraining(settings, config.classifier_batch // 2, weighting, validation=128)
+        start = jax.jit(classifier_network(config, head).init)(self.fold(CLASSIFIER), rows_of(self.test_places, 0))
+        train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))
+        host = genneg.host(self.archive, self.progress, name, steps)
+        key = jax.random.fold_in(self.fold(CLASSIFIER), 1)
+        fit = lambda: genneg.fit_classifier(setup, train, held_out, start, how, key, host, conditions=self.train_places)
+        return self.archive.once(name, fit)
+
+    def classified(
+        self,
+        theta: Params,
+        draws: Synthetic,
+        head: Head,
+        weighting: Literal["importance", "none"],
+        timeless: bool = False,
+    ) -> Params:
+        """The baseline with one classifier of its own samples."""
+        name = f"by-{head}{'-unweighted' if weighting == 'none' else ''}"
+        name = "time-independent" if timeless else name
+        classifier = self.fit(name, draws, head, weighting, timeless)
+        self.add(name, genneg.append(Guided(theta), classifier), problem(self.config, head, timeless), head)
+        return classifier
+
+    def student_training(self) -> training.Settings:
+        steps = self.config.student_steps
+        return training.Settings(steps, 3e-4, 0.998, min(250, steps), warmup=min(100, steps // 5))
+
+    def distilled(self, name: str, theta: Params, teacher: Guided, draws: Synthetic) -> Guided:
+        """One network in place of a stack."""
+        config, settings, key = self.config, self.student_training(), self.fold(STUDENT)
+        host = genneg.host(self.archive, self.progress, name, settings.steps)
+
+        def teach() -> Params:
+            pool = genneg.mixture(draws.positives, draws.negatives, config.stored, jax.random.fold_in(key, 1))
+            return genneg.distill(
+                self.problem, teacher, pool["x"], theta, config.student_batch, settings, jax.random.fold_in(key, 2),
+                host, self.mesh, conditions=self.train_places, rows=pool["row"],
+            )  # fmt: skip
+
+        student = Guided(self.archive.once(name, teach))
+        self.add(name, student, self.problem)
+        return student
+
+    def rejection(self) -> None:
+        """The baseline's good scenes: exact, at the price of the others."""
+        evaluation = self.evaluations["baseline"]
+        good = np.flatnonzero(evaluation.holds.all(1))
+        none = rates.rate(0, len(good))
+        base = self.measured(evaluation, evaluations(self.config))
+        metrics = {f"{name}_rate": none for name in ("collision", "offroad", "infraction")}
+        metrics |= {name: base[name] for name in ("evaluations_per_valid", "seconds_per_valid")}
+        rows = self.test_rows(len(evaluation.holds))[good]
+        self.rows.append(Row("rejection", metrics | self.realism(evaluation.vehicles[good], rows)))
+
+    def refit(self, theta: Params, draws: Synthetic) -> None:
+        """The baseline trained on with its own good scenes."""
+        config, settings = self.config, self.student_training()
+        host = genneg.host(self.archive, self.progress, "refit", settings.steps)
+        fit = lambda: genneg.refit(
+            self.problem, draws.positives["x"], theta, config.student_batch, settings, self.fold(REFIT), host,
+            self.train_places, draws.positives["row"],
+        )  # fmt: skip
+        self.add("refit", Guided(self.archive.once("refit", fit)), self.problem)
+
+    def smc(self, guided: Guided) -> None:
+        """Twisted SMC, a population for each map, and the oracle at the end: one scene of each that has a good one."""
+        setup, config = problem(self.config, "pair"), self.config
+        result = self.archive.once("smc", lambda: self.populations(setup, guided))
+        rows, vehicles = result["rows"], result["vehicles"]
+        if not len(rows):
+            raise ValueError(f"smc: expected a good scene, given none of {config.smc_populations} populations")
+        verdict = found(np.asarray(result["samples"]), rows_of(self.test_places, rows))
+        holds = np.asarray(oracle.constraints(verdict))
+        evaluation = Evaluation(vehicles, holds, np.asarray(verdict.degenerate), np.zeros(0), result["seconds"])
+        metrics = infraction_rates(evaluation, rows)
+        share = _size(config, "pair") / _size(config, "denoise")
+        cost = config.sampler_steps * (1 + 3 * share) * config.smc_particles
+        populations = config.smc_populations / len(rows)
+        metrics["evaluations_per_valid"] = rates.exact(cost * populations, len(rows))
+        metrics["seconds_per_valid"] = rates.exact(float(result["seconds"]) * populations, len(rows))
+        self.rows.append(Row("smc", metrics | self.realism(vehicles, rows)))
+
+    def populations(self, setup: genneg.Problem, guided: Guided) -> dict[str, Any]:
+        """Good scenes, the rows of their maps, and the seconds of a population."""
+        config, key = self.config, self.fold(SMC)
+        n, size = config.smc_populations, config.smc_particles
+        part = min(64, n)
+        rows = self.test_rows(n)
+        samples, kept, seconds = [], [], []
+        self.progress("smc", 0, n, {})
+        for first in range(0, n, part):
+            here = np.arange(first, first + part) % len(rows)
+            given = rows_of(self.test_places, rows[here])
+            keys = jax.random.split(jax.random.fold_in(key, first), part)
+            begun = time.perf_counter()
+            placed = distributed.place(self.mesh, (guided, keys, given))
+            particles, log_weights = jax.tree.map(np.asarray, populate(setup, size, self.mesh, *placed))
+            seconds.append(time.perf_counter() - begun)
+            for i in range(min(part, n - first)):
+                of_map = jax.tree.map(lambda a: np.broadcast_to(a[i], (size, *a.shape[1:])), given)  # noqa: B023
+                good = judged(particles[i], Place(*of_map)).all(1)
+                if good.any():
+                    weights = np.where(good, log_weights[i].astype(np.float64), -np.inf)
+                    weights = np.exp(weights - weights.max())
+                    choice = np.random.default_rng((config.seed, first + i)).choice(size, p=weights / weights.sum())
+                    samples.append(particles[i, choice])
+                    kept.append(rows[first + i])
+            self.progress("smc", min(first + part, n), n, {"good": len(kept)})
+        found_ones = np.asarray(samples).reshape(-1, data.VEHICLES, 7)
+        return {
+            "samples": found_ones,
+            "vehicles": np.asarray(UNITS.metres(jnp.asarray(found_ones))),
+            "rows": np.asarray(kept, int),
+            "seconds": np.asarray(np.median(seconds[1:] or seconds) / part),
+        }
+
+    def on_recorded(self, models: dict[str, Guided]) -> None:
+        """Three models on the maps of recorded scenes, which nobody simulated."""
+        scenes = recorded(self.config)
+        if scenes is None:
+            return
+        for name, guided in models.items():
+            evaluate = lambda: self.evaluate(name, guided, self.problem, places(scenes), self.fold(RECORDED), False)  # noqa: B023
+            evaluation = self.archive.once(f"evaluate/recorded-{name}", evaluate, Evaluation)
+            self.evaluations[f"recorded-{name}"] = evaluation
+            rows = np.arange(len(evaluation.holds)) % len(scenes.world)
+            self.rows.append(Row(f"recorded-{name}", infraction_rates(evaluation, rows)))
+
+
+LABELS = {"scene": lambda holds: holds.all(-1), "agent": oracle.by_agent, "pair": lambda holds: holds}
+"""Head -> what it is taught, of the constraints that a scene keeps."""
+
+
+def recorded(config: TrafficConfig) -> Scenes | None:
+    """Recorded scenes, if there are any."""
+    from gendiff.data import commonroad
+
+    folder = config.recorded
+    if folder is None and os.environ.get("GENDIFF_DATA"):
+        default = Path(os.environ["GENDIFF_DATA"]) / "commonroad"
+        folder = default if default.is_dir() else None
+    return None if folder is None else commonroad.scenes(folder, data.Cut(least=4, cells=data.CELLS))
+
+
+def infraction_rates(evaluation: Evaluation, rows: np.ndarray) -> dict[str, rates.Estimate]:
+    """Of scenes; `rows` are those of their maps."""
+    pairs = evaluation.holds.shape[1] - data.VEHICLES
+    broken = ~np.asarray(evaluation.holds)
+    return {
+        "collision_rate": rates.clustered(broken[:, :pairs].any(1), rows),
+        "offroad_rate": rates.clustered(broken[:, pairs:].any(1), rows),
+        "infraction_rate": rates.clustered(broken.any(1), rows),
+    }
+
+
+def evaluations(config: TrafficConfig) -> int:
+    """Of the denoiser, for one sample."""
+    return 2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps
+
+
+@cache
+def _size(config: TrafficConfig, head: Head) -> int:
+    """Parameters of the part of a network that is evaluated in every step."""
+    network = denoiser_network(config) if head == "denoise" else classifier_network(config, head)
+    place = Place(jnp.zeros((64, 64)), jnp.ones(data.VEHICLES, bool))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), place)
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["scene"]))
+
+
+@cache
+def base_task(setup: genneg.Problem, batch: int) -> Any:
+    """The task of the baseline; its context is training scenes, validation scenes, and keys for these."""
+    loss = losses.conditional(genneg.denoising_loss(setup), setup.bind)  # type: ignore[arg-type]
+
+    def task(context: Any) -> training.Task:
+        (train, train_places), (held, held_places), keys = context
+
+        def draw(key: Array) -> Any:
+            x, place = training.minibatch(key, (train, train_places), batch)
+            return place, x
+
+        def validate(theta: Params) -> Array:
+            return jnp.mean(distributed.chunked(lambda g: loss(theta, g[0], g[1]), (keys, (held_places, held)), 64))
+
+        return training.Task(loss, draw, validate)
+
+    return task
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def elbos(
+    setup: genneg.Problem, levels: int, mesh: Any, guided: Guided, scenes: Array, given: Place, key: Array
+) -> Array:
+    """r-ELBO of each scene; the same key gives the same noise for every model."""
+
+    def one(given: tuple[Array, Array, Place]) -> Array:
+        key, x0, place = given
+        model = genneg.denoiser(setup, genneg.bound(setup, guided, place))
+        if setup.process.steps is not None:
+            return likelihood.reweighted_elbo(setup.process, model, key, x0, levels)
+        loss = losses.denoising(setup.process, lambda _, x, t: model(x, t), setup.weight)
+        return -jnp.mean(jax.lax.map(lambda key: loss(None, key, x0), jax.random.split(key, levels)))
+
+    return distributed.chunked(one, (jax.random.split(key, len(scenes)), scenes, given), setup.chunk, mesh)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def populate(setup: genneg.Problem, particles: int, mesh: Any, guided: Guided, keys: Array, given: Place) -> Any:
+    """Particles and log-weights of one SMC population for each key and place."""
+    grid = setup.process.grid(setup.steps)
+
+    def one(each: tuple[Array, Place]) -> Any:
+        key, place = each
+        here = genneg.bound(setup, guided, place)
+        plain, steered = genneg.denoiser(setup, Guided(here.theta)), genneg.denoiser(setup, here)
+        twist = potential.stack(potential.log_probability(genneg.logit(setup)), here.classifiers)
+        population = smc.twisted(setup.process, plain, steered, twist, grid, key, setup.shape, particles)
+        return population.particles, population.log_weights
+
+    return distributed.chunked(one, (keys, given), 8, mesh)
+
+
+def run(config: TrafficConfig) -> Results:
+    """Runs what the folder does not hold yet, and writes the table and the figures."""
+    folder = Folder("genneg.traffic", config)
+    progress = Progress(folder)
+    each = Run(config, folder.archive, progress, load(config))
+    each.all()
+    progress.close()
+    draw_figures(folder.path, each)
+    return folder.finish(each.rows, COLUMNS, NOTES)
+
+
+FIGURE_ROWS = ("baseline", "by-scene", "by-agent", "by-pair", "distilled-2")
+
+
+def draw_figures(path: Path, done: Run) -> None:
+    """Scenes as in Fig. 1 a-f, and where infractions happen as in Fig. 1 g-h."""
+    test = done.scenes["test"]
+    count = len(test.world)
+    shown = np.linspace(0, count - 1, 4).astype(int)
+    half = data.HALF
+    broken = lambda holds: ~oracle.by_agent(holds)
+    panels = {"held out": [(test.distance[i], test.vehicles[i], test.present[i], np.zeros(12, bool)) for i in shown]}
+    for name in FIGURE_ROWS:
+        each = done.evaluations[name]
+        rows = shown[shown < len(each.holds)]
+        panels[name] = [
+            (test.distance[i], each.vehicles[i], test.present[i], broken(each.holds)[i] & test.present[i]) for i in rows
+        ]
+    figures.traffic_scenes(path / "scenes.png", panels, half)
+    where = {}
+    for name in ("baseline", "by-agent", "by-agent-stacked", "distilled-2"):
+        each = done.evaluations[name]
+        at = each.vehicles[broken(each.holds)][:, :2]
+        where[name] = (at, len(each.holds))
+    figures.infraction_maps(path / "infractions.png", where, half)
+
+
+if __name__ == "__main__":
+    main(TrafficConfig, PRESETS, run)
