@@ -66,6 +66,9 @@ def cross_entropy(process: Process, logit: Logit) -> Loss:
         x0, label, weight = example
         x, t = noised(process, key, x0)
         value = logit(params, x, t)
+        if jnp.shape(value) != jnp.shape(label):
+            given = f"logits {jnp.shape(value)} and labels {jnp.shape(label)}"
+            raise ValueError(f"cross_entropy: expected a label for each logit, given {given}")
         return weight * jnp.sum(jax.nn.softplus(value) - label * value)
 
     return loss

@@ -219,3 +219,22 @@ def test_given_coordinates_are_seen_clean_and_do_not_count():
     key = jax.random.key(2)
     noisy = losses.noised(DDPM, jax.random.clone(key), x0)[0]
     np.testing.assert_allclose(inputs(0.0, key, x0), (noisy[1] - x0[1]) ** 2, rtol=1e-5)
+
+
+def test_cross_entropy_wants_a_label_for_each_logit():
+    edm = process.edm()
+    loss = losses.cross_entropy(edm, lambda params, x, t: x)
+    for label in (jnp.zeros(()), jnp.zeros(3)):
+        with pytest.raises(ValueError, match="expected a label for each logit, given logits"):
+            loss(None, jax.random.key(0), (jnp.zeros(2), label, 1.0))
+
+
+def test_a_conditional_loss_is_the_loss_of_the_bound_parameters():
+    plain = lambda params, key, example: params * jnp.sum(example)
+    loss = losses.conditional(plain, lambda params, condition: params * condition)
+    example = (jnp.float32(3), jnp.array([1.0, 4.0]))
+    assert loss(jnp.float32(2), jax.random.key(0), example) == 2 * 3 * 5
+    gradient = jax.grad(losses.mean(loss))(
+        jnp.float32(2), jax.random.key(1), jax.tree.map(lambda a: jnp.stack([a, a]), example)
+    )
+    assert gradient == 15

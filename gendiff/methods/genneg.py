@@ -300,6 +300,12 @@ def fit_classifier(
         they are not plain samples of one model (replay).
       conditions: those of `collect`.
     """
+    several = isinstance(train.positives, dict) and train.positives["labels"].ndim > 1
+    if settings.weighting == "shift" and several:
+        raise ValueError(
+            "genneg: weighting: expected 'importance' or 'none' with several labels a sample, given 'shift': halves of "
+            "good and bad samples shift each label's odds by another number"
+        )
     rate = train.label_rate
     prior = float(np.log(rate / (1 - rate)))
     importance = settings.weighting == "importance"
@@ -361,7 +367,8 @@ def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], 
             share = jnp.where(there, share, 0.0)
             # The same noise at every validation, on purpose.
             keys = jax.random.split(jax.random.clone(context["key"]), 2 * most)
-            return jnp.sum(jax.vmap(loss, (None, 0, 0))(phi, keys, examples(list(context["held_out"]), share)))
+            given = (keys, examples(list(context["held_out"]), share))
+            return jnp.sum(distributed.chunked(lambda each: loss(phi, *each), given, problem.chunk))
 
         return training.Task(loss, draw_batch, validate)
 
@@ -410,6 +417,7 @@ def distill(
         raise ValueError("distill: x0: expected at least one sample, given none")
     asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows))
     examples = teach(problem, mesh, *asked)
+    del asked  # a copy on every device
     model = problem.model if model is None else model
     task = student_task(answer_loss(model, problem.weight), batch, problem.bind)
     given = (examples, rows, conditions)

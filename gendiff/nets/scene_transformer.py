@@ -21,8 +21,6 @@ from gendiff.nets.mlp import sine_cosine, sinusoidal
 from gendiff.types import Params, Scalar
 
 Head: TypeAlias = Literal["denoise", "scene", "agent", "pair"]
-RELATIONS = 18
-"""Numbers that `relations` gives for a pair."""
 ABSENT = 1e4
 """Logit of what is not there: its log C and the gradient of it are 0 in float32."""
 
@@ -67,7 +65,7 @@ class MapEncoder(nn.Module):
     width: int
     heads: int
     channels: tuple[int, ...] = (64, 128)
-    """Of squares of 8 x 8 cells, and then of squares of 2 x 2 of those before."""
+    """Of squares of 8 x 8 cells, seen at half their resolution, and then of squares of 2 x 2 of those before."""
 
     @nn.compact
     def __call__(self, distance: Float[Array, "c c"]) -> Float[Array, "2 heads each tokens"]:
@@ -77,7 +75,9 @@ class MapEncoder(nn.Module):
             raise ValueError(
                 f"MapEncoder: distance: expected square maps of a multiple of {least} cells, given {distance.shape}"
             )
-        near = squares(distance[..., None], 8).astype(jnp.float32)
+        # What matters to the metre, vehicles read at their own places (`roadside`).
+        coarse = jnp.mean(squares(distance[..., None], 2).astype(jnp.float32), -1)
+        near = squares(coarse[..., None], 4)
         h = jnp.concatenate([near / 20, jnp.tanh(near), jnp.tanh(near / 4)], -1)
         for i, channels in enumerate(self.channels):
             h = nn.silu(nn.Dense(channels, name=f"squares{i}")(squares(h, 2) if i else h))
@@ -100,11 +100,11 @@ def squares(x: Float[Array, "h w i"], side: int) -> Float[Array, "h/side w/side 
     return jnp.moveaxis(parts, 2, 1).reshape(h // side, w // side, side * side * i)
 
 
-def waves(at: Float[Array, "n 2"], octaves: int = 6) -> Float[Array, "n 4*octaves"]:
-    """Sines and cosines of x and y, in units of half the map; the finest wave is 2^(1 - octaves) of that long."""
-    # Bounded before the octaves: far from the map a wave says nothing.
-    phase = jnp.clip(at, -1.5, 1.5)[..., None] * (jnp.pi * 2.0 ** jnp.arange(octaves))[None, None]
-    return jnp.concatenate(sine_cosine(phase), -1).reshape(len(at), -1)
+def waves(at: Float[Array, "*n i"], octaves: int = 6) -> Float[Array, "*n 2*octaves*i"]:
+    """Sines and cosines of each coordinate; the longest wave has a length of 2, the shortest 2^(2 - octaves)."""
+    # Bounded before the octaves: far from the data a wave says nothing.
+    phase = jnp.clip(at, -1.5, 1.5)[..., None] * (jnp.pi * 2.0 ** jnp.arange(octaves)).reshape((1,) * at.ndim + (-1,))
+    return jnp.concatenate(sine_cosine(phase), -1).reshape(*at.shape[:-1], -1)
 
 
 def heading(vehicles: Float[Array, "k 7"]) -> Float[Array, "k 2"]:
@@ -113,12 +113,12 @@ def heading(vehicles: Float[Array, "k 7"]) -> Float[Array, "k 2"]:
     return given / jnp.sqrt(jnp.sum(given**2, -1, keepdims=True) + 0.01)
 
 
-def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k 18"]:
+def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k f"]:
     """What vehicle j (axis 1) is to vehicle i (axis 0).
 
-    The way to it, in the window's frame and in i's; its heading in i's frame; the gaps between the two boxes along i's
-    two axes, and the largest of the four gaps along both boxes' axes, positive if and only if the boxes are apart
-    (the separating axis theorem); whether i is j.
+    The way to it, in the window's frame and in i's, also as waves; its heading in i's frame; the gaps between the two
+    boxes along i's two axes, and the largest of the four gaps along both boxes' axes, positive if and only if the boxes
+    are apart (the separating axis theorem); whether i is j.
 
     Args:
       vehicles: in metres, noisy.
@@ -148,22 +148,35 @@ def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k
             gaps / 25,
             jnp.tanh(gaps / 3),
             jnp.tanh(gaps / (noise + 0.3)),
+            waves(mine / 25, 4),
         ],
         -1,
     )
 
 
-def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half: float) -> Float[Array, "k 9"]:
-    """The signed distance to the edge of the drivable area, in metres, at the outline and the centre of each vehicle.
+def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half: float) -> Float[Array, "k 41"]:
+    """The signed distance to the edge of the drivable area, in metres, where each vehicle is.
 
-    Beyond the map it is that of the map's edge, and a metre more for each metre.
+    At its outline (8, see `gendiff.geometry.outline`), at its centre, and on rings around that (AROUND), which do not
+    turn with it: noise leaves less of a heading than of a place.  Beyond the map it is that of the map's edge, and a
+    metre more for each metre.
     """
     shapes = jnp.concatenate([vehicles[:, :4], heading(vehicles)], -1)
-    points = jnp.concatenate([outline(shapes), vehicles[:, None, :2]], 1)
+    near = vehicles[:, None, :2] + jnp.asarray(AROUND, jnp.float32)[None]
+    points = jnp.concatenate([outline(shapes), near], 1)
     cells = distance.shape[0]
     place = [(points[..., axis] / half + 1) * (cells / 2) - 0.5 for axis in (1, 0)]
     beyond = jnp.sum(jnp.maximum(jnp.abs(points) - half, 0), -1)
     return map_coordinates(distance.astype(jnp.float32), place, order=1, mode="nearest") + beyond
+
+
+RINGS = (2.0, 5.0, 10.0, 20.0)
+"""Metres."""
+_ANGLES = np.arange(8) * np.pi / 4
+AROUND = np.concatenate(
+    [np.zeros((1, 2)), *(radius * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1) for radius in RINGS)]
+)
+"""The centre and eight places on each ring."""
 
 
 class SceneTransformer(nn.Module):
@@ -196,10 +209,17 @@ class SceneTransformer(nn.Module):
         related = relations(vehicles, noise)
         beside = roadside(vehicles, place.distance, self.units.half)
         time = nn.silu(nn.Dense(64, name="time")(sinusoidal(c_noise, 32)))
+        # How fast the road's edge comes nearer along and across a vehicle: its heading relative to the road.
+        sides = jnp.stack([beside[:, 1] - beside[:, 5], beside[:, 7] - beside[:, 3]], -1)
+        slopes = sides / jnp.maximum(vehicles[:, 2:4], 1.0)
+        sigma = noise / self.units.scale[0]
         own = jnp.concatenate(
             [
                 u,
-                waves(vehicles[:, :2] / self.units.half),
+                waves(u / 2),
+                waves(beside[:, 8:9] / 10, 4),
+                slopes,
+                jnp.tanh(slopes / (sigma + 0.02)),
                 jnp.tanh(beside / 20),
                 jnp.tanh(beside / 3),
                 jnp.tanh(beside / (noise + 0.3)),

@@ -21,7 +21,7 @@ from gendiff.oracles import traffic as oracle
 ROOT = Path(__file__).parents[2]
 SMOKE = traffic.PRESETS["smoke"]
 NAMES = (
-    "baseline", "by-scene-unweighted", "by-scene", "by-agent-unweighted", "by-agent", "by-agent-stacked",
+    "data", "baseline", "by-scene-unweighted", "by-scene", "by-agent-unweighted", "by-agent", "by-agent-stacked",
     "distilled-1", "distilled-2", "time-independent", "by-pair", "rejection", "refit", "smc",
 )  # fmt: skip
 """The paper's table and ours, as the issue names them."""
@@ -55,6 +55,9 @@ def test_every_row_and_file(folder):
         for metric in ("collision_rate", "offroad_rate", "infraction_rate"):
             assert 0 <= metrics[metric]["low"] <= metrics[metric]["value"] <= metrics[metric]["high"] <= 1
         assert metrics["infraction_rate"]["value"] >= metrics["collision_rate"]["value"]
+        if name == "data":
+            assert metrics["infraction_rate"]["value"] == 0
+            continue
         assert metrics["evaluations_per_valid"]["value"] > 0
         assert metrics["seconds_per_valid"]["value"] > 0
         assert ("r_elbo" in metrics) == (name not in ("rejection", "smc"))
@@ -152,6 +155,70 @@ def test_bad_options_are_one_error(tmp_path):
         parse(traffic.TrafficConfig, traffic.PRESETS, ["--heads", "7"])
     with pytest.raises(ConfigError, match="--samples: expected 16 to 1000000000, given 3"):
         parse(traffic.TrafficConfig, traffic.PRESETS, ["--samples", "3"])
+    for options, message in (
+        (["--classifier-heads", "7"], "--classifier-heads: expected a divisor of the width 96, given 7"),
+        (["--sampler-steps", "2000"], "--sampler-steps: expected at most --steps 1000, given 2000"),
+        (["--elbo-levels", "900", "--steps", "100"], "--elbo-levels: expected at most --steps 100, given 900"),
+        (["--chain", "edm", "--eta", "0.5"], "--eta: expected 0 with --chain edm, given 0.5"),
+        (["--source", "embedded", "--data", "x"], "--data: expected none with --source embedded, given x"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(traffic.TrafficConfig, traffic.PRESETS, options)
+    (tmp_path / "empty").mkdir()
+    config = dataclasses.replace(SMOKE, recorded=tmp_path / "empty", output=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"--recorded: commonroad: .*expected files"):
+        traffic.run(config)
+    assert not (tmp_path / "run").exists(), "another option may be tried with the same folder"
+
+
+def test_rows_are_spread_over_all_maps():
+    for n, of in ((7, 100), (100, 7), (24, 24), (50, 24), (1, 5)):
+        rows = traffic.spread(n, of)
+        counts = np.bincount(rows, minlength=of)
+        assert len(rows) == n
+        assert counts.max() - counts.min() <= 1
+        # What some have more than others lies evenly: no two gaps differ by more than one.
+        gaps = np.diff(np.flatnonzero(counts == counts.max()))
+        assert not len(gaps) or np.ptp(gaps) <= 1
+
+
+def test_other_scenes_are_refused(tmp_path, scenes):
+    archive = traffic.Archive(tmp_path)
+    every = dict.fromkeys(("train", "validation", "test"), scenes)
+    traffic.Run(SMOKE, archive, lambda *_: None, every)
+    changed = scenes._replace(vehicles=scenes.vehicles + 1)
+    with pytest.raises(ConfigError, match="expected the test scenes that it was begun with, given others"):
+        traffic.Run(SMOKE, archive, lambda *_: None, every | {"test": changed})
+
+
+def test_thinned_scenes_keep_vehicles_that_are_there():
+    """Each vehicle as often as the others; 4,000 scenes, five standard deviations."""
+    present = jnp.arange(12) < 8
+    keys = jax.random.split(jax.random.key(0), 4000)
+    kept = np.asarray(jax.vmap(lambda key: traffic.thinned(key, present, 1.0))(keys))
+    assert not kept[:, 8:].any()
+    sizes = np.bincount(kept.sum(1), minlength=9)
+    assert sizes[0] == 0
+    assert (np.abs(sizes[1:] - 500) < 5 * np.sqrt(500)).all()
+    assert (np.abs(kept[:, :8].mean(0) - 4.5 / 8) < 5 * 0.5 / 4000**0.5).all()
+    np.testing.assert_array_equal(traffic.thinned(jax.random.key(1), present, 0.0), present)
+
+
+def test_the_nearest_vehicles_stay():
+    scenes = data.take(data.embedded("test"), slice(3))
+    few = traffic.nearest(scenes, 5)
+    assert few.present.sum(1).tolist() == [5, 5, 5]
+    far = np.linalg.norm(scenes.vehicles[..., :2], axis=-1)
+    assert (far[:, :5].max(1) <= far[:, 5:].min(1) + 1e-5).all()
+    assert (few.vehicles[:, 5:] == 0).all()
+
+
+def test_what_a_valid_scene_costs():
+    found = traffic.per_valid(traffic.rates.rate(60, 100), 30.0, 0.5)
+    assert found["evaluations_per_valid"].value == pytest.approx(75)
+    assert found["seconds_per_valid"].value == pytest.approx(1.25)
+    assert found["evaluations_per_valid"].low < 75 < found["evaluations_per_valid"].high
+    assert traffic.per_valid(traffic.rates.rate(10, 10), 30.0, 0.5) == {}
 
 
 def test_the_same_noise_for_every_model(scenes):

@@ -154,9 +154,13 @@ def test_the_roadside_is_the_oracle_s_distance():
     size = 1 / np.sqrt(1.01)  # the heading's norm, as noise is expected
     shapes = jnp.concatenate([vehicles[:, :4], vehicles[:, 4:6] * size], -1)
     points = jnp.concatenate([outline(shapes), vehicles[:, None, :2]], 1)
-    np.testing.assert_allclose(found, np.asarray(distance_at(place.distance, points, 50.0)), atol=1e-4)
+    np.testing.assert_allclose(found[:, :9], np.asarray(distance_at(place.distance, points, 50.0)), atol=1e-4)
+    rings = vehicles[:, None, :2] + jnp.asarray([[2.0, 0.0], [0.0, 5.0], [-10.0, 0.0]])[None]
+    expected = np.asarray(distance_at(place.distance, rings, 50.0))
+    np.testing.assert_allclose(found[:, [9, 9 + 8 + 2, 9 + 16 + 4]], expected, atol=1e-4)
     beyond = vehicles.at[:, 0].set(60.0)
-    assert (np.asarray(roadside(beyond, place.distance, 50.0))[:, 8] >= found.min() + 10 - 20).all()
+    edge = np.asarray(distance_at(place.distance, jnp.stack([jnp.full(K, 50.0), beyond[:, 1]], -1), 50.0))
+    np.testing.assert_allclose(np.asarray(roadside(beyond, place.distance, 50.0))[:, 8], edge + 10, atol=1e-3)
 
 
 def test_relative_attention_is_wu_s_formula():
