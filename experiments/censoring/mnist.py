@@ -98,7 +98,7 @@ class MnistConfig(Config):
     """Residual blocks of a level."""
     reward_attention: tuple[int, ...] = (4,)
     """Heights of the feature maps with attention."""
-    reward_steps: Annotated[int, Between(1, 1_000_000)] = 400
+    reward_steps: Annotated[int, Between(1, 1_000_000)] = 200
     """Training steps of a reward; three times as many for the union and for all rounds of imitation."""
     reward_batch: Annotated[int, Between(1, 100_000)] = 32
     """Batch of them."""

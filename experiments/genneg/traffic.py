@@ -76,11 +76,11 @@ class TrafficConfig(Config):
     """Its heads of attention."""
     expansion: Annotated[int, Between(1, 8)] = 2
     """Width of its feed-forward layers in units of the width."""
-    base_steps: Annotated[int, Between(10, 100_000_000)] = 4000
+    base_steps: Annotated[int, Between(10, 100_000_000)] = 8000
     """Most training steps of the baseline."""
     base_batch: Annotated[int, Between(1, 1_000_000)] = 64
     """Scenes of one."""
-    base_rate: Annotated[float, Between(1e-6, 1.0)] = 1e-3
+    base_rate: Annotated[float, Between(1e-6, 1.0)] = 3e-3
     """Its rate of learning."""
     time_power: Annotated[float, Between(0.5, 5.0)] = 2.0
     """Training draws t = T u^power, with u uniform: 1 is the paper's; 2 spends half of the batch below T / 4, where
@@ -104,6 +104,8 @@ class TrafficConfig(Config):
     """Heads of a classifier."""
     classifier_steps: Annotated[int, Between(10, 10_000_000)] = 1000
     """Training steps of a classifier."""
+    classifier_rate: Annotated[float, Between(1e-6, 1.0)] = 1e-3
+    """Its rate of learning."""
     classifier_batch: Annotated[int, Between(2, 1_000_000)] = 64
     """Batch of a classifier's step, half of it positives."""
     student_steps: Annotated[int, Between(10, 10_000_000)] = 800
@@ -154,7 +156,7 @@ PRESETS = {
         preset="paper", scenes=100_000, width=256, layers=6, expansion=3, sampler_steps=1000, eta=1.0,
         base_steps=250_000, base_batch=256, base_rate=2e-4, time_power=1.0, fewer=0.0, patience=50_000,
         per_class=50_000, draw_budget=1_000_000, draw_batch=8192, classifier_width=256, classifier_layers=6,
-        classifier_heads=8, classifier_steps=50_000, classifier_batch=512, student_steps=50_000, student_batch=256,
+        classifier_heads=8, classifier_steps=50_000, classifier_rate=2e-4, classifier_batch=512, student_steps=50_000, student_batch=256,
         stored=2**20, samples=10_000, elbo_scenes=4096, elbo_levels=128, smc_particles=16, smc_populations=1024,
     ),
 }  # fmt: skip
@@ -605,7 +607,7 @@ class Run:
         """A classifier of scenes, of vehicles or of pairs."""
         config, setup = self.config, problem(self.config, head, timeless)
         steps = config.classifier_steps
-        settings = training.Settings(steps, config.base_rate, 0.998, min(250, steps), warmup=min(100, steps // 5))
+        settings = training.Settings(steps, config.classifier_rate, 0.998, min(250, steps), warmup=min(100, steps // 5))
         how = genneg.ClassifierTraining(settings, config.classifier_batch // 2, weighting, validation=256)
         start = jax.jit(classifier_network(config, head).init)(self.fold(CLASSIFIER), rows_of(self.test_places, 0))
         train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))

@@ -107,6 +107,12 @@ def waves(at: Float[Array, "*n i"], octaves: int = 6) -> Float[Array, "*n 2*octa
     return jnp.concatenate(sine_cosine(phase), -1).reshape(*at.shape[:-1], -1)
 
 
+def turned(way: Float[Array, "*n 2"], ahead: Float[Array, "*n 2"]) -> Float[Array, "*n 2"]:
+    """What is `way` for one that looks along x, for one that looks along `ahead`; times its length."""
+    (x, y), (cos, sin) = jnp.moveaxis(way, -1, 0), jnp.moveaxis(ahead, -1, 0)
+    return jnp.stack([x * cos - y * sin, x * sin + y * cos], -1)
+
+
 def heading(vehicles: Float[Array, "k 7"]) -> Float[Array, "k 2"]:
     """The direction of (cos, sin), shorter where noise leaves hardly any: smooth everywhere."""
     given = vehicles[:, 4:6]
@@ -126,10 +132,8 @@ def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k
     """
     ahead = heading(vehicles)
     way = vehicles[None, :, :2] - vehicles[:, None, :2]
-    turned = lambda v: jnp.stack(
-        [jnp.sum(v * ahead[:, None], -1), v[..., 1] * ahead[:, None, 0] - v[..., 0] * ahead[:, None, 1]], -1
-    )
-    mine, turn = turned(way), turned(jnp.broadcast_to(ahead[None], way.shape))
+    back = (ahead * jnp.array([[1.0, -1.0]]))[:, None]
+    mine, turn = turned(way, back), turned(ahead[None], back)
     far = jnp.sqrt(jnp.sum(way**2, -1) + 1e-2)
     cos, sin = jnp.abs(turn[..., 0]), jnp.abs(turn[..., 1])
     length, width = vehicles[:, 2], vehicles[:, 3]
@@ -157,12 +161,12 @@ def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k
 def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half: float) -> Float[Array, "k 41"]:
     """The signed distance to the edge of the drivable area, in metres, where each vehicle is.
 
-    At its outline (8, see `gendiff.geometry.outline`), at its centre, and on rings around that (AROUND), which do not
-    turn with it: noise leaves less of a heading than of a place.  Beyond the map it is that of the map's edge, and a
-    metre more for each metre.
+    At its outline (8, see `gendiff.geometry.outline`), at its centre, and on rings around that (AROUND), which turn
+    with it.  Beyond the map it is that of the map's edge, and a metre more for each metre.
     """
-    shapes = jnp.concatenate([vehicles[:, :4], heading(vehicles)], -1)
-    near = vehicles[:, None, :2] + jnp.asarray(AROUND, jnp.float32)[None]
+    ahead = heading(vehicles)
+    shapes = jnp.concatenate([vehicles[:, :4], ahead], -1)
+    near = vehicles[:, None, :2] + turned(jnp.asarray(AROUND, jnp.float32)[None], ahead[:, None])
     points = jnp.concatenate([outline(shapes), near], 1)
     cells = distance.shape[0]
     place = [(points[..., axis] / half + 1) * (cells / 2) - 0.5 for axis in (1, 0)]
@@ -245,13 +249,25 @@ class SceneTransformer(nn.Module):
                 inner = nn.LayerNorm(use_bias=False, use_scale=False)(h) * (1 + gain) + offset
                 h = h + (1 + gate) * part(inner, *arguments)
         h = nn.LayerNorm(name="norm")(h)
+        if self.head == "denoise":
+            return self._answer(h, heading(vehicles))
         return self._read(h, related, present)
+
+    def _answer(self, h: Array, ahead: Array) -> Array:
+        """Seven numbers, and for place and heading what is said in the vehicle's own frame, turned into the window's.
+
+        What noise did to a vehicle on its lane, ahead or aside, is the same for all directions of the lane.
+        """
+        zeros = nn.initializers.zeros
+        out = nn.Dense(7, kernel_init=zeros, name="output")(h)
+        own = nn.Dense(4, kernel_init=zeros, name="own")(h).reshape(-1, 2, 2)
+        own = turned(own, ahead[:, None])
+        nothing = jnp.zeros((len(h), 2))
+        return out + jnp.concatenate([own[:, 0], nothing, own[:, 1], nothing[:, :1]], -1)
 
     def _read(self, h: Array, related: Array, present: Array) -> Array:
         k = len(h)
         last = lambda features, name: nn.Dense(features, kernel_init=nn.initializers.zeros, name=name)
-        if self.head == "denoise":
-            return last(7, "output")(h)
         if self.head == "scene":
             share = present.astype(jnp.float32) / jnp.sum(present)
             return last(1, "output")(nn.silu(nn.Dense(self.width, name="pooled")(share @ h)))[0]

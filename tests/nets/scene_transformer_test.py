@@ -155,7 +155,9 @@ def test_the_roadside_is_the_oracle_s_distance():
     shapes = jnp.concatenate([vehicles[:, :4], vehicles[:, 4:6] * size], -1)
     points = jnp.concatenate([outline(shapes), vehicles[:, None, :2]], 1)
     np.testing.assert_allclose(found[:, :9], np.asarray(distance_at(place.distance, points, 50.0)), atol=1e-4)
-    rings = vehicles[:, None, :2] + jnp.asarray([[2.0, 0.0], [0.0, 5.0], [-10.0, 0.0]])[None]
+    rings = vehicles[:, None, :2] + size * jnp.asarray([[0.6, 0.8], [-0.8, 0.6], [-0.6, -0.8]])[None] * jnp.array(
+        [[[2.0], [5.0], [10.0]]]
+    )
     expected = np.asarray(distance_at(place.distance, rings, 50.0))
     np.testing.assert_allclose(found[:, [9, 9 + 8 + 2, 9 + 16 + 4]], expected, atol=1e-4)
     beyond = vehicles.at[:, 0].set(60.0)
