@@ -156,8 +156,9 @@ PRESETS = {
         preset="paper", scenes=100_000, width=256, layers=6, expansion=3, sampler_steps=1000, eta=1.0,
         base_steps=250_000, base_batch=256, base_rate=2e-4, time_power=1.0, fewer=0.0, patience=50_000,
         per_class=50_000, draw_budget=1_000_000, draw_batch=8192, classifier_width=256, classifier_layers=6,
-        classifier_heads=8, classifier_steps=50_000, classifier_rate=2e-4, classifier_batch=512, student_steps=50_000, student_batch=256,
-        stored=2**20, samples=10_000, elbo_scenes=4096, elbo_levels=128, smc_particles=16, smc_populations=1024,
+        classifier_heads=8, classifier_steps=50_000, classifier_rate=2e-4, classifier_batch=512,
+        student_steps=50_000, student_batch=256, stored=2**20, samples=10_000, elbo_scenes=4096, elbo_levels=128,
+        smc_particles=16, smc_populations=1024,
     ),
 }  # fmt: skip
 
