@@ -98,7 +98,7 @@ class MnistConfig(Config):
     """Residual blocks of a level."""
     reward_attention: tuple[int, ...] = (4,)
     """Heights of the feature maps with attention."""
-    reward_steps: Annotated[int, Between(1, 1_000_000)] = 200
+    reward_steps: Annotated[int, Between(1, 1_000_000)] = 150
     """Training steps of a reward; three times as many for the union and for all rounds of imitation."""
     reward_batch: Annotated[int, Between(1, 100_000)] = 32
     """Batch of them."""
@@ -123,9 +123,9 @@ class MnistConfig(Config):
 
     sampler_steps: Annotated[int, Between(2, 1000)] = 40
     """Steps of ancestral sampling, at equal distances in the 1,000 of the model."""
-    scale: Annotated[float, Between(0.0, 1000.0)] = 0.0
+    scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
     """omega of the ensemble; single rewards and the union take `members` times as much. 0 chooses it by the sweep, on
-    labels and noise of its own."""
+    labels and noise of its own, before all other rows; 1 is what the sweep of seed 0 chose (so report other seeds)."""
     sweep: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """The omegas of the trade-off curves."""
     universal_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
@@ -274,7 +274,12 @@ def _variables(net: ResNet, size: int, key: Array) -> Params:
 
 def initialised(network: Any, config: MnistConfig, key: Array) -> Params:
     """Fresh parameters of a network of images."""
-    return jax.jit(network.init)(key, jnp.zeros((config.size, config.size, 1)), jnp.zeros(()))
+    return _initialised(network, config.size, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _initialised(network: Any, size: int, key: Array) -> Params:
+    return network.init(key, jnp.zeros((size, size, 1)), jnp.zeros(()))
 
 
 class Run:
@@ -286,14 +291,16 @@ class Run:
         self.mesh = distributed.make_mesh()
         self.rows: list[Row] = []
         self.sheets: dict[str, Samples] = {}
-        self.seen_at_once = 128 if config.rater == "oracle" else min(config.label_budget, 400)
+        # As many as are drawn at a time for a row: one compiled program less.
+        self.seen_at_once = config.samples // 2 if config.rater == "oracle" else min(config.label_budget, 400)
         self.scale, self.universal_scale = config.scale, config.universal_scale
 
     def all(self) -> None:
         """Every row of the table, in its order."""
         config = self.config
         theta = self.base()
-        self.tune(theta)
+        if first := not (self.scale and self.universal_scale):
+            self.tune(theta)
         plain = Censoring()
         self.row("uncensored", theta, lambda trial: None, plain, config.trials, 0)
         ensemble = lambda trial: self.rewards(theta, trial)
@@ -314,6 +321,8 @@ class Run:
         universal = self.universal()._replace(scale=self.universal_scale)
         self.row("universal", theta, lambda trial: self.clean_rewards(theta, trial), universal, few, every)
         self.rejection(theta, ensemble, every)
+        if not first:
+            self.tune(theta)
         self.active(theta)
         second = self.second(theta)
         self.row("uncensored-malign-dominant", second, lambda trial: None, plain, few, 0)
@@ -441,13 +450,16 @@ class Run:
     ) -> Params:
         config, key = self.config, self.fold(CLEAN if clean else REWARDS, trial)
         setup, new = (self.clean, partial(new_resnet, config)) if clean else (self.problem, self.new_reward)
-        sets = self.prepare(pairs, jax.random.fold_in(key, 0))
         settings = self.reward_training(weight, times * config.reward_steps)
-        start = potential.stacked(*(new(jax.random.fold_in(key, 10 + k)) for k in range(len(pairs))))
         steps = settings.training.steps
         host = training.Host(None, self.archive.steps(phase), lambda step, m: self.progress(phase, step, steps, m))
-        fit = partial(censoring.fit, setup, sets, start, settings, jax.random.fold_in(key, 1), host)
-        return self.archive.once(phase, lambda: fit().params)
+
+        def train() -> Params:
+            sets = self.prepare(pairs, jax.random.fold_in(key, 0))
+            start = potential.stacked(*(new(jax.random.fold_in(key, 10 + k)) for k in range(len(pairs))))
+            return censoring.fit(setup, sets, start, settings, jax.random.fold_in(key, 1), host).params
+
+        return self.archive.once(phase, train)
 
     def prepare(self, pairs: list[tuple[Samples, Samples]], key: Array) -> censoring.Sets:
         return censoring.augmented(pairs, self.config.copies, key, turn)

@@ -48,12 +48,14 @@ class TrafficConfig(Config):
     source: Literal["simulated", "embedded"] = "simulated"
     """Scenes that SUMO simulates (`pip install 'gendiff[traffic]'`), or the 240 that come with the package."""
     data: Path | None = None
-    """Folder of simulated scenes, made if it is not there (`python -m gendiff.data.traffic`); default: one in
-    $XDG_CACHE_HOME/gendiff."""
+    """Folder of simulated scenes, made if it is not there (`python -m gendiff.data.traffic`); default: one for each
+    data seed in $XDG_CACHE_HOME/gendiff."""
     scenes: Annotated[int, Between(1000, 10_000_000)] = 8000
     """Scenes in all; of ten maps eight are for training, one for validation and one for tests."""
     of_map: Annotated[int, Between(1, 1000)] = 40
     """Scenes of one map at most: those of one are alike."""
+    data_seed: Annotated[int, Between(0, 2**31 - 1)] = 0
+    """Seed of the simulated maps and their traffic. The defaults were chosen on those of seed 0: report others."""
     vehicles: Annotated[int, Between(1, 12)] = 12
     """Vehicles of a scene at most, the nearest to its centre."""
     recorded: Path | None = None
@@ -327,11 +329,12 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
     else:
         # A folder of more scenes of the same recipe serves.
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gendiff" / "traffic"
-        folder, wanted = config.data or cache, config.scenes
+        folder, wanted = config.data or cache / str(config.data_seed), config.scenes
+        recipe = data.Recipe(config.data_seed)
         try:
             with tqdm(total=wanted, desc="scenes", unit=" scenes") as bar:
                 report = lambda have: bar.update(min(have, wanted) - bar.n)
-                data.write(folder, wanted, data.Recipe(), report=report, most=config.of_map)
+                data.write(folder, wanted, recipe, report=report, most=config.of_map)
             every = data.read(folder, scenes=wanted, most=config.of_map)
         except SumoError as error:
             raise ConfigError(f"--source: {error}; or `--source embedded`") from None

@@ -343,7 +343,7 @@ def fit(
             raise ValueError(f"censoring: {name}: expected at least one label for every reward, given none")
     # Padded, so that sets of other sizes share the compiled program.
     n = sets.labels.shape[1]
-    pad = lambda a: np.pad(a, [(0, 0), (0, training.capacity(n, 256) - n)] + [(0, 0)] * (a.ndim - 2))
+    pad = lambda a: np.pad(a, [(0, 0), (0, training.capacity(n, 1024) - n)] + [(0, 0)] * (a.ndim - 2))
     context = (*(jnp.asarray(pad(a), jnp.float32) for a in sets), jnp.int32(n), jnp.float32(settings.benign_weight))
     task = reward_task(problem, settings.batch)
     state = training.train(key, start, task, context, settings.training, host)
