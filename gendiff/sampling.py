@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from gendiff.denoiser import Denoiser
@@ -102,28 +103,32 @@ def heun(
     return kernel
 
 
-def recurrent(process: Process, kernel: Kernel, times: int) -> Kernel:
+def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> Kernel:
     """`kernel` taken `times` times in each step, with its result noised back from s to t in between (Bansal et al.
     2023).
 
     The noise is the process's own q(x_t | x_s), so x_t keeps its distribution.  times = 1 is `kernel`.
+    Given as an array, all numbers of times share a compiled program.
     """
-    if times < 1:
+    if isinstance(times, int) and times < 1:
         raise ValueError(f"recurrent: times: expected 1 or more, given {times}")
 
     def recurring(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
         ratio, variance = transition(process, t, s)
 
-        def once(carry: tuple[Sample, Sample], i: Array) -> tuple[tuple[Sample, Sample], None]:
+        def once(i: Array, carry: tuple[Sample, Sample]) -> tuple[Sample, Sample]:
             x, _ = carry
-            move_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-            new = kernel(move_key, x, t, s)
+            # The first pass has the step's own key; the others' are not below it, where the kernel's are.
+            move_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.clone(apart), i))
+            data = jnp.where(i == 0, jax.random.key_data(key), jax.random.key_data(move_key))
+            new = kernel(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), x, t, s)
             back = ratio * new + jnp.sqrt(jnp.maximum(variance, 0.0)) * jax.random.normal(noise_key, x.shape)
-            return (back, new), None
+            return back, new
 
-        return jax.lax.scan(once, (x, x), jnp.arange(times))[0][1]
+        apart = jax.random.fold_in(jax.random.clone(key), np.uint32(2**32 - 1))
+        return jax.lax.fori_loop(0, times, once, (x, x))[1]
 
-    return kernel if times == 1 else recurring
+    return kernel if isinstance(times, int) and times == 1 else recurring
 
 
 def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel:

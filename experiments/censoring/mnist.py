@@ -470,7 +470,7 @@ class Run:
     def reward_training(self, weight: float, steps: int) -> censoring.RewardTraining:
         config = self.config
         settings = training.Settings(
-            steps, config.reward_rate, decay=0.0, every=min(100, steps), schedule="linear", clip=None, weight_decay=0.05
+            steps, config.reward_rate, decay=0.0, every=min(50, steps), schedule="linear", clip=None, weight_decay=0.05
         )
         return censoring.RewardTraining(settings, config.reward_batch, weight)
 

@@ -61,7 +61,7 @@ class Censoring(NamedTuple):
 
     scale: Scalar | float = 1.0
     """omega, on the sum over the ensemble."""
-    recurrence: int = 1
+    recurrence: int | Int[Array, ""] = 1
     """R, passes through each step."""
     backward: int = 0
     """B, steps of Adam on x_0_hat in each pass."""
@@ -183,9 +183,10 @@ def draw(
       Diverged: a sample is not finite.
     """
     check(settings)
-    given = distributed.place(mesh, (theta, rewards, key, float(settings.scale)))
-    # The scale is an argument, so that all scales share one program.
-    samples, finite = map(np.asarray, _draw(problem, settings._replace(scale=0.0), n, mesh, *given))
+    # Scale and recurrence are arguments, so that all of them share one program.
+    given = distributed.place(mesh, (theta, rewards, key, float(settings.scale), settings.recurrence))
+    program = settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
+    samples, finite = map(np.asarray, _draw(problem, program, n, mesh, *given))
     if finite.min() < problem.steps:
         raise Diverged(
             f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {n} samples, first in step "
@@ -216,8 +217,10 @@ def _draw(
     rewards: Params,
     key: PRNGKey,
     scale: Scalar,
+    times: Int[Array, ""],
 ) -> tuple[Samples, Int[Array, " n"]]:
-    step = kernel(problem, theta, rewards, settings._replace(scale=scale))
+    recurrence = settings.recurrence if rewards is None else times
+    step = kernel(problem, theta, rewards, settings._replace(scale=scale, recurrence=recurrence))
     grid = problem.process.grid(problem.steps)
     one = lambda key: sampling.watched(problem.process, step, grid, key, problem.shape)
     return distributed.chunked(one, jax.random.split(key, n), problem.chunk, mesh)
@@ -228,7 +231,7 @@ def evaluations(problem: Problem, settings: Censoring, members: int) -> int:
     if not members:
         return problem.steps
     model, reward = (3, 3 * members) if settings.universal else (1, 3 * members)
-    return problem.steps * settings.recurrence * (model + reward * (1 + settings.backward))
+    return problem.steps * int(settings.recurrence) * (model + reward * (1 + settings.backward))
 
 
 # Labels.
