@@ -17,13 +17,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+import jax
 import tyro
 from tabulate import tabulate
 from tqdm import tqdm
 
 from experiments import runtime
+from gendiff import distributed
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.metrics.rates import Estimate
 
@@ -102,19 +104,45 @@ def parse(config: type[C], presets: Mapping[str, C], arguments: Sequence[str]) -
     return tyro.cli(config, default=presets[preset], args=list(arguments), description=module.__doc__)
 
 
+BAD_INPUT, LOST, STOPPED = 2, 70, 75
+"""Exit statuses: what a user can mend; another process of the run was lost; a notice of preemption, everything is
+stored. After the last two the same command goes on (75 is EX_TEMPFAIL of sysexits.h)."""
+MENDABLE = (
+    ConfigError, CheckpointError, ValueError, FloatingPointError, OSError,
+    distributed.StartError, distributed.Disagreement, distributed.Elsewhere,
+)  # fmt: skip
+
+
 def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results]) -> None:
-    """The command line of an experiment.  Errors that a user can mend are one line and exit status 2."""
-    runtime.start()
+    """The command line of an experiment.  What goes wrong is one line, and an exit status of its own."""
     try:
-        results = run(parse(config, presets, sys.argv[1:]))
-    except (ConfigError, CheckpointError, ValueError, FloatingPointError, OSError) as error:
+        runtime.start()
+        given = parse(config, presets, sys.argv[1:])
+        distributed.agree("the configuration", repr(given))
+        distributed.agree("the commit", _commit())
+        results = run(given)
+    except distributed.Preempted as notice:
+        _leave(str(notice), STOPPED)
+    except MENDABLE as error:
         if os.environ.get("GENDIFF_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        print("(GENDIFF_TRACEBACK=1 shows where)", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(results.table)
-    print(f"\nResults, figures and checkpoints: {results.folder}")
+        _leave(f"error: {error}\n(GENDIFF_TRACEBACK=1 shows where)", BAD_INPUT)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or os.environ.get("GENDIFF_TRACEBACK"):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        _leave(f"error: another process of the run was lost: start all of them again ({reason})", LOST)
+    if distributed.is_first():
+        print(results.table)
+        print(f"\nResults, figures and checkpoints: {results.folder}")
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print(f"{distributed.name()}{message}", file=sys.stderr, flush=True)
+    if distributed.joined():  # at its end Python would wait for the other processes
+        sys.stdout.flush()
+        os._exit(status)
+    raise SystemExit(status) from None
 
 
 class Folder:
@@ -123,11 +151,16 @@ class Folder:
     def __init__(self, experiment: str, config: Config) -> None:
         self.experiment, self.config = experiment, config
         self.path = config.output or Path("results") / experiment / f"{config.preset}-{config.seed}"
+        distributed.first(self._open)
+        self.archive = Archive(self.path / "checkpoints")
+
+    def _open(self) -> None:
+        config = self.config
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--output: expected a folder, given {self.path} ({error.strerror})") from None
-        fields = _jsonable(dataclasses.asdict(config) | {"output": None})
+        fields = _jsonable({"experiment": self.experiment} | dataclasses.asdict(config) | {"output": None})
         stored = self.path / "config.json"
         if stored.exists():
             try:
@@ -142,8 +175,7 @@ class Folder:
             self._compare(held, fields)
         elif any(not each.name.endswith(".tmp") for each in self.path.iterdir()):
             raise ConfigError(f"--output: expected an empty folder or one of this experiment, given {self.path}")
-        self.write("config.json", json.dumps(fields, indent=2) + "\n")
-        self.archive = Archive(self.path / "checkpoints")
+        self._write("config.json", json.dumps(fields, indent=2) + "\n")
 
     def _compare(self, stored: dict, given: dict) -> None:
         names = sorted({name for name in {*stored, *given} if stored.get(name) != given.get(name)})
@@ -152,7 +184,10 @@ class Folder:
             raise ConfigError(f"--output: {self.path} holds another configuration ({changes}): name another folder")
 
     def write(self, name: str, text: str) -> None:
-        """Writes a whole file or leaves the old one."""
+        """Writes a whole file or leaves the old one; the first process does."""
+        distributed.first(lambda: self._write(name, text))
+
+    def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
         try:
             temporary.write_text(text)
@@ -164,7 +199,9 @@ class Folder:
             ) from None
 
     def log(self, **values: Any) -> None:
-        """Appends one line to metrics.jsonl."""
+        """Appends one line to metrics.jsonl; the first process does."""
+        if not distributed.is_first():
+            return
         path = self.path / "metrics.jsonl"
         try:
             with path.open("ab+") as file:
@@ -206,6 +243,8 @@ class Progress:
         self.bar: tqdm | None = None
 
     def __call__(self, phase: str, done: int, of: int, metrics: Mapping[str, float]) -> None:
+        if not distributed.is_first():
+            return
         self.folder.log(time=round(time.time(), 1), phase=self.prefix + phase, done=done, of=of, **metrics)
         if phase != self.phase or self.bar is None:
             self.close()

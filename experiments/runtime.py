@@ -7,9 +7,15 @@ from pathlib import Path
 
 import jax
 
+from gendiff import distributed
+
 
 def start() -> None:
-    """Called first by every command line.  Each setting gives way to what the user has set in the environment."""
+    """Called first by every command line.  Each setting gives way to what the user has set in the environment.
+
+    Raises:
+      distributed.StartError: other processes of the run were told of, and did not come.
+    """
     # One virtual device a core lets the two cores sample independently: 1.2 times faster than threads inside each op.
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 4))
@@ -22,6 +28,8 @@ def start() -> None:
             print(f"warning: no compile cache in {cache} ({error.strerror})", file=sys.stderr)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    distributed.start()
+    distributed.heed_notices()
 
 
 def device() -> str:

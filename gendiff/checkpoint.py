@@ -2,8 +2,12 @@
 
 Orbax writes into a temporary folder and renames it at the end, so a killed save leaves nothing that looks complete.  A
 checksum of every array stands in the checkpoint's metadata and is compared when it is read.
+
+Where a run has several processes the first one writes and all of them read: they need one file system.  Arrays are
+written whole, so that a checkpoint serves any number of processes and devices.
 """
 
+import contextlib
 import shutil
 import tempfile
 import time
@@ -17,7 +21,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from gendiff import distributed
+
 Tree = TypeVar("Tree")
+FORMAT = 1
+"""Of what this version writes; it reads no later ones."""
 
 
 class CheckpointError(RuntimeError):
@@ -26,13 +34,18 @@ class CheckpointError(RuntimeError):
 
 def save(folder: Path, tree: Any, **notes: Any) -> None:
     """Writes nested dicts of arrays as a new checkpoint, with `notes` that JSON can hold."""
-    tree = jax.tree.map(np.asarray, tree)
-    metadata = {"checksums": _checksums(tree), "empty": _empty(tree), **notes}
+    tree = distributed.gather(tree)
+    distributed.first(lambda: _save(folder, tree, notes))
+
+
+def _save(folder: Path, tree: Any, notes: dict[str, Any]) -> None:
+    metadata = {"format": FORMAT, "checksums": _checksums(tree), "empty": _empty(tree), **notes}
     # Orbax refuses arrays of size 0: their shapes stand in the metadata, and a zero takes their place.
     tree = jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
     try:
         _check_room(folder.parent)
-        ocp.save(folder.absolute(), tree, custom_metadata=metadata)
+        with _alone():
+            ocp.save(folder.absolute(), tree, custom_metadata=metadata)
     except Exception as error:  # Orbax and TensorStore raise many types; the cause stays attached
         raise _unwritten(folder, error) from error
 
@@ -40,59 +53,142 @@ def save(folder: Path, tree: Any, **notes: Any) -> None:
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Reads what `save` wrote: nested dicts of NumPy arrays, and the notes."""
     try:
-        with warnings.catch_warnings():  # Orbax warns that it takes shapes and sharding from the file, as we want
-            warnings.simplefilter("ignore", UserWarning)
-            tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
+        with warnings.catch_warnings(), _alone():
+            warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
             stored = ocp.metadata(folder.absolute()).custom_metadata
+            _check_format(folder, stored)
+            tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
+    except CheckpointError:
+        raise
     except Exception as error:
         raise _unreadable(folder, error) from error
     empty = stored.get("empty", {}) if stored else {}
     shaped = lambda path, leaf: np.zeros(empty[path], leaf.dtype) if path in empty else leaf
     tree = jax.tree_util.tree_map_with_path(lambda path, leaf: shaped(jax.tree_util.keystr(path), leaf), tree)
     _verify(folder, tree, stored)
-    return tree, {name: value for name, value in stored.items() if name not in ("checksums", "empty")}
+    return tree, {name: value for name, value in stored.items() if name not in ("format", "checksums", "empty")}
 
 
 class Checkpoints:
-    """The checkpoints of one training run, by step; the newest two are kept."""
+    """The checkpoints of one training run, by step, written in the background.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+      keep: how many of the newest are kept.
+    """
 
-    def _open(self) -> ocp.training.Checkpointer:
-        newest = ocp.training.preservation_policies.LatestN(2)
-        return ocp.training.Checkpointer(self.folder.absolute(), preservation_policy=newest)
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._writing: tuple[int, Any] | None = None
 
     def save(self, step: int, state: Any, data: Any = None) -> None:
-        """Writes a state (any pytree of arrays and keys), and the position of `data` if it has `get_state`."""
+        """Begins to write a state (any pytree of arrays and keys), and the position of `data` if it has `get_state`.
+
+        Raises:
+          CheckpointError: this one cannot be begun, or the last one was not written.
+        """
+        # A copy: the state's own buffers are donated to the next step.
+        whole = jax.tree.map(np.array, distributed.gather(_without_keys(state)))
         position = data.get_state() if hasattr(data, "get_state") else None
-        metadata = {"checksums": _checksums(state), "data": position}
+        distributed.first(lambda: self._begin(step, whole, position))
+
+    def _begin(self, step: int, whole: Any, position: Any) -> None:
+        self._finish()
+        metadata = {"format": FORMAT, "checksums": _checksums(whole), "data": position}
         try:
             _check_room(self.folder)
-            with self._open() as checkpointer:
-                checkpointer.save(step, state, custom_metadata=metadata)
+            with _alone():
+                if self._checkpointer is None:
+                    self._checkpointer = self._open()
+                response = self._checkpointer.save_async(step, whole, custom_metadata=metadata, overwrite=True)
+            self._writing = step, response
         except Exception as error:
             raise _unwritten(self.folder / str(step), error) from error
 
+    def _finish(self) -> None:
+        if self._writing is None:
+            return
+        (step, response), self._writing = self._writing, None
+        try:
+            with _alone():
+                response.result()
+        except Exception as error:
+            raise _unwritten(self.folder / str(step), error) from error
+
+    def wait(self) -> None:
+        """Until everything that was begun is written.
+
+        Raises:
+          CheckpointError: it could not be.
+        """
+        distributed.first(self.close)
+
+    def close(self) -> None:
+        """The same on this process alone: where something else has failed, others may not come to wait."""
+        try:
+            self._finish()
+        finally:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            if checkpointer is not None:
+                with _alone():
+                    checkpointer.close()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        newest = ocp.training.preservation_policies.LatestN(self.keep)
+        return ocp.training.Checkpointer(self.folder.absolute(), preservation_policy=newest)
+
     def restore(self, state: Tree, data: Any = None) -> Tree:
         """The newest checkpoint in the structure, types and sharding of `state`, or `state` itself if there is none."""
-        if not self.folder.exists():
+        step = distributed.first(self._latest)
+        if step is None:
             return state
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-        with self._open() as checkpointer:
-            latest = checkpointer.latest
-            if latest is None:
-                return state
-            folder = self.folder / str(latest.step)
-            try:
-                restored = checkpointer.load(latest.step, like)
-                stored = checkpointer.metadata(latest.step).custom_metadata
-            except Exception as error:
-                raise _unreadable(folder, error) from error
+        folder = self.folder / str(step)
+        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), jax.eval_shape(_without_keys, state))
+        like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like)
+        try:
+            with _alone(), self._open() as checkpointer:
+                stored = checkpointer.metadata(step).custom_metadata
+                _check_format(folder, stored)
+                restored = checkpointer.load(step, like)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise _unreadable(folder, error) from error
         _verify(folder, restored, stored)
         if stored and stored.get("data") is not None and hasattr(data, "set_state"):
             data.set_state(stored["data"])
-        return restored
+        return jax.tree.map(_as, restored, state)
+
+    def _latest(self) -> int | None:
+        self.close()
+        if not self.folder.exists():
+            return None
+        with _alone(), self._open() as checkpointer:
+            return None if checkpointer.latest is None else checkpointer.latest.step
+
+
+def _without_keys(tree: Any) -> Any:
+    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+
+def _as(value: np.ndarray, like: jax.Array) -> jax.Array:
+    """`value` as an array like another: a key if that is one, on its devices."""
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return distributed.put(jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like)), like.sharding)
+    return distributed.put(value, like.sharding)
+
+
+def _alone() -> Any:
+    """Orbax without waiting for other processes, which it does for arrays that are spread over them; ours are whole."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    index = jax.process_index()
+    return ocp.Context(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process-{index}"
+        )
+    )
 
 
 class Archive:
@@ -114,26 +210,35 @@ class Archive:
           name: of the phase, such as "round-1/draws"; a folder below the archive's.
           compute: gives a dict, or a NamedTuple of type `kind`, of (nested dicts of) arrays and numbers.
         """
+        distributed.stop_if_preempted("every phase that was finished")
         folder = None if self.folder is None else self.folder / name / "result"
-        if folder is not None and folder.exists():
+        if folder is not None and distributed.first(folder.exists):
             fields, notes = load(folder)
             self.seconds[name] = notes["seconds"]
             return kind(**fields)
         begun = time.perf_counter()
         result: Any = jax.block_until_ready(compute())
         self.seconds[name] = time.perf_counter() - begun
+        fields = distributed.gather(result if isinstance(result, dict) else result._asdict())
         if self.folder is None or folder is None:
-            return result
-        fields = result if isinstance(result, dict) else result._asdict()
-        folder.parent.mkdir(parents=True, exist_ok=True)
+            return result if jax.process_count() == 1 else kind(**fields)
+        steps = self.folder / name / "steps"
         save(folder, fields, seconds=self.seconds[name])
         # The way to a result need not be kept once the result is.
-        shutil.rmtree(self.folder / name / "steps", ignore_errors=True)
-        return kind(**jax.tree.map(np.asarray, fields))
+        distributed.first(lambda: shutil.rmtree(steps, ignore_errors=True))
+        return kind(**fields)
 
     def steps(self, name: str) -> Checkpoints | None:
         """Checkpoints for the training run of a phase; they go once the phase's result is stored."""
         return None if self.folder is None else Checkpoints(self.folder / name / "steps")
+
+
+def _check_format(folder: Path, stored: Any) -> None:
+    given = (stored or {}).get("format", 0)
+    if given > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder}: expected format {FORMAT} or earlier, given {given}, of a later gendiff"
+        )
 
 
 def _check_room(folder: Path) -> None:

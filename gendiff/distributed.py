@@ -1,33 +1,245 @@
-"""One mesh, one axis: batches are split over `data`, parameters are replicated.
+"""Devices and processes: one mesh per run, arrays that all of its processes share, and what they agree on.
 
-Compiled SPMD: a function is written for the whole batch, `jit` splits it over the mesh, and the collectives are the
-compiler's (one all-reduce in a training step, none in sampling).
+A mesh has two axes.  `replica` is for independent runs (seeds, goals, members, configurations), `data` for the batch;
+either may be 1.  Compiled SPMD: a function is written for the whole batch, `jit` splits it over the mesh, and the
+collectives are the compiler's (one all-reduce in a training step, none in sampling).
+
+Several processes of one run (a host of a pod each, or any machines) all run the same program on the same arguments.
+What a process holds whole becomes a global array by `put`, a result that is split comes back by `gather`, and what only
+one of them can do, such as writing a table, is done by `first`.
 """
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+EVERY_DEVICE = ("replica", "data")
 
 
-def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A 1-D mesh of all devices, or of the given ones, with the axis `data`."""
+# Processes.
+
+
+class StartError(Exception):
+    """The processes of a run did not find each other."""
+
+
+class Disagreement(Exception):
+    """The processes of a run were started differently."""
+
+
+class Elsewhere(Exception):
+    """Another process of the run failed; its message."""
+
+
+class Preempted(Exception):
+    """The machine is to be given back; everything that was computed is stored."""
+
+
+def start(environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes of the run, if there are any; before the first use of a device.
+
+    On a TPU pod and under SLURM, Open MPI and Kubernetes JAX finds them itself.  Elsewhere each process is told with
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.  On a single machine nothing
+    happens.  GENDIFF_START_SECONDS (300) is how long to wait for the others, GENDIFF_HEARTBEAT_SECONDS (30) after which
+    silence a process counts as lost.
+
+    Raises:
+      StartError: of the three variables one is missing or no number, or the others did not come.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: environment[name] for name in names if environment.get(name)}
+    wait, heartbeat = (
+        _number(environment, name, default)
+        for name, default in (("GENDIFF_START_SECONDS", 300), ("GENDIFF_HEARTBEAT_SECONDS", 30))
+    )
+    own: dict[str, Any] = {}
+    if given:
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise StartError(f"{', '.join(missing)}: expected with {', '.join(given)}, given none")
+        count, index = (_number(environment, name, 0) for name in names[1:])
+        if not 0 <= index < count:
+            raise StartError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, given {index}")
+        if count == 1:
+            return
+        own = {"coordinator_address": given[names[0]], "num_processes": count, "process_id": index}
+    try:
+        jax.distributed.initialize(
+            **own, initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
+        )
+    except ValueError as error:
+        if own or "coordinator_address" not in str(error):
+            raise StartError(f"distributed: {error}") from None
+    except RuntimeError as error:
+        where = own.get("coordinator_address", "the coordinator that JAX found")
+        reason = str(error).strip().splitlines()[0]
+        raise StartError(f"{where}: expected all processes of the run within {wait} s ({reason})") from None
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise StartError(f"{name}: expected a whole number, given {text!r}")
+    return int(text)
+
+
+def joined() -> bool:
+    """Whether this process is one of several of a run."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process writes tables, pictures and progress: true on a single machine."""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    """What log lines of this process begin with; nothing on a single machine."""
+    return (
+        "" if not joined() or jax.process_count() == 1 else f"[process {jax.process_index()} of {jax.process_count()}] "
+    )
+
+
+def first(function: Callable[[], T]) -> T:
+    """What `function` gives on the first process, on all of them; JSON must be able to hold it.
+
+    Raises:
+      Elsewhere: on the others, where it raised on the first.
+    """
+    if jax.process_count() == 1:
+        return function()
+    failed: Exception | None = None
+    document = b""
+    if is_first():
+        try:
+            document = json.dumps({"value": function()}).encode()
+        except Exception as error:
+            failed, document = error, json.dumps({"error": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(document))))
+    padded = np.zeros(size, np.uint8)
+    padded[: len(document)] = np.frombuffer(document, np.uint8)
+    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if failed is not None:
+        raise failed
+    if "error" in told:
+        raise Elsewhere(f"process 0: {told['error']}")
+    return told["value"]
+
+
+def everywhere(function: Callable[[], T]) -> T:
+    """What `function` gives here, once it has succeeded on every process.
+
+    Raises:
+      Elsewhere: it raised on another one, which is named.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value: Any = None
+    failed: Exception | None = None
+    try:
+        value = function()
+    except Exception as error:
+        failed = error
+    message = np.zeros(400, np.uint8)
+    text = ("" if failed is None else str(failed) or type(failed).__name__).encode()[: len(message)]
+    message[: len(text)] = np.frombuffer(text, np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(message))
+    if failed is not None:
+        raise failed
+    for index, each in enumerate(every):
+        if each.any():
+            raise Elsewhere(f"process {index}: {each.tobytes().rstrip(bytes(1)).decode(errors='replace')}")
+    return value
+
+
+def agree(what: str, value: str) -> None:
+    """Compares `value` over the processes.
+
+    Raises:
+      Disagreement: on all of them, naming those that have another one than process 0.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.uint32)
+    every = np.asarray(multihost_utils.process_allgather(digest))
+    others = [str(index) for index, each in enumerate(every) if (each != every[0]).any()]
+    if others:
+        raise Disagreement(
+            f"{what}: expected the same on all {len(every)} processes, given another than process 0's on process "
+            f"{', '.join(others)}"
+        )
+
+
+# Preemption.
+
+_notice: list[int] = []
+_asked = 0
+
+
+def heed_notices() -> None:
+    """From now on SIGTERM, which machines that are taken away send first, is a notice and does not end the process."""
+    if jax.process_count() == 1:  # of several, JAX listens, and tells them all
+        signal.signal(signal.SIGTERM, lambda number, frame: _notice.append(number))
+
+
+def preempted() -> bool:
+    """Whether the run is to stop now: on all processes at the same call, which all must make."""
+    global _asked
+    if jax.process_count() == 1:
+        return bool(_notice)
+    _asked += 1
+    return bool(multihost_utils.reached_preemption_sync_point(_asked))
+
+
+def stop_if_preempted(what: str) -> None:
+    """Raises Preempted after a notice; `what` is the last thing that is stored."""
+    if preempted():
+        stop(what)
+
+
+def stop(what: str) -> NoReturn:
+    """Raises Preempted."""
+    raise Preempted(f"stopped by a notice (SIGTERM): {what} is stored; the same command goes on from there")
+
+
+# Meshes.
+
+
+def make_mesh(devices: list[jax.Device] | None = None, replica: int = 1) -> jax.sharding.Mesh:
+    """A mesh of all devices of all processes, or of the given ones.
+
+    Args:
+      replica: length of the axis `replica`; `data` has the rest.
+    """
     devices = jax.devices() if devices is None else devices
+    if replica < 1 or len(devices) % replica:
+        raise ValueError(f"distributed: replica: expected a divisor of {len(devices)} devices, given {replica}")
     # Explicit axes, the default, reject `alphas[t]` and concatenation with replicated arrays, which diffusion needs.
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    types = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((replica, len(devices) // replica), EVERY_DEVICE, axis_types=types, devices=devices)
 
 
 def training_mesh() -> jax.sharding.Mesh:
-    """All accelerators, or one CPU device: its cores share each operation better than they share a batch."""
+    """All accelerators, or one CPU device a process: its cores share each operation better than they share a batch."""
     devices = jax.devices()
-    return make_mesh(devices[:1] if devices[0].platform == "cpu" else devices)
+    if devices[0].platform != "cpu":
+        return make_mesh(devices)
+    by_process = {device.process_index: device for device in reversed(devices)}
+    return make_mesh([by_process[index] for index in sorted(by_process)])
 
 
 def split(mesh: jax.sharding.Mesh, axis: int = 0) -> jax.NamedSharding:
-    """Sharding of an array whose axis `axis` is the batch."""
-    return jax.NamedSharding(mesh, jax.P(*[None] * axis, "data"))
+    """Sharding of an array whose axis `axis` is the batch: over all devices."""
+    return jax.NamedSharding(mesh, jax.P(*[None] * axis, EVERY_DEVICE))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
@@ -35,26 +247,120 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     return jax.NamedSharding(mesh, jax.P())
 
 
+def fully_sharded(mesh: jax.sharding.Mesh, tree: Any, least: int = 2**14) -> Any:
+    """Shardings that leave each device a part of every large array (FSDP): along the longest axis that `data` divides.
+
+    Args:
+      tree: of arrays or their shapes.
+      least: elements of an array from which on it is split.
+    """
+    devices = mesh.shape["data"]
+
+    def one(leaf: Any) -> jax.NamedSharding:
+        able = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % devices == 0]
+        if not able or leaf.size < least or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return replicated(mesh)
+        return jax.NamedSharding(mesh, jax.P(*[None] * -max(able)[1], "data"))
+
+    return jax.tree.map(one, tree)
+
+
+# Arrays.
+
+
+def put(tree: Any, sharding: Any) -> Any:
+    """Global arrays from a tree that every process holds whole, or that is global already.
+
+    Args:
+      sharding: one for all leaves, or a tree of them.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    if isinstance(sharding, jax.NamedSharding):
+        return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+    return jax.tree.map(_put, tree, sharding)
+
+
+def _put(leaf: Any, sharding: jax.NamedSharding) -> jax.Array:
+    is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    if is_global and leaf.sharding == sharding:
+        return leaf
+    if _is_key(leaf):
+        data = _put(jax.random.key_data(jax.random.clone(leaf)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    whole = _gather(leaf) if is_global else np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
 def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """A copy of `tree` on every device of the mesh; the copy may be donated, the original stays."""
     # `may_alias=False` alone still shares the original's buffer where there are several devices.
-    return jax.device_put(jax.tree.map(jnp.copy, tree), replicated(mesh))
+    return put(jax.tree.map(jnp.copy, tree), replicated(mesh))
 
 
 def place(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
     """`tree` on every device of the mesh, wherever it was; without a mesh, as it is."""
-    return tree if mesh is None else jax.device_put(tree, replicated(mesh))
+    return tree if mesh is None else put(tree, replicated(mesh))
 
 
 def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
-    """Global arrays from this process's rows of a batch, split over `data`."""
+    """Global arrays from this process's rows of a batch, split over all devices.
+
+    Raises:
+      ValueError: the batch is not divided by the devices.
+    """
+    here = len(mesh.local_devices)
+    for leaf in jax.tree.leaves(local):
+        if len(leaf) % here:
+            raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {len(leaf)} rows")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
 
 
+def gather(tree: Any) -> Any:
+    """All arrays whole, as NumPy's, on every process."""
+    return jax.tree.map(_gather, tree)
+
+
+def _gather(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def local(tree: Any) -> Any:
+    """This process's copies of arrays that are replicated, for computations that it makes alone."""
+    if jax.process_count() == 1:
+        return tree
+    is_global = lambda leaf: isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0) if is_global(leaf) else leaf, tree)
+
+
+def by_process(function: Callable[..., np.ndarray], *inputs: Any) -> np.ndarray:
+    """`function(*inputs)` of arrays with a common leading axis, each process on its share of the rows, as on one.
+
+    Args:
+      function: on the host, such as an oracle: trees of arrays with n rows -> array with n rows.
+    """
+    n, processes = len(jax.tree.leaves(inputs)[0]), jax.process_count()
+    if processes == 1:
+        return np.asarray(function(*inputs))
+    # Equal shares, the last rows again where they do not come out even.
+    size = -(-n // processes)
+    rows = np.minimum(np.arange(size) + size * jax.process_index(), n - 1)
+    mine = everywhere(lambda: np.asarray(function(*jax.tree.map(lambda a: a[rows], inputs))))
+    return np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, *mine.shape[1:])[:n]
+
+
 def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """Inside `jit`: the batch split over `data`; where its size is no multiple of the devices, left to the compiler."""
-    even = lambda a: a.ndim and a.shape[0] % mesh.size == 0
-    constrain = lambda a: jax.lax.with_sharding_constraint(a, split(mesh)) if even(a) else a
+    """Inside `jit`: the batch split over all devices; what has no axis for it is left to the compiler.
+
+    Raises:
+      ValueError: the batch is not divided by the devices.
+    """
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim}
+    if uneven := [size for size in sizes if size % mesh.size]:
+        raise ValueError(f"batch: expected a multiple of the mesh's {mesh.size} devices, given {uneven[0]} examples")
+    constrain = lambda a: jax.lax.with_sharding_constraint(a, split(mesh)) if a.ndim else a
     return jax.tree.map(constrain, batch)
 
 
@@ -62,6 +368,8 @@ def chunked(
     function: Callable[[Any], Any], inputs: Any, chunk: int = 1024, mesh: jax.sharding.Mesh | None = None
 ) -> Any:
     """`vmap(function)(inputs)`, in chunks that stay in the cache (or in memory), split over the devices of a mesh.
+
+    Without a collective where the devices divide the examples.
 
     Args:
       function: of one example.
@@ -73,10 +381,22 @@ def chunked(
         raise ValueError("distributed: chunked: expected one example or more, given none")
     devices = 1 if mesh is None else mesh.size
     chunks = -(-n // (devices * chunk))
-    size = devices * -(-n // (devices * chunks))
-    rows = jnp.minimum(jnp.arange(chunks * size), n - 1).reshape(chunks, size)
-    parts = jax.tree.map(lambda a: a[rows], inputs)
+    size = -(-n // (devices * chunks))
+
+    def here(parts: Any) -> Any:
+        parts = jax.tree.map(lambda a: a.reshape(chunks, size, *a.shape[1:]), parts)
+        outputs = jax.lax.map(jax.vmap(function), parts)
+        return jax.tree.map(lambda a: a.reshape(chunks * size, *a.shape[2:]), outputs)
+
+    total = devices * chunks * size
+    if total != n:
+        inputs = jax.tree.map(lambda a: a[jnp.minimum(jnp.arange(total), n - 1)], inputs)
     if mesh is not None:
-        parts = jax.lax.with_sharding_constraint(parts, split(mesh, axis=1))
-    outputs = jax.lax.map(jax.vmap(function), parts)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:n], outputs)
+        each = jax.P(EVERY_DEVICE)
+        here = jax.shard_map(here, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
+    outputs = here(inputs)
+    return outputs if total == n else jax.tree.map(lambda a: a[:n], outputs)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -37,7 +37,8 @@ def train(
       context: a pytree of arrays that all runs read, such as a pool of examples.
       own: a pytree of arrays with leading axis K: what each run has for itself.
       settings: of every run; `patience` does not apply.
-      host: its mesh is one of all devices unless given.
+      host: its mesh is one of all devices unless given, with all of them on the axis `replica`; devices on the axis
+        `data` compute the same.
 
     Returns:
       The last state of every run, stacked on axis 0, on every device; `best` is the result.
@@ -50,10 +51,13 @@ def train(
     runs = len(keys)
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
-    mesh = distributed.make_mesh() if host.mesh is None else host.mesh
-    rows = np.minimum(np.arange(-(-runs // mesh.size) * mesh.size), runs - 1)
-    spread = lambda tree: jax.device_put(jax.tree.map(lambda a: a[rows], tree), distributed.split(mesh))
-    state = distributed.place(mesh, _begin(settings, keys, params))
+    mesh = over_runs() if host.mesh is None else host.mesh
+    places = mesh.shape["replica"]
+    rows = np.minimum(np.arange(-(-runs // places) * places), runs - 1)
+    spread = lambda tree: distributed.put(
+        jax.tree.map(lambda a: a[rows], tree), jax.NamedSharding(mesh, jax.P("replica"))
+    )
+    state = _begin(settings, keys, params)
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
     done = int(state.step[0])
@@ -63,17 +67,30 @@ def train(
         size = min(settings.every, settings.steps - done)
         state, metrics = _block(task, settings, size, mesh, state, context, own)
         done += size
-        values = {name: np.asarray(each)[:runs] for name, each in metrics.items()}
+        values = {name: distributed.gather(each)[:runs] for name, each in metrics.items()}
         for name, each in values.items():
             if not np.isfinite(each).all():
                 which = ", ".join(map(str, np.flatnonzero(~np.isfinite(each))))
                 raise NotFinite(f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}")
+        stop = distributed.preempted()
         if host.checkpoints is not None:
             host.checkpoints.save(done, _first(state, runs))
         host.report(done, {name: float(each.mean()) for name, each in values.items()})
+        if stop and done < settings.steps:
+            if host.checkpoints is not None:
+                host.checkpoints.wait()
+            distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
+    if host.checkpoints is not None:
+        host.checkpoints.wait()
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
-    return distributed.place(mesh, _first(state, runs))
+    return distributed.local(distributed.place(mesh, _first(state, runs)))
+
+
+def over_runs(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with all devices, or the given ones, on the axis `replica`."""
+    devices = jax.devices() if devices is None else devices
+    return distributed.make_mesh(devices, len(devices))
 
 
 def _first(state: State, runs: int) -> State:
@@ -104,7 +121,7 @@ def _block(
         return training.make_block(step, draw, size, validate)(run[0])
 
     local = lambda state, context, own: potential.over_members(partial(one, context=context), (state, own))
-    each, all_of_it = jax.P("data"), jax.P()
+    each, all_of_it = jax.P("replica"), jax.P()
     spread = jax.shard_map(local, mesh=mesh, in_specs=(each, all_of_it, each), out_specs=(each, each), check_vma=False)
     return spread(state, context, own)
 

@@ -8,12 +8,13 @@ from the host, with progress, checkpoints and resume.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Int
 
 from gendiff import distributed, losses
 from gendiff.losses import Loss
@@ -24,6 +25,8 @@ Draw: TypeAlias = Callable[[PRNGKey], Any]
 Validate: TypeAlias = Callable[[Params], Scalar]
 """Parameters -> loss on held-out data, smaller is better; deterministic."""
 Metrics: TypeAlias = dict[str, Any]
+METRICS = ("loss", "gradient_norm")
+"""Of a step."""
 
 
 class State(NamedTuple):
@@ -91,7 +94,7 @@ def make_step(
         rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, rate)
         moved = state._replace(step=state.step + 1, params=params, ema=ema, optimiser=optimiser_state)
-        return moved, {"loss": value, "gradient_norm": optax.global_norm(gradient)}
+        return moved, dict(zip(METRICS, (value, optax.global_norm(gradient)), strict=True))
 
     return step
 
@@ -108,6 +111,21 @@ def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
     return state._replace(best=best, best_loss=best_loss, best_step=best_step), {"validation_loss": value}
 
 
+def make_drawn_step(
+    step: Callable[[State, Any], tuple[State, Metrics]], draw: Draw, mesh: jax.sharding.Mesh | None = None
+) -> Callable[[State, None], tuple[State, Metrics]]:
+    """A step on a batch drawn on the device, as `lax.scan` wants it."""
+
+    def one(state: State, _: None) -> tuple[State, Metrics]:
+        # Not below the step's own key: `split(key, n)[i]` of its examples is `fold_in(key, i)`.
+        batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, np.uint32(2**32 - 1)), state.step))
+        if mesh is not None:
+            batch = distributed.split_batch(mesh, batch)
+        return step(state, batch)
+
+    return one
+
+
 def make_block(
     step: Callable[[State, Any], tuple[State, Metrics]],
     draw: Draw,
@@ -117,15 +135,8 @@ def make_block(
 ) -> Callable[[State], tuple[State, Metrics]]:
     """`size` steps on batches drawn on the device, in one scan, then `select`; the metrics are means over the block."""
 
-    def one(state: State, _: None) -> tuple[State, Metrics]:
-        # Not below the step's own key: `split(key, n)[i]` of its examples is `fold_in(key, i)`.
-        batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, np.uint32(2**32 - 1)), state.step))
-        if mesh is not None:
-            batch = distributed.split_batch(mesh, batch)
-        return step(state, batch)
-
     def block(state: State) -> tuple[State, Metrics]:
-        state, metrics = jax.lax.scan(one, state, length=size)
+        state, metrics = jax.lax.scan(make_drawn_step(step, draw, mesh), state, length=size)
         state, validation = select(state, validate)
         return state, jax.tree.map(jnp.mean, metrics) | validation
 
@@ -171,6 +182,8 @@ class Host(NamedTuple):
     """A `gendiff.checkpoint.Checkpoints`, or None."""
     report: Callable[[int, Metrics], None] = lambda step, metrics: None
     """Called with the step at the start, and after every block with the block's metrics as floats."""
+    fully_sharded: bool = False
+    """Leave each device only a part of the state (FSDP), for models that are too large for one."""
 
 
 def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[State, Metrics]:
@@ -213,43 +226,90 @@ def train(
       data: batches from the host, where the task draws none: a sequence whose element i is the batch of step i (exact
         resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
 
+    Returns:
+      The last state, whole on every process.
+
     Raises:
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
+      distributed.Preempted: after a notice; the state is in the newest checkpoint.
     """
     if settings.every < 1:
         raise ValueError(f"training: every: expected 1 or more steps, given {settings.every}")
+    try:
+        return _train(key, params, task, context, settings, host, data)
+    finally:
+        if host.checkpoints is not None:  # what was begun is written, also when something fails
+            host.checkpoints.close()
+
+
+def _train(
+    key: PRNGKey,
+    params: Params | State,
+    task: Callable[[Any], Task],
+    context: Any,
+    settings: Settings,
+    host: Host,
+    data: Sequence | Iterator | None,
+) -> State:
     mesh = distributed.training_mesh() if host.mesh is None else host.mesh
     begun = params if isinstance(params, State) else _begin(settings, key, params)
-    state = distributed.replicate(mesh, begun)
+    first = int(begun.step)
+    state = distributed.put(jax.tree.map(jnp.copy, begun), _shardings(mesh, host.fully_sharded, begun))
     context = distributed.replicate(mesh, context)
     if host.checkpoints is not None:
         state = host.checkpoints.restore(state, data)
-
-    host.report(int(state.step), {})
-    batches = None if data is None else _batches(data, int(state.step))
+    done = int(state.step)
+    host.report(done, {})
+    batches = None if data is None else _batches(data, done)
+    # The steps between two looks at the clock: a notice of preemption is heeded within an eighth of a block.
+    piece = -(-settings.every // 8) if batches is None else 1
     while not _finished(state, settings):
-        size = min(settings.every, settings.steps - int(state.step))
-        if batches is None:
-            state, metrics = _block(task, settings, size, mesh, state, context)
-        else:
-            collected = []
-            for _ in range(size):
+        end = min(settings.steps, done + settings.every - (done - first) % settings.every)
+        begun_at, sums = done, dict.fromkeys(METRICS, 0.0)
+        part: Metrics | None = None
+        while done < end:
+            size, before = min(piece, end - done), part
+            if batches is None:
+                state, part = _steps(task, settings, mesh, host.fully_sharded, state, context, jnp.int32(size))
+            else:
                 batch = next(batches, None)
                 if batch is None:
-                    raise ValueError(f"training: data: expected {settings.steps} batches, given {int(state.step)}")
-                state, metrics = _step(task, settings, state, context, distributed.shard(mesh, batch))
-                collected.append(metrics)
-            state, validation = _select(task, state, context)
-            means = {name: jnp.mean(jnp.stack([each[name] for each in collected])) for name in collected[0]}
-            metrics = means | validation
-        values = {name: float(value) for name, value in metrics.items()}
+                    raise ValueError(f"training: data: expected {settings.steps} batches, given {done}")
+                given = distributed.shard(mesh, batch)
+                state, part = _step(task, settings, mesh, host.fully_sharded, state, context, given)
+            jax.block_until_ready(before)  # no further ahead of the devices than one piece
+            done += size
+            sums = {name: sums[name] + part[name] for name in METRICS}
+            if done < end and distributed.preempted():
+                _stop(host, done, state, data)
+        state, validation = _select(task, state, context)
+        values = {name: float(value) / (done - begun_at) for name, value in sums.items()}
+        values |= {name: float(value) for name, value in validation.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NotFinite(f"training: {name}: expected a finite number, given {value} by step {int(state.step)}")
+                raise NotFinite(f"training: {name}: expected a finite number, given {value} by step {done}")
         if host.checkpoints is not None:
-            host.checkpoints.save(int(state.step), state, data)
-        host.report(int(state.step), values)
-    return state
+            host.checkpoints.save(done, state, data)
+        host.report(done, values)
+        if distributed.preempted():
+            _stop(host, done, state, data)
+    if host.checkpoints is not None:
+        host.checkpoints.wait()
+    return distributed.local(distributed.place(mesh, state) if host.fully_sharded else state)
+
+
+def _stop(host: Host, step: int, state: State, data: Any) -> NoReturn:
+    if host.checkpoints is None:
+        distributed.stop("every phase that was finished")
+    host.checkpoints.save(step, state, data)
+    host.checkpoints.wait()
+    distributed.stop(f"step {step}")
+
+
+def _shardings(mesh: jax.sharding.Mesh, fully_sharded: bool, state: State) -> Any:
+    if fully_sharded:
+        return distributed.fully_sharded(mesh, state)
+    return jax.tree.map(lambda _: distributed.replicated(mesh), state)
 
 
 def packed(state: State) -> dict[str, Any]:
@@ -275,25 +335,43 @@ def _begin(settings: Settings, key: PRNGKey, params: Params) -> State:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _block(
+def _steps(
     task: Callable[[Any], Task],
     settings: Settings,
-    size: int,
     mesh: jax.sharding.Mesh,
+    fully_sharded: bool,
     state: State,
     context: Any,
+    count: Int[Array, ""],
 ) -> tuple[State, Metrics]:
-    loss, draw, validate = task(context)
+    """`count` steps, one program for all counts; the metrics are sums."""
+    loss, draw, _ = task(context)
     if draw is None:
         raise ValueError("training: data: expected batches from the host, since the task draws none; given None")
-    return make_block(make_step(loss, adam(settings), settings.decay), draw, size, validate, mesh)(state)
+    one = make_drawn_step(make_step(loss, adam(settings), settings.decay), draw, mesh)
+    shardings = _shardings(mesh, fully_sharded, state)
+
+    def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+        moved, metrics = one(carry[0], None)
+        moved = jax.lax.with_sharding_constraint(moved, shardings)
+        return moved, jax.tree.map(jnp.add, carry[1], metrics)
+
+    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state, None)[1])
+    return jax.lax.fori_loop(0, count, body, (state, none))
 
 
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def _step(
-    task: Callable[[Any], Task], settings: Settings, state: State, context: Any, batch: Any
+    task: Callable[[Any], Task],
+    settings: Settings,
+    mesh: jax.sharding.Mesh,
+    fully_sharded: bool,
+    state: State,
+    context: Any,
+    batch: Any,
 ) -> tuple[State, Metrics]:
-    return make_step(task(context).loss, adam(settings), settings.decay)(state, batch)
+    moved, metrics = make_step(task(context).loss, adam(settings), settings.decay)(state, batch)
+    return jax.lax.with_sharding_constraint(moved, _shardings(mesh, fully_sharded, state)), metrics
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -95,9 +95,10 @@ def test_training_checkpoints_keep_keys_types_and_the_newest_two(tmp_path: Path)
 
 
 def test_a_checkpoint_of_other_shapes_is_an_error(tmp_path: Path) -> None:
-    Checkpoints(tmp_path).save(1, {"a": jnp.zeros(3)})
+    kept = Checkpoints(tmp_path)
+    kept.save(1, {"a": jnp.zeros(3)})
     with pytest.raises(CheckpointError, match="expected a complete checkpoint of this run"):
-        Checkpoints(tmp_path).restore({"a": jnp.zeros(3), "b": jnp.zeros(2)})
+        kept.restore({"a": jnp.zeros(3), "b": jnp.zeros(2)})
 
 
 def test_a_place_where_no_folder_can_be_made_is_an_error_at_once(tmp_path):

@@ -19,10 +19,10 @@ def test_there_are_eight_virtual_devices():
 
 
 @MESHES
-def test_mesh_has_one_automatic_axis(devices):
+def test_mesh_has_two_automatic_axes(devices):
     mesh = mesh_of(devices)
-    assert mesh.axis_names == ("data",)
-    assert mesh.size == devices
+    assert dict(mesh.shape) == {"replica": 1, "data": devices}
+    assert dict(distributed.make_mesh(jax.devices()[:devices], devices).shape) == {"replica": devices, "data": 1}
     # With explicit axes a table could not be read at sharded places.
     table, places = jnp.arange(10.0), distributed.shard(mesh, np.arange(8))
     np.testing.assert_array_equal(jax.jit(lambda table, places: table[places])(table, places), np.arange(8))
@@ -58,11 +58,18 @@ def test_chunked_is_vmap(n, chunk, devices):
 
 
 @MESHES
-def test_batches_are_split_where_they_can_be(devices):
-    mesh, batch = mesh_of(devices), {"even": jnp.zeros((16, 2)), "odd": jnp.zeros(9), "scalar": jnp.zeros(())}
+def test_batches_are_split(devices):
+    mesh, batch = mesh_of(devices), {"x": jnp.zeros((16, 2)), "scalar": jnp.zeros(())}
     given = jax.jit(lambda batch: distributed.split_batch(mesh, batch))(batch)
-    assert {shard.data.shape for shard in given["even"].addressable_shards} == {(16 // devices, 2)}
+    assert {shard.data.shape for shard in given["x"].addressable_shards} == {(16 // devices, 2)}
     jax.tree.map(np.testing.assert_array_equal, given, batch)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="expected a multiple of the mesh's 8 devices, given 9 examples"):
+        jax.jit(lambda batch: distributed.split_batch(mesh_of(8), batch))(jnp.zeros(9))
+    with pytest.raises(ValueError, match="expected a multiple of the 8 devices of a process, given 9 rows"):
+        distributed.shard(mesh_of(8), np.zeros(9))
 
 
 def test_cpu_trains_on_one_device():

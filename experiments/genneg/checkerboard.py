@@ -275,7 +275,7 @@ class Run:
         self.progress(f"evaluate {name}", 0, config.samples, {})
         for first in range(0, config.samples, batch):
             key = jax.random.fold_in(self.fold(SAMPLES), first)
-            points = np.asarray(genneg.draw(setup, guided, key, batch, self.mesh))
+            points = distributed.gather(genneg.draw(setup, guided, key, batch, self.mesh))
             kept.append(points[: config.samples - first])
             self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
         points = np.concatenate(kept)
@@ -475,7 +475,9 @@ class Run:
         self.progress("smc", 0, 1, {})
         keys = jax.random.split(self.fold(SMC), config.smc_populations)
         given = distributed.place(self.mesh, (guided, keys))
-        populations = populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given)
+        populations = distributed.gather(
+            populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given)
+        )
         pooled = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), populations._replace(resampled=jnp.zeros((1, 1))))
         good = jnp.asarray(label(self.problem.oracle, np.asarray(pooled.particles)))
         judged = smc.judge(pooled, good, jax.random.fold_in(self.fold(SMC), 1))

@@ -334,7 +334,7 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         try:
             with tqdm(total=wanted, desc="scenes", unit=" scenes") as bar:
                 report = lambda have: bar.update(min(have, wanted) - bar.n)
-                data.write(folder, wanted, recipe, report=report, most=config.of_map)
+                distributed.first(lambda: data.write(folder, wanted, recipe, report=report, most=config.of_map))
             every = data.read(folder, scenes=wanted, most=config.of_map)
         except SumoError as error:
             raise ConfigError(f"--source: {error}; or `--source embedded`") from None
@@ -529,7 +529,7 @@ class Run:
             conditions = rows_of(given, rows[np.arange(first, first + size) % n])
             begun = time.perf_counter()
             drawn = genneg.draw(setup, guided, jax.random.fold_in(key, first), size, self.mesh, conditions=conditions)
-            kept.append(np.asarray(drawn))
+            kept.append(distributed.gather(drawn))
             seconds.append(time.perf_counter() - begun)
             self.progress(phase, min(first + size, n), n, {})
         samples = np.concatenate(kept)[:n]
@@ -543,7 +543,8 @@ class Run:
         rows = self.test_rows(min(self.config.elbo_scenes, len(self.test_places.present)))
         scenes = data.take(self.scenes["test"], rows)
         given = (guided, jnp.asarray(self.normalised(scenes)), places(scenes), self.fold(ELBO))
-        return np.asarray(elbos(setup, self.config.elbo_levels, self.mesh, *distributed.place(self.mesh, given)))
+        found = elbos(setup, self.config.elbo_levels, self.mesh, *distributed.place(self.mesh, given))
+        return distributed.gather(found)
 
     # The rows.
 
@@ -718,7 +719,7 @@ class Run:
             keys = jax.random.split(jax.random.fold_in(key, first), part)
             begun = time.perf_counter()
             placed = distributed.place(self.mesh, (guided, keys, given))
-            particles, log_weights = jax.tree.map(np.asarray, populate(setup, size, self.mesh, *placed))
+            particles, log_weights = distributed.gather(populate(setup, size, self.mesh, *placed))
             seconds.append(time.perf_counter() - begun)
             if len(seconds) * part > n + part - 1:  # drawn again for the time alone
                 break

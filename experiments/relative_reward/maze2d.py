@@ -366,7 +366,7 @@ class Maze:
                 config.steps, config.rate, config.decay, often(config.steps), min(100, config.steps // 5),
                 config.schedule, clip=None,
             )  # fmt: skip
-            host = training.Host(self.mesh, self.archive.steps(phase), self.report(phase, config.steps))
+            host = training.Host(None, self.archive.steps(phase), self.report(phase, config.steps))
             keys = replicas.keys(self.fold(BASE, 1), len(sets))
             state = replicas.train(keys, start, diffuser_task(config), None, own, settings, host)
             return {
@@ -420,7 +420,7 @@ class Maze:
         problem = reward_problem(config, family.switches, window)
         start = self.fresh(family.switches, window, goals, first, seeds)
         phase = f"{name}/rewards"
-        host = training.Host(self.mesh, self.archive.steps(phase), self.report(phase, config.reward_steps))
+        host = training.Host(None, self.archive.steps(phase), self.report(phase, config.reward_steps))
         which = jnp.asarray(np.repeat(goals, seeds), jnp.int32)
 
         pool = self.pool(family)  # not in the time of these rewards: all share it
@@ -539,7 +539,7 @@ class Maze:
         """A classifier of base against expert of the same network; its log-odds are the reward."""
         config, goals = self.config, list(range(GOALS))
         phase, window = "discriminator/rewards", config.window
-        host = training.Host(self.mesh, self.archive.steps(phase), self.report(phase, config.reward_steps))
+        host = training.Host(None, self.archive.steps(phase), self.report(phase, config.reward_steps))
         which = {"goal": jnp.asarray(np.repeat(goals, config.seeds), jnp.int32)}
 
         def compute() -> Params:

@@ -186,7 +186,7 @@ def draw(
     # Scale and recurrence are arguments, so that all of them share one program.
     given = distributed.place(mesh, (theta, rewards, key, float(settings.scale), settings.recurrence))
     program = settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
-    samples, finite = map(np.asarray, _draw(problem, program, n, mesh, *given))
+    samples, finite = distributed.gather(_draw(problem, program, n, mesh, *given))
     if finite.min() < problem.steps:
         raise Diverged(
             f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {n} samples, first in step "

@@ -235,12 +235,14 @@ def _labelled(
         choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         rows = choice.integers(0, len(jax.tree.leaves(conditions)[0]), n)
         given = jax.tree.map(lambda a: a[rows], conditions)
-    samples = np.asarray(draw(problem, guided, key, n, mesh, conditions=given))
+    samples = distributed.gather(draw(problem, guided, key, n, mesh, conditions=given))
     if not np.isfinite(samples).all():
         raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
+    labels = distributed.by_process(
+        partial(label, problem.oracle), *((samples,) if given is None else (samples, given))
+    )
     if conditions is None:
-        return samples, label(problem.oracle, samples)
-    labels = label(problem.oracle, samples, given)
+        return samples, labels
     return {"x": samples, "row": rows, "labels": labels}, np.asarray(labels.all(1))
 
 
@@ -624,7 +626,7 @@ def accepted(
     """At least n samples of a model that the oracle calls good: rejection sampling."""
     kept: list[np.ndarray] = []
     for i in range(-(-settings.budget // settings.batch)):
-        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
+        samples = distributed.gather(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
         if not np.isfinite(samples).all():
             raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
         kept.append(samples[label(problem.oracle, samples)])

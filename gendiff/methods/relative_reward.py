@@ -268,7 +268,7 @@ def pool(
     for i in range(0, len(x0), piece):
         rows = np.minimum(np.arange(i, i + piece), len(x0) - 1)
         given = distributed.place(mesh, (theta, thetas, known, keys[rows], x0[rows]))
-        made.append(jax.tree.map(np.asarray, _pool(process, model, switches, mesh, *given)))
+        made.append(distributed.gather(_pool(process, model, switches, mesh, *given)))
         report(min(i + piece, len(x0)))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x0)], *made)
 
