@@ -30,6 +30,7 @@ from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.metrics.rates import Estimate
 
 C = TypeVar("C", bound="Config")
+T = TypeVar("T")
 
 
 class Between(NamedTuple):
@@ -114,13 +115,25 @@ MENDABLE = (
 
 
 def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results]) -> None:
-    """The command line of an experiment.  What goes wrong is one line, and an exit status of its own."""
-    try:
+    """The command line of an experiment."""
+
+    def work() -> Results:
         runtime.start()
         given = parse(config, presets, sys.argv[1:])
         distributed.agree("the configuration", repr(given))
         distributed.agree("the commit", _commit())
-        results = run(given)
+        return run(given)
+
+    results = guarded(work)
+    if distributed.is_first():
+        print(results.table)
+        print(f"\nResults, figures and checkpoints: {results.folder}")
+
+
+def guarded(work: Callable[[], T]) -> T:
+    """`work()`; what goes wrong in it is one line, and an exit status of its own."""
+    try:
+        return work()
     except distributed.Preempted as notice:
         _leave(str(notice), STOPPED)
     except MENDABLE as error:
@@ -128,13 +141,10 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
             raise
         _leave(f"error: {error}\n(GENDIFF_TRACEBACK=1 shows where)", BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or os.environ.get("GENDIFF_TRACEBACK"):
+        if not distributed.joined() or os.environ.get("GENDIFF_TRACEBACK"):
             raise
         reason = str(error).strip().splitlines()[0][:200]
         _leave(f"error: another process of the run was lost: start all of them again ({reason})", LOST)
-    if distributed.is_first():
-        print(results.table)
-        print(f"\nResults, figures and checkpoints: {results.folder}")
 
 
 def _leave(message: str, status: int) -> NoReturn:

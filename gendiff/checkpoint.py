@@ -7,7 +7,6 @@ Where a run has several processes the first one writes and all of them read: the
 written whole, so that a checkpoint serves any number of processes and devices.
 """
 
-import contextlib
 import shutil
 import tempfile
 import time
@@ -35,17 +34,12 @@ class CheckpointError(RuntimeError):
 def save(folder: Path, tree: Any, **notes: Any) -> None:
     """Writes nested dicts of arrays as a new checkpoint, with `notes` that JSON can hold."""
     tree = distributed.gather(tree)
-    distributed.first(lambda: _save(folder, tree, notes))
-
-
-def _save(folder: Path, tree: Any, notes: dict[str, Any]) -> None:
     metadata = {"format": FORMAT, "checksums": _checksums(tree), "empty": _empty(tree), **notes}
     # Orbax refuses arrays of size 0: their shapes stand in the metadata, and a zero takes their place.
     tree = jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
     try:
         _check_room(folder.parent)
-        with _alone():
-            ocp.save(folder.absolute(), tree, custom_metadata=metadata)
+        ocp.save(folder.absolute(), tree, custom_metadata=metadata)
     except Exception as error:  # Orbax and TensorStore raise many types; the cause stays attached
         raise _unwritten(folder, error) from error
 
@@ -53,7 +47,7 @@ def _save(folder: Path, tree: Any, notes: dict[str, Any]) -> None:
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Reads what `save` wrote: nested dicts of NumPy arrays, and the notes."""
     try:
-        with warnings.catch_warnings(), _alone():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
             stored = ocp.metadata(folder.absolute()).custom_metadata
             _check_format(folder, stored)
@@ -90,18 +84,13 @@ class Checkpoints:
         # A copy: the state's own buffers are donated to the next step.
         whole = jax.tree.map(np.array, distributed.gather(_without_keys(state)))
         position = data.get_state() if hasattr(data, "get_state") else None
-        distributed.first(lambda: self._begin(step, whole, position))
-
-    def _begin(self, step: int, whole: Any, position: Any) -> None:
         self._finish()
         metadata = {"format": FORMAT, "checksums": _checksums(whole), "data": position}
         try:
             _check_room(self.folder)
-            with _alone():
-                if self._checkpointer is None:
-                    self._checkpointer = self._open()
-                response = self._checkpointer.save_async(step, whole, custom_metadata=metadata, overwrite=True)
-            self._writing = step, response
+            if self._checkpointer is None:
+                self._checkpointer = self._open()
+            self._writing = step, self._checkpointer.save_async(step, whole, custom_metadata=metadata, overwrite=True)
         except Exception as error:
             raise _unwritten(self.folder / str(step), error) from error
 
@@ -110,28 +99,22 @@ class Checkpoints:
             return
         (step, response), self._writing = self._writing, None
         try:
-            with _alone():
-                response.result()
+            response.result()
         except Exception as error:
             raise _unwritten(self.folder / str(step), error) from error
 
-    def wait(self) -> None:
-        """Until everything that was begun is written.
+    def close(self) -> None:
+        """Waits until everything that was begun is written.
 
         Raises:
           CheckpointError: it could not be.
         """
-        distributed.first(self.close)
-
-    def close(self) -> None:
-        """The same on this process alone: where something else has failed, others may not come to wait."""
         try:
             self._finish()
         finally:
             checkpointer, self._checkpointer = self._checkpointer, None
             if checkpointer is not None:
-                with _alone():
-                    checkpointer.close()
+                checkpointer.close()
 
     def _open(self) -> ocp.training.Checkpointer:
         newest = ocp.training.preservation_policies.LatestN(self.keep)
@@ -139,14 +122,14 @@ class Checkpoints:
 
     def restore(self, state: Tree, data: Any = None) -> Tree:
         """The newest checkpoint in the structure, types and sharding of `state`, or `state` itself if there is none."""
-        step = distributed.first(self._latest)
+        step = self._latest()
         if step is None:
             return state
         folder = self.folder / str(step)
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), jax.eval_shape(_without_keys, state))
         like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like)
         try:
-            with _alone(), self._open() as checkpointer:
+            with self._open() as checkpointer:
                 stored = checkpointer.metadata(step).custom_metadata
                 _check_format(folder, stored)
                 restored = checkpointer.load(step, like)
@@ -163,7 +146,7 @@ class Checkpoints:
         self.close()
         if not self.folder.exists():
             return None
-        with _alone(), self._open() as checkpointer:
+        with self._open() as checkpointer:
             return None if checkpointer.latest is None else checkpointer.latest.step
 
 
@@ -175,20 +158,10 @@ def _without_keys(tree: Any) -> Any:
 def _as(value: np.ndarray, like: jax.Array) -> jax.Array:
     """`value` as an array like another: a key if that is one, on its devices."""
     if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return distributed.put(jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like)), like.sharding)
-    return distributed.put(value, like.sharding)
-
-
-def _alone() -> Any:
-    """Orbax without waiting for other processes, which it does for arrays that are spread over them; ours are whole."""
-    if jax.process_count() == 1:
-        return contextlib.nullcontext()
-    index = jax.process_index()
-    return ocp.Context(
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process-{index}"
+        return distributed.put(
+            jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like)), like.sharding
         )
-    )
+    return distributed.put(value, like.sharding)
 
 
 class Archive:
@@ -224,6 +197,8 @@ class Archive:
             return result if jax.process_count() == 1 else kind(**fields)
         steps = self.folder / name / "steps"
         save(folder, fields, seconds=self.seconds[name])
+        if jax.process_count() > 1:  # all go on with the same bits, whatever each computed
+            fields, _ = load(folder)
         # The way to a result need not be kept once the result is.
         distributed.first(lambda: shutil.rmtree(steps, ignore_errors=True))
         return kind(**fields)
@@ -243,9 +218,13 @@ def _check_format(folder: Path, stored: Any) -> None:
 
 def _check_room(folder: Path) -> None:
     """Makes and removes a folder there: where that fails, Orbax would fail too, and then wait for it for minutes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".room-"):
-        pass
+
+    def make() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".room-"):
+            pass
+
+    distributed.everywhere(make)
 
 
 def _bytes(leaf: Any) -> bytes:

@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -72,17 +74,34 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         if count == 1:
             return
         own = {"coordinator_address": given[names[0]], "num_processes": count, "process_id": index}
+    where = own.get("coordinator_address", "the coordinator that JAX finds")
+    whom = f"all {own['num_processes']} processes of the run" if own else "all processes of the run"
+    # JAX aborts the process when its own time is up, with a page of addresses; we speak before it.
+    late = threading.Timer(wait, _leave, (f"error: {where}: expected {whom} within {wait} s, given not all of them",))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            **own, initialization_timeout=wait, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
+            **own,
+            initialization_timeout=wait + 60,
+            heartbeat_timeout_seconds=heartbeat,
+            shutdown_timeout_seconds=heartbeat,
         )
     except ValueError as error:
         if own or "coordinator_address" not in str(error):
             raise StartError(f"distributed: {error}") from None
     except RuntimeError as error:
-        where = own.get("coordinator_address", "the coordinator that JAX found")
         reason = str(error).strip().splitlines()[0]
-        raise StartError(f"{where}: expected all processes of the run within {wait} s ({reason})") from None
+        raise StartError(f"{where}: expected {whom} within {wait} s ({reason})") from None
+    finally:
+        late.cancel()
+    # On CPUs programs that are under way together would mix up their collectives.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _leave(message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

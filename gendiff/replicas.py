@@ -78,10 +78,10 @@ def train(
         host.report(done, {name: float(each.mean()) for name, each in values.items()})
         if stop and done < settings.steps:
             if host.checkpoints is not None:
-                host.checkpoints.wait()
+                host.checkpoints.close()
             distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
     if host.checkpoints is not None:
-        host.checkpoints.wait()
+        host.checkpoints.close()
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
     return distributed.local(distributed.place(mesh, _first(state, runs)))

@@ -265,10 +265,10 @@ def _train(
     piece = -(-settings.every // 8) if batches is None else 1
     while not _finished(state, settings):
         end = min(settings.steps, done + settings.every - (done - first) % settings.every)
-        begun_at, sums = done, dict.fromkeys(METRICS, 0.0)
-        part: Metrics | None = None
+        begun_at = done
+        parts: list[Metrics] = []
         while done < end:
-            size, before = min(piece, end - done), part
+            size = min(piece, end - done)
             if batches is None:
                 state, part = _steps(task, settings, mesh, host.fully_sharded, state, context, jnp.int32(size))
             else:
@@ -277,13 +277,13 @@ def _train(
                     raise ValueError(f"training: data: expected {settings.steps} batches, given {done}")
                 given = distributed.shard(mesh, batch)
                 state, part = _step(task, settings, mesh, host.fully_sharded, state, context, given)
-            jax.block_until_ready(before)  # no further ahead of the devices than one piece
             done += size
-            sums = {name: sums[name] + part[name] for name in METRICS}
+            jax.block_until_ready(parts[-1:])  # no further ahead of the devices than one piece
+            parts.append(part)
             if done < end and distributed.preempted():
                 _stop(host, done, state, data)
         state, validation = _select(task, state, context)
-        values = {name: float(value) / (done - begun_at) for name, value in sums.items()}
+        values = {name: sum(float(part[name]) for part in parts) / (done - begun_at) for name in METRICS}
         values |= {name: float(value) for name, value in validation.items()}
         for name, value in values.items():
             if not math.isfinite(value):
@@ -294,7 +294,7 @@ def _train(
         if distributed.preempted():
             _stop(host, done, state, data)
     if host.checkpoints is not None:
-        host.checkpoints.wait()
+        host.checkpoints.close()
     return distributed.local(distributed.place(mesh, state) if host.fully_sharded else state)
 
 
@@ -302,7 +302,7 @@ def _stop(host: Host, step: int, state: State, data: Any) -> NoReturn:
     if host.checkpoints is None:
         distributed.stop("every phase that was finished")
     host.checkpoints.save(step, state, data)
-    host.checkpoints.wait()
+    host.checkpoints.close()
     distributed.stop(f"step {step}")
 
 

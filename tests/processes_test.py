@@ -1,0 +1,160 @@
+"""Runs of several processes on this machine, each with two virtual devices, against the same run in one process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+WORKER = ROOT / "tests" / "processes" / "worker.py"
+
+
+def environment(**more: str) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GENDIFF_"))}
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    return plain | cache | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | more
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Job:
+    """Processes of one run, with their output in files."""
+
+    def __init__(self, processes: int, folder: Path, *arguments: str, **more: str) -> None:
+        self.folder, address = folder, f"localhost:{free_port()}"
+        self.processes = []
+        for index in range(processes):
+            told = {} if processes == 1 else {
+                "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index),
+                "GENDIFF_HEARTBEAT_SECONDS": "10",
+            }  # fmt: skip
+            with self.log(index).open("w") as log:
+                command = [sys.executable, *arguments]
+                env = environment(**told, **more)
+                self.processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
+
+    def log(self, index: int) -> Path:
+        return self.folder / f"log-{index}.txt"
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Their exit statuses; those that are not done by then are killed."""
+        end = time.monotonic() + seconds
+        try:
+            return [each.wait(max(end - time.monotonic(), 0.1)) for each in self.processes]
+        finally:
+            for each in self.processes:
+                each.kill()
+
+    def wait_for(self, text: str, index: int = 0, seconds: float = 200) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.log(index).read_text():
+            assert time.monotonic() < end, self.log(index).read_text()[-2000:]
+            assert self.processes[index].poll() is None, self.log(index).read_text()[-2000:]
+            time.sleep(0.05)
+
+
+def finished(processes: int, folder: Path, mode: str, **more: str) -> dict[str, np.ndarray]:
+    folder.mkdir(exist_ok=True)
+    job = Job(processes, folder, str(WORKER), str(folder), mode, **more)
+    statuses = job.wait()
+    assert statuses == [0] * processes, "\n".join(job.log(index).read_text()[-3000:] for index in range(processes))
+    return read(folder, mode)
+
+
+def read(folder: Path, mode: str, index: int = 0) -> dict[str, np.ndarray]:
+    with np.load(folder / f"{mode}-{index}.npz") as stored:
+        return dict(stored)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Processes -> the folder of a run of `everything` with so many."""
+    made: dict[int, Path] = {}
+
+    def folder(processes: int) -> Path:
+        if processes not in made:
+            made[processes] = tmp_path_factory.mktemp(f"of-{processes}")
+            finished(processes, made[processes], "everything")
+        return made[processes]
+
+    return folder
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_everything_equals_one_process(folders, processes):
+    alone, many = (read(folders(n), "everything") for n in (1, processes))
+    last = read(folders(processes), "everything", processes - 1)
+    names = [name for name in alone if name != "['problems']"]
+    assert len(names) > 25
+    for name in names:
+        scale = np.abs(alone[name]).max()
+        np.testing.assert_allclose(many[name], alone[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
+        np.testing.assert_array_equal(last[name], many[name], err_msg=f"{name} on the last process")
+
+
+def test_what_one_process_says_reaches_the_others(folders):
+    problems = list(read(folders(2), "everything", 1)["['problems']"])
+    assert problems == [
+        "Disagreement: the number: expected the same on all 2 processes, given another than process 0's on process 1",
+        "Elsewhere: process 0: integer division or modulo by zero",
+        "ZeroDivisionError: integer division or modulo by zero",
+    ]
+
+
+def test_a_killed_process_ends_the_job_and_others_go_on_from_there(tmp_path):
+    whole = finished(1, tmp_path / "whole", "train")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    job = Job(4, folder, str(WORKER), str(folder), "train", PAUSE="0.3")
+    job.wait_for("step 16")
+    job.processes[2].kill()
+    begun = time.monotonic()
+    statuses = job.wait(60)
+    assert time.monotonic() - begun < 60
+    assert statuses[2] == -signal.SIGKILL
+    assert all(status not in (0, 2) for status in statuses)
+    assert "lost" in job.log(0).read_text() or "died" in job.log(0).read_text()
+    resumed = finished(2, folder, "train")
+    assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
+    for name, value in whole.items():
+        np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_notice_stores_everything_and_says_so(processes, tmp_path):
+    whole = finished(1, tmp_path / "whole", "train")
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    job = Job(processes, folder, str(WORKER), str(folder), "train", PAUSE="0.3")
+    job.wait_for("step 8")
+    job.processes[-1].send_signal(signal.SIGTERM)
+    assert job.wait(60) == [75] * processes
+    text = job.log(0).read_text()
+    assert "stopped by a notice (SIGTERM): step " in text
+    resumed = finished(processes, folder, "train")
+    for name, value in whole.items():
+        np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_others_that_do_not_come_are_an_error(tmp_path):
+    told = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    env = environment(**told, GENDIFF_START_SECONDS="2")
+    given = subprocess.run(
+        [sys.executable, str(WORKER), str(tmp_path), "train"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert given.returncode == 2
+    assert given.stderr.strip().splitlines()[-1] == (
+        f"error: {told['JAX_COORDINATOR_ADDRESS']}: expected all 2 processes of the run within 2 s, given not all of "
+        "them"
+    )
