@@ -10,13 +10,17 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from gendiff import distributed
+
 GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a whole PNG or leaves the old one."""
+    """Writes a whole PNG or leaves the old one; the first process does."""
     temporary = path.with_name(f".{path.name}")
     try:
+        if not distributed.is_first():
+            return
         figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
         temporary.replace(path)
     except OSError as error:
