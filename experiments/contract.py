@@ -9,6 +9,7 @@ and FOLDER gets `config.json`, `metrics.jsonl`, `results.json`, `table.md`, figu
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import jax
 import tyro
@@ -30,6 +31,7 @@ from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.metrics.rates import Estimate
 
 C = TypeVar("C", bound="Config")
+F = TypeVar("F", bound=Callable)
 T = TypeVar("T")
 
 
@@ -66,6 +68,17 @@ class Config:
                 if isinstance(limits, Between) and not limits.low <= value <= limits.high:
                     option = "--" + name.replace("_", "-")
                     raise ConfigError(f"{option}: expected {limits.low} to {limits.high}, given {value}")
+
+
+def of_program(function: F) -> F:
+    """A cache of what is made from a configuration: two that differ in their seeds share it, and so their programs."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def shared(config: Config, *more: Any, **named: Any) -> Any:
+        return cached(dataclasses.replace(config, seed=0, output=None), *more, **named)
+
+    return cast(F, shared)
 
 
 class Row(NamedTuple):
@@ -165,33 +178,42 @@ class Folder:
         self.archive = Archive(self.path / "checkpoints")
 
     def _open(self) -> None:
-        config = self.config
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--output: expected a folder, given {self.path} ({error.strerror})") from None
-        fields = _jsonable({"experiment": self.experiment} | dataclasses.asdict(config) | {"output": None})
-        stored = self.path / "config.json"
-        if stored.exists():
-            try:
-                held = json.loads(stored.read_text())
-                if not isinstance(held, dict):
-                    raise ValueError("no object")
-            except ValueError:
-                raise ConfigError(
-                    f"--output: expected a configuration in {stored}, given a damaged file: delete it, or name another "
-                    "folder"
-                ) from None
-            self._compare(held, fields)
-        elif any(not each.name.endswith(".tmp") for each in self.path.iterdir()):
+        if not self.check(self.path, self.experiment, self.config) and any(
+            not each.name.endswith(".tmp") for each in self.path.iterdir()
+        ):
             raise ConfigError(f"--output: expected an empty folder or one of this experiment, given {self.path}")
+        fields = {"experiment": self.experiment} | _fields(self.config)
         self._write("config.json", json.dumps(fields, indent=2) + "\n")
 
-    def _compare(self, stored: dict, given: dict) -> None:
-        names = sorted({name for name in {*stored, *given} if stored.get(name) != given.get(name)})
+    @staticmethod
+    def check(path: Path, experiment: str, config: Config) -> bool:
+        """Whether the folder holds a run of this experiment with this configuration; False where it holds none.
+
+        Raises:
+          ConfigError: it holds another one.
+        """
+        stored = path / "config.json"
+        if not stored.exists():
+            return False
+        try:
+            held = json.loads(stored.read_text())
+            if not isinstance(held, dict):
+                raise ValueError("no object")
+        except ValueError:
+            raise ConfigError(
+                f"--output: expected a configuration in {stored}, given a damaged file: delete it, or name another "
+                "folder"
+            ) from None
+        fields = {"experiment": experiment} | _fields(config)
+        names = sorted({name for name in {*held, *fields} if held.get(name) != fields.get(name)})
         if names:
-            changes = "; ".join(f"{name}: expected {stored.get(name)}, given {given.get(name)}" for name in names)
-            raise ConfigError(f"--output: {self.path} holds another configuration ({changes}): name another folder")
+            changes = "; ".join(f"{name}: expected {held.get(name)}, given {fields.get(name)}" for name in names)
+            raise ConfigError(f"--output: {path} holds another configuration ({changes}): name another folder")
+        return True
 
     def write(self, name: str, text: str) -> None:
         """Writes a whole file or leaves the old one; the first process does."""
@@ -248,6 +270,8 @@ class Folder:
 class Progress:
     """One bar a phase, with rate and remaining time; every report also goes to metrics.jsonl."""
 
+    bars = True
+
     def __init__(self, folder: Folder, prefix: str = "") -> None:
         self.folder, self.prefix, self.phase = folder, prefix, ""
         self.bar: tqdm | None = None
@@ -259,7 +283,10 @@ class Progress:
         if phase != self.phase or self.bar is None:
             self.close()
             self.phase = phase
-            self.bar = tqdm(total=of, initial=done, desc=self.prefix + phase, mininterval=0.5, dynamic_ncols=True)
+            self.bar = tqdm(
+                total=of, initial=done, desc=self.prefix + phase, mininterval=0.5, dynamic_ncols=True,
+                disable=not self.bars,
+            )  # fmt: skip
         self.bar.update(min(done, of) - self.bar.n)
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
         if done >= of:
@@ -301,6 +328,10 @@ def _cell(estimate: Estimate | None, column: Column) -> str:
 
 def _number(value: float, column: Column) -> str:
     return f"{value * (100 if column.percent else 1):,.{column.digits}f}"
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    return _jsonable(dataclasses.asdict(config) | {"output": None})
 
 
 def _jsonable(value: Any) -> Any:

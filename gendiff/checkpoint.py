@@ -122,7 +122,7 @@ class Checkpoints:
 
     def restore(self, state: Tree, data: Any = None) -> Tree:
         """The newest checkpoint in the structure, types and sharding of `state`, or `state` itself if there is none."""
-        step = self._latest()
+        step = self.latest()
         if step is None:
             return state
         folder = self.folder / str(step)
@@ -142,7 +142,8 @@ class Checkpoints:
             data.set_state(stored["data"])
         return jax.tree.map(_as, restored, state)
 
-    def _latest(self) -> int | None:
+    def latest(self) -> int | None:
+        """The newest step, or None."""
         self.close()
         if not self.folder.exists():
             return None

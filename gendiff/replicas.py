@@ -6,14 +6,14 @@ in the cache.  Run k gives the numbers that `training.fit` gives it alone, up to
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gendiff import distributed, potential, training
+from gendiff import distributed, potential, together, training
 from gendiff.training import Host, Metrics, NotFinite, Settings, State, Task
 from gendiff.types import Params, PRNGKey
 
@@ -26,6 +26,7 @@ def train(
     own: Any,
     settings: Settings,
     host: Host = Host(),  # noqa: B008 (immutable)
+    report_each: Callable[[int, list[Metrics]], None] = lambda step, metrics: None,
 ) -> State:
     """Trains K runs from the host, with reports and checkpoints for all of them together.
 
@@ -39,6 +40,7 @@ def train(
       settings: of every run; `patience` does not apply.
       host: its mesh is one of all devices unless given, with all of them on the axis `replica`; devices on the axis
         `data` compute the same.
+      report_each: as `host.report`, with the metrics of each run.
 
     Returns:
       The last state of every run, stacked on axis 0, on every device; `best` is the result.
@@ -51,7 +53,7 @@ def train(
     runs = len(keys)
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
-    mesh = over_runs() if host.mesh is None else host.mesh
+    mesh = together.over_runs() if host.mesh is None else host.mesh
     places = mesh.shape["replica"]
     rows = np.minimum(np.arange(-(-runs // places) * places), runs - 1)
     spread = lambda tree: distributed.put(
@@ -63,6 +65,7 @@ def train(
     done = int(state.step[0])
     state, own, context = spread(state), spread(own), distributed.replicate(mesh, context)
     host.report(done, {})
+    report_each(done, [{}] * runs)
     while done < settings.steps:
         size = min(settings.every, settings.steps - done)
         state, metrics = _block(task, settings, size, mesh, state, context, own)
@@ -76,6 +79,7 @@ def train(
         if host.checkpoints is not None:
             host.checkpoints.save(done, _first(state, runs))
         host.report(done, {name: float(each.mean()) for name, each in values.items()})
+        report_each(done, [{name: float(each[k]) for name, each in values.items()} for k in range(runs)])
         if stop and done < settings.steps:
             if host.checkpoints is not None:
                 host.checkpoints.close()
@@ -85,12 +89,6 @@ def train(
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
     return distributed.local(distributed.place(mesh, _first(state, runs)))
-
-
-def over_runs(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with all devices, or the given ones, on the axis `replica`."""
-    devices = jax.devices() if devices is None else devices
-    return distributed.make_mesh(devices, len(devices))
 
 
 def _first(state: State, runs: int) -> State:
@@ -129,3 +127,58 @@ def _block(
 def keys(key: PRNGKey, runs: int) -> PRNGKey:
     """(runs,) keys; that of run k depends on k alone, not on how many there are."""
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(runs))
+
+
+class Asked(NamedTuple):
+    """A training that one of several runs side by side asks for (`training.train`)."""
+
+    key: PRNGKey
+    params: Params
+    task: Callable[[Any], Task]
+    context: Any
+    settings: Settings
+    host: Host
+
+
+def train_all(asked: list[Asked]) -> list[State]:
+    """Trainings that differ in keys, parameters, contexts and hosts alone, as one."""
+    first, hosts = asked[0], [each.host for each in asked]
+    kept = [host.checkpoints for host in hosts]
+    steps = {None if each is None else each.latest() for each in kept}
+    if len(steps) != 1:
+        raise ValueError("replicas: expected runs that stand at one step, given several")
+    several = None if None in kept else _Several(kept)
+
+    def report(step: int, metrics: list[Metrics]) -> None:
+        for host, each in zip(hosts, metrics, strict=True):
+            host.report(step, each)
+
+    stacked = together.stack([(each.key, each.params, each.context) for each in asked])
+    keys, params, contexts = stacked
+    own_task = _of_own(first.task)
+    state = train(keys, params, own_task, None, contexts, first.settings, Host(None, several), report)
+    return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(len(asked))]
+
+
+@cache
+def _of_own(task: Callable[[Any], Task]) -> Callable[[Any, Any], Task]:
+    return lambda context, own: task(own)
+
+
+class _Several:
+    """Checkpoints of runs side by side, each in the place of its own."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        self.kept = kept
+
+    def save(self, step: int, state: State) -> None:
+        for k, each in enumerate(self.kept):
+            each.save(step, jax.tree.map(lambda a, k=k: a[k], state))
+
+    def restore(self, state: State) -> State:
+        one = lambda k: jax.tree.map(lambda a: a[k], state)
+        return together.stack([each.restore(one(k)) for k, each in enumerate(self.kept)])
+
+    def close(self) -> None:
+        for each in self.kept:
+            each.close()

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from gendiff import distributed, losses
+from gendiff import distributed, losses, together
 from gendiff.losses import Loss
 from gendiff.types import Params, PRNGKey, Scalar
 
@@ -235,11 +235,20 @@ def train(
     """
     if settings.every < 1:
         raise ValueError(f"training: every: expected 1 or more steps, given {settings.every}")
-    try:
-        return _train(key, params, task, context, settings, host, data)
-    finally:
-        if host.checkpoints is not None:  # what was begun is written, also when something fails
-            host.checkpoints.close()
+
+    def alone(_: Any) -> State:
+        try:
+            return _train(key, params, task, context, settings, host, data)
+        finally:
+            if host.checkpoints is not None:  # what was begun is written, also when something fails
+                host.checkpoints.close()
+
+    from gendiff import replicas  # which trains by what is in this file
+
+    by_itself = isinstance(params, State) or data is not None or settings.patience is not None or host.fully_sharded
+    asked = replicas.Asked(key, params, task, context, settings, host)
+    like = object() if by_itself else ("train", task, settings, together.shapes((params, context)))
+    return together.meet(like, asked, alone, replicas.train_all)
 
 
 def _train(

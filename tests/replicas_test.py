@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gendiff import checkpoint, replicas, training
+from gendiff import checkpoint, replicas, together, training
 from gendiff.training import Host, Settings, Task
 
 SETTINGS = Settings(steps=60, rate=0.05, every=20)
@@ -30,7 +30,7 @@ def trained(host, settings=SETTINGS, runs=5, own=OWN):
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_runs_equal_the_same_runs_alone(devices):
-    host = Host(replicas.over_runs(jax.devices()[:devices]))
+    host = Host(together.over_runs(jax.devices()[:devices]))
     state = trained(host)
     for k in range(5):
         alone, _ = training.fit(
@@ -47,7 +47,7 @@ def test_runs_equal_the_same_runs_alone(devices):
 
 
 def test_the_program_has_no_collective():
-    mesh = replicas.over_runs(jax.devices()[:4])
+    mesh = together.over_runs(jax.devices()[:4])
     keys, cut = replicas.keys(jax.random.key(0), 4), lambda tree: jax.tree.map(lambda a: a[:4], tree)
     state = replicas._begin(SETTINGS, keys, cut(START))
     place = lambda tree: jax.device_put(tree, jax.NamedSharding(mesh, jax.P("replica")))
@@ -66,7 +66,7 @@ def test_a_run_does_not_depend_on_how_many_there_are():
 
 
 def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
-    host = Host(replicas.over_runs(jax.devices()[:2]))
+    host = Host(together.over_runs(jax.devices()[:2]))
     whole = trained(host)
 
     class Stop(Exception):
@@ -86,7 +86,7 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
         np.testing.assert_array_equal(a, b)
     # On another number of devices, up to the order of sums.
     shutil.rmtree(tmp_path / "steps" / "60")
-    elsewhere = trained(Host(replicas.over_runs(jax.devices()[:8]), kept, lambda step, metrics: seen.append(step)))
+    elsewhere = trained(Host(together.over_runs(jax.devices()[:8]), kept, lambda step, metrics: seen.append(step)))
     assert seen[-2] == 40
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(elsewhere.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

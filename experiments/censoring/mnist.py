@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main
+from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main, of_program
 from gendiff import denoiser, distributed, losses, potential, process, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
@@ -209,7 +209,7 @@ BASE, SECOND, LABELS, REWARDS, SAMPLES, BOOTSTRAP, ACTIVE, IMITATION, REJECTION,
 TUNING_TRIAL = 1_000_000
 
 
-@cache
+@of_program
 def problem(config: MnistConfig) -> censoring.Problem:
     """DDPM with 1,000 linear steps; networks count them from 0, as public checkpoints do."""
     chain = process.ddpm(process.linear_betas(1000))
@@ -223,7 +223,7 @@ def problem(config: MnistConfig) -> censoring.Problem:
     )
 
 
-@cache
+@of_program
 def clean_problem(config: MnistConfig) -> censoring.Problem:
     """The same with time-independent rewards, in the reference's range: without ImageNet's mean and deviation."""
     net, coloured = resnet_of(config), lambda x: jnp.broadcast_to(x, (*x.shape[:-1], 3))

@@ -6,7 +6,7 @@ rounds of classifiers steer it away from those. One run prints every row, beside
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown
-from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, training
+from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown, of_program
+from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, together, training
 from gendiff.checkpoint import Archive
 from gendiff.data import checkerboard as data
 from gendiff.methods import genneg
@@ -149,7 +149,7 @@ def student_network(config: CheckerboardConfig) -> ResidualMLP:
     return ResidualMLP(2, config.width, config.depth, fourier=64, high=24.0, data_std=DATA_STD)
 
 
-@cache
+@of_program
 def student_model(config: CheckerboardConfig) -> denoiser.Model:
     """The denoiser of a student."""
     return denoiser.from_edm(student_network(config).apply, DATA_STD)
@@ -165,7 +165,7 @@ def initialised(network: Any, key: Array) -> Params:
     return jax.jit(network.init)(key, jnp.zeros(2), jnp.zeros(()))
 
 
-@cache
+@of_program
 def problem(config: CheckerboardConfig) -> genneg.Problem:
     """EDM in two dimensions, with its networks, sampler and oracle."""
     classifier = classifier_network(config)
@@ -281,8 +281,7 @@ class Run:
         points = np.concatenate(kept)
         good = label(setup.oracle, points)
         test = self.board(TEST, config.elbo_points)
-        given = distributed.place(self.mesh, (guided, test, self.fold(ELBO)))
-        elbo = elbos(setup, config.elbo_levels, self.mesh, *given)
+        elbo = together.call(elbos, (setup, config.elbo_levels), self.mesh, (guided, test, self.fold(ELBO)))
         return Evaluation(points[:10_000], points[good][:100_000], tally(config, points), elbo)
 
     # The rows.

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main
+from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main, of_program
 from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, training
 from gendiff.checkpoint import Archive
 from gendiff.data import commonroad
@@ -232,7 +232,7 @@ def classifier_network(config: TrafficConfig, head: Head) -> SceneNetwork:
     )
 
 
-@cache
+@of_program
 def chain(config: TrafficConfig) -> Process:
     """The process of a configuration."""
     if config.chain == "edm":
@@ -261,7 +261,7 @@ def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False)
     return _problem(config, head, timeless)
 
 
-@cache
+@of_program
 def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Problem:
     steps, net, classifier = chain(config), denoiser_network(config), classifier_network(config, head)
     edm = config.chain == "edm"
@@ -783,7 +783,7 @@ def evaluations(config: TrafficConfig) -> int:
     return 2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps
 
 
-@cache
+@of_program
 def _size(config: TrafficConfig, head: Head) -> int:
     """Parameters of the part of a network that is evaluated in every step."""
     network = denoiser_network(config) if head == "denoise" else classifier_network(config, head)

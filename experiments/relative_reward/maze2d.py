@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main
+from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main, of_program
 from gendiff import denoiser, distributed, guidance, losses, potential, process, replicas, sampling, training
 from gendiff.checkpoint import Archive
 from gendiff.data import episodes, maze2d
@@ -179,14 +179,14 @@ def chain(steps: int) -> Process:
     return process.ddpm(process.cosine_betas(steps))
 
 
-@cache
+@of_program
 def model(config: MazeConfig) -> denoiser.Model:
     """Diffuser's network predicts x_0; it counts time from 0."""
     unet = unet_of(config)
     return lambda theta, x, t: jnp.asarray(unet.apply(theta, x, t - 1))
 
 
-@cache
+@of_program
 def clamped(config: MazeConfig) -> denoiser.Model:
     """The same with x_0 within the data's range, as the published code computes its means in Maze2D."""
     each = model(config)
@@ -203,7 +203,7 @@ def reward_of(config: MazeConfig, switches: Switches, window: int) -> WindowMLP:
     return WindowMLP(window, config.widths, switches.strided, switches.activation)
 
 
-@cache
+@of_program
 def reward_problem(config: MazeConfig, switches: Switches, window: int) -> relative_reward.Problem:
     """What rewards are trained on."""
     network = reward_of(config, switches, window)
@@ -211,7 +211,7 @@ def reward_problem(config: MazeConfig, switches: Switches, window: int) -> relat
     return relative_reward.Problem(chain(config.diffusion_steps), logit, config.reward_batch)  # type: ignore[arg-type]
 
 
-@cache
+@of_program
 def diffuser_task(config: MazeConfig) -> Callable[[Any, dict[str, Any]], training.Task]:
     """Denoising of windows of a run's own data, with its own given states; the mean over the coordinates."""
     each, steps = model(config), chain(config.diffusion_steps)
@@ -235,7 +235,7 @@ def minibatch(key: PRNGKey, windows: Windows, count: Array, batch: int, horizon:
     return jax.vmap(lambda i: episodes.window(windows, i, horizon))(rows)
 
 
-@cache
+@of_program
 def discriminator_task(config: MazeConfig) -> Callable[[Any, dict[str, Array]], training.Task]:
     """Cross-entropy of base against the run's expert, in equal numbers, at the times of the diffusion models."""
     problem = reward_problem(config, PRINCIPLED, config.window)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gendiff import distributed, guidance, losses, potential, sampling, training
+from gendiff import distributed, guidance, losses, potential, sampling, together, training
 from gendiff.checkpoint import Archive
 from gendiff.denoiser import Model
 from gendiff.guidance import Reward
@@ -184,9 +184,9 @@ def draw(
     """
     check(settings)
     # Scale and recurrence are arguments, so that all of them share one program.
-    given = distributed.place(mesh, (theta, rewards, key, float(settings.scale), settings.recurrence))
+    given = (theta, rewards, key, float(settings.scale), settings.recurrence)
     program = settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
-    samples, finite = distributed.gather(_draw(problem, program, n, mesh, *given))
+    samples, finite = distributed.gather(together.call(_draw, (problem, program, n), mesh, given))
     if finite.min() < problem.steps:
         raise Diverged(
             f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {n} samples, first in step "

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gendiff import distributed, guidance, losses, potential, sampling, training
+from gendiff import distributed, guidance, losses, potential, sampling, together, training
 from gendiff.checkpoint import Archive
 from gendiff.denoiser import Denoiser, Model
 from gendiff.metrics.calibration import Calibration, calibrate
@@ -169,7 +169,7 @@ def draw(
     conditions: Any = None,
 ) -> Samples:
     """n samples of a model; `conditions`, a pytree with n rows, one for each."""
-    return _draw(problem, n, mesh, *distributed.place(mesh, (guided, key, scale, conditions)))
+    return together.call(_draw, (problem, n), mesh, (guided, key, scale, conditions))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -417,9 +417,9 @@ def distill(
     """
     if len(x0) == 0:
         raise ValueError("distill: x0: expected at least one sample, given none")
-    asked = distributed.place(mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows))
-    examples = teach(problem, mesh, *asked)
-    del asked  # a copy on every device
+    examples = together.call(
+        teach, (problem,), mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows)
+    )
     model = problem.model if model is None else model
     task = student_task(answer_loss(model, problem.weight), batch, problem.bind)
     given = (examples, rows, conditions)

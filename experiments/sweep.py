@@ -1,0 +1,225 @@
+"""A grid of runs of one experiment, and one table of them: means, intervals and the number of seeds.
+
+    python -m experiments.sweep genneg.checkerboard --seeds 0:5 --grid classifier_rate=0.001,0.003 --preset smoke
+
+Runs go side by side in one program: trainings and samplers whose shapes agree are computed together, over the axis
+`replica` of the mesh, and the others one after the other.  Each has a folder of its own, as if it had been started
+alone; what is done is not done again, and what was stopped goes on.  Other options are those of the experiment.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+from tqdm import tqdm
+
+from experiments import contract, runtime, tables
+from experiments.contract import Config, ConfigError, Results
+from gendiff import distributed, together
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a sweep; all others are the experiment's."""
+
+    experiment: tyro.conf.Positional[str]
+    """Such as genneg.checkerboard."""
+    seeds: str = "0:5"
+    """First to last but one, 0:5, or a list, 0,3,7."""
+    grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FIELD=VALUE,VALUE.. ..]")] = ()
+    """Fields of the experiment's configuration and their values: all combinations are run."""
+    at_once: int = 8
+    """Runs side by side at most: memory is for all of them."""
+    output: Path | None = None
+    """Folder; default: results/sweeps/<experiment>/<preset>."""
+
+
+class Experiment(NamedTuple):
+    """What a module of an experiment has."""
+
+    name: str
+    config: type[Config]
+    presets: dict[str, Config]
+    run: Callable[[Any], Results]
+
+
+class Planned(NamedTuple):
+    """A run of the grid."""
+
+    name: str
+    config: Config
+
+
+def experiment(name: str) -> Experiment:
+    """The experiment of this name.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    known = [each.name for each in tables.EXPERIMENTS]
+    if name not in known:
+        raise ConfigError(f"experiment: expected one of {', '.join(known)}, given {name}")
+    module = importlib.import_module(f"experiments.{name}")
+    return Experiment(name, type(module.PRESETS["default"]), module.PRESETS, module.run)
+
+
+def seeds(text: str) -> list[int]:
+    """The seeds of `0:5` or `0,3,7`."""
+    try:
+        first, colon, last = text.partition(":")
+        found = list(range(int(first), int(last))) if colon else [int(each) for each in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds: expected such as 0:5 or 0,3,7, given {text}") from None
+    if not found or len(set(found)) < len(found):
+        raise ConfigError(f"--seeds: expected one or more, each once, given {text}")
+    return found
+
+
+def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
+    """All combinations of `field=value,value` for every field."""
+    values: dict[str, list[str]] = {}
+    for each in text:
+        name, equals, given = each.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not all(given.split(",")):
+            raise ConfigError(f"--grid: expected FIELD=VALUE,VALUE.., given {each}")
+        if name not in fields or name in ("seed", "output", "preset") or name in values:
+            known = ", ".join(field for field in fields if field not in ("seed", "output", "preset"))
+            raise ConfigError(f"--grid: expected each of these fields once at most ({known}), given {name}")
+        values[name] = given.split(",")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
+    """Every run, with its folder."""
+    planned = []
+    fields = [field.name for field in dataclasses.fields(what.config)]
+    for point, seed in itertools.product(grid(options.grid, fields), seeds(options.seeds)):
+        name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
+        words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
+        own = [*others, *words, "--seed", str(seed), "--output", str(folder / name)]
+        planned.append(Planned(name, contract.parse(what.config, what.presets, own)))
+    return planned
+
+
+def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
+    """Does what is not done yet, and returns what went wrong, by run."""
+    done = distributed.first(lambda: [each.name for each in planned if finished(what, each)])
+    waiting = [each for each in planned if each.name not in done]
+    failed: dict[str, BaseException] = {}
+    bar = tqdm(total=len(planned), initial=len(done), desc=f"sweep of {what.name}", unit=" runs", file=sys.stderr)
+    counts = {"programs": 0, "of several runs": 0}
+
+    def note(calls: int, as_one: int) -> None:
+        counts["programs"] += 1
+        counts["of several runs"] += as_one > 1
+        bar.set_postfix(counts)
+
+    for first in range(0, len(waiting), at_once):
+        part = waiting[first : first + at_once]
+        with quiet():  # as many bars as runs would overwrite each other; their metrics.jsonl have it all
+            outcomes = together.runs([partial(what.run, each.config) for each in part], note)
+        for each, outcome in zip(part, outcomes, strict=True):
+            if outcome.error is None:
+                bar.update()
+            elif isinstance(outcome.error, distributed.Preempted):
+                raise outcome.error
+            else:
+                failed[each.name] = outcome.error
+    bar.close()
+    return failed
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without the progress bars of the runs."""
+    before = contract.Progress.bars
+    contract.Progress.bars = False
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        contract.Progress.bars = before
+
+
+def finished(what: Experiment, planned: Planned) -> bool:
+    """Whether the run has its results, of this configuration."""
+    folder = planned.config.output
+    assert folder is not None
+    if not (folder / "results.json").exists():
+        return False
+    contract.Folder.check(folder, what.name, planned.config)
+    return True
+
+
+def report(folder: Path, planned: Sequence[Planned]) -> str:
+    """The table of all runs that are finished, in table.md and results.json too."""
+    warnings: list[str] = []
+    runs = [tables.read(folder / each.name, warnings.append) for each in planned]
+    joined = tables.joined_runs([run for run in runs if run is not None and run.rows is not None], join_commits=True)
+    blocks: list[str] = []
+    document = []
+    for table in joined:
+        rows = tables.joined_rows(table)
+        titles = tables.columns(table.first.experiment, [row for row, _ in rows.values()])
+        head = ["row", *[column.title for column in titles], "seeds"]
+        body = [
+            [name, *[tables.shown(row.metrics.get(column.metric), column) for column in titles], str(count)]
+            for name, (row, count) in rows.items()
+        ]
+        blocks.append(f"{tables.describe(table.first)}\n\n{contract.markdown(head, body)}")
+        document.append(
+            {
+                "config": {name: value for name, value in table.first.config.items() if name != "seed"},
+                "seeds": [run.config["seed"] for run in table.runs],
+                "rows": {
+                    name: {metric: value._asdict() for metric, value in row.metrics.items()}
+                    for name, (row, _) in rows.items()
+                },
+            }
+        )
+    text = "\n\n".join([*blocks, *warnings])
+    if distributed.is_first():
+        (folder / "table.md").write_text(f"# Sweep\n\n{text}\n\nMeans over seeds, 95 % intervals (Student's).\n")
+        (folder / "sweep.json").write_text(json.dumps(document, indent=2) + "\n")
+    return text
+
+
+def main() -> None:
+    """The command line."""
+
+    def work() -> tuple[str, Path, dict[str, BaseException]]:
+        runtime.start()
+        options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+        if options.at_once < 1:
+            raise ConfigError(f"--at-once: expected 1 or more, given {options.at_once}")
+        what = experiment(options.experiment)
+        preset = others[others.index("--preset") + 1] if "--preset" in others[:-1] else "default"
+        folder = options.output or Path("results") / "sweeps" / what.name / preset
+        planned = plan(what, options, others, folder)
+        distributed.agree("the sweep", repr(planned))
+        folder.mkdir(parents=True, exist_ok=True)
+        failed = sweep(what, planned, folder, options.at_once)
+        return report(folder, planned), folder, failed
+
+    text, folder, failed = contract.guarded(work)
+    if distributed.is_first():
+        print(text)
+        print(f"\nTable and runs: {folder}")
+    for name, error in failed.items():
+        print(f"{distributed.name()}error: {name}: {error}", file=sys.stderr)
+    if failed:
+        raise SystemExit(contract.BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()
