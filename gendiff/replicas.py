@@ -157,7 +157,12 @@ def train_all(asked: list[Asked]) -> list[State]:
     keys, params, contexts = stacked
     own_task = _of_own(first.task)
     state = train(keys, params, own_task, None, contexts, first.settings, Host(None, several), report)
-    return [jax.tree.map(lambda a, k=k: a[k], state) for k in range(len(asked))]
+    return [_of_run(state, k) for k in range(len(asked))]
+
+
+def _of_run(state: State, k: int) -> State:
+    """Of run k, as a copy: the keys of the whole are still to be used."""
+    return jax.tree.map(lambda a: a[k], state._replace(key=jax.random.clone(state.key)))
 
 
 @cache
@@ -173,11 +178,10 @@ class _Several:
 
     def save(self, step: int, state: State) -> None:
         for k, each in enumerate(self.kept):
-            each.save(step, jax.tree.map(lambda a, k=k: a[k], state))
+            each.save(step, _of_run(state, k))
 
     def restore(self, state: State) -> State:
-        one = lambda k: jax.tree.map(lambda a: a[k], state)
-        return together.stack([each.restore(one(k)) for k, each in enumerate(self.kept)])
+        return together.stack([each.restore(_of_run(state, k)) for k, each in enumerate(self.kept)])
 
     def close(self) -> None:
         for each in self.kept:

@@ -1,0 +1,125 @@
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import contract, sweep
+from experiments.contract import Column, Config, ConfigError, Folder, Row
+from gendiff import training
+from gendiff.metrics import rates
+from gendiff.training import Settings, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig(Config):
+    """A parameter that follows a mean."""
+
+    rate: float = 0.05
+    steps: int = 8
+    fail: int = -1
+
+
+def follow(mean):
+    return Task(lambda w, key, x: (w - x) ** 2, lambda key: mean + jax.random.normal(key, (8,)))
+
+
+def toy_run(config):
+    folder = Folder("toy", config)
+    if config.seed == config.fail:
+        raise ValueError("the toy fails")
+    settings = Settings(config.steps, config.rate, every=4)
+    fit = lambda: {
+        "w": training.train(jax.random.key(config.seed), np.float32(0.0), follow, jnp.float32(1), settings).best
+    }
+    value = float(folder.archive.once("fit", fit)["w"])
+    return folder.finish([Row("w", {"value": rates.exact(value)})], [Column("value", "value")])
+
+
+TOY = sweep.Experiment("toy", ToyConfig, {"default": ToyConfig()}, toy_run)
+
+
+def planned(folder, *grid, seeds="0:3", others=()):
+    return sweep.plan(TOY, sweep.Options("toy", seeds, grid), others, folder)
+
+
+def test_the_table_is_the_mean_of_runs_alone(tmp_path):
+    every = planned(tmp_path / "sweep", "rate=0.05,0.1")
+    assert len(every) == 6
+    assert sweep.sweep(TOY, every, tmp_path / "sweep", 8) == {}
+    sweep.report(tmp_path / "sweep", every)
+    document = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert sorted(each["config"]["rate"] for each in document) == [0.05, 0.1]
+    for each in document:
+        config = ToyConfig(rate=each["config"]["rate"])
+        alone = [
+            toy_run(dataclasses.replace(config, seed=seed, output=tmp_path / f"{config.rate}-{seed}")).rows[0]
+            for seed in range(3)
+        ]
+        values = [row.metrics["value"].value for row in alone]
+        found = each["rows"]["w"]["value"]
+        np.testing.assert_allclose(found["value"], np.mean(values), rtol=1e-5)
+        low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+        np.testing.assert_allclose([found["low"], found["high"]], [low, high], rtol=1e-4)
+        assert each["seeds"] == [0, 1, 2]
+
+
+def test_what_is_done_is_not_done_again_and_what_fails_leaves_the_rest(tmp_path):
+    every = planned(tmp_path, "fail=1")
+    failed = sweep.sweep(TOY, every, tmp_path, 8)
+    assert {name: str(error) for name, error in failed.items()} == {"fail-1_seed-1": "the toy fails"}
+    times = {each.name: (tmp_path / each.name / "results.json").stat().st_mtime_ns for each in every[::2]}
+    assert list(sweep.sweep(TOY, every, tmp_path, 2)) == ["fail-1_seed-1"]
+    for name, time in times.items():
+        assert (tmp_path / name / "results.json").stat().st_mtime_ns == time
+    text = sweep.report(tmp_path, every)
+    assert text.count("| w ") == 1
+    assert "| 2 " in text
+
+
+def test_a_folder_of_another_sweep_is_refused(tmp_path):
+    sweep.sweep(TOY, planned(tmp_path, seeds="0:1"), tmp_path, 8)
+    other = planned(tmp_path, seeds="0:1", others=["--steps", "4"])
+    with pytest.raises(ConfigError, match="holds another configuration \\(steps: expected 8, given 4\\)"):
+        sweep.sweep(TOY, other, tmp_path, 8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sweep.seeds("0-5"), "--seeds: expected such as 0:5 or 0,3,7, given 0-5"),
+        (lambda: sweep.seeds("3:3"), "--seeds: expected one or more, each once, given 3:3"),
+        (lambda: sweep.seeds("1,1"), "--seeds: expected one or more, each once, given 1,1"),
+        (lambda: sweep.grid(["rate"], ["rate"]), "--grid: expected FIELD=VALUE,VALUE.., given rate"),
+        (lambda: sweep.grid(["seed=1"], ["rate", "seed"]), "these fields once at most .rate., given seed"),
+        (lambda: sweep.grid(["rate=1", "rate=2"], ["rate"]), "these fields once at most .rate., given rate"),
+        (lambda: sweep.experiment("os"), "experiment: expected one of genneg.checkerboard, .*, given os"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "experiment", lambda name: TOY)
+    monkeypatch.setattr("experiments.runtime.start", lambda: None)
+    arguments = ["toy", "--seeds", "0,2", "--grid", "rate=0.1", "steps=4,8", "--output", str(tmp_path), "--fail", "7"]
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    sweep.main()
+    assert capsys.readouterr().out.count("| w ") == 2
+    assert sorted(each.name for each in tmp_path.iterdir() if each.is_dir())[0] == "rate-0.1_steps-4_seed-0"
+    held = json.loads((tmp_path / "rate-0.1_steps-4_seed-2" / "config.json").read_text())
+    assert (held["fail"], held["steps"], held["seed"]) == (7, 4, 2)
+
+
+def test_programs_are_shared_by_configurations_that_differ_in_seed():
+    made = []
+    function = contract.of_program(lambda config: made.append(config) or object())
+    assert function(ToyConfig(seed=1)) is function(ToyConfig(seed=2))
+    assert function(ToyConfig(rate=0.1)) is not function(ToyConfig(seed=2))
+    assert len(made) == 2
