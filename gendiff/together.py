@@ -107,12 +107,12 @@ def _answer(group: list[_Member]) -> None:
     if len(group) > 1:
         try:
             values = wanted[0].several([call.given for call in wanted])
-        except distributed.Preempted as notice:
-            for member in group:
-                member.answer = Outcome(None, notice)
-            return
         except (ArithmeticError, ValueError):
-            pass  # one of them: each alone, so that the others have their results
+            pass  # of one of them: each alone, so that the others have their results
+        except BaseException as error:  # of all: a notice, a full disk
+            for member in group:
+                member.answer = Outcome(None, error)
+            return
         else:
             for member, value in zip(group, values, strict=True):
                 member.answer = Outcome(value, None)
