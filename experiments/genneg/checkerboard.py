@@ -5,7 +5,7 @@ rounds of classifiers steer it away from those. One run prints every row, beside
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -186,6 +186,27 @@ def problem(config: CheckerboardConfig) -> genneg.Problem:
     )
 
 
+@of_program
+def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array]], training.Task]:
+    """The baseline's: its context is the points, held-out points, and keys for these."""
+    setup, levels = problem(config), min(32, config.elbo_levels)
+    loss = losses.denoising(setup.process, setup.model, setup.weight)
+
+    def task(context: tuple[Array, Array, Array]) -> training.Task:
+        points, held_out, keys = context
+
+        def draw(key: Array) -> Array:
+            return points if len(points) <= 1000 else training.minibatch(key, points, 1000)
+
+        def validate(theta: Params) -> Array:
+            bound = lambda key, x: likelihood.elbo(partial(setup.model, theta), key, x, levels)
+            return -jnp.mean(jax.vmap(bound)(keys, held_out))
+
+        return training.Task(loss, draw, validate)
+
+    return task
+
+
 DATA, HELD_OUT, TEST, START, BASELINE, ROUNDS, SAMPLES, ELBO, STUDENT, REFIT, REPLAY, SMC, CALIBRATION = range(13)
 """What the keys are for."""
 BATCH = 16_384
@@ -304,30 +325,16 @@ class Run:
         return theta
 
     def train_baseline(self) -> Params:
-        config, setup = self.config, self.problem
-        levels, held_out = min(32, config.elbo_levels), min(4000, config.elbo_points)
+        config, held_out = self.config, min(4000, self.config.elbo_points)
         settings = training.Settings(
             config.baseline_steps, decay=0.998, schedule="constant", every=min(500, config.baseline_steps),
             patience=config.patience,
         )  # fmt: skip
-
-        def task(context: tuple[Array, Array, Array]) -> training.Task:
-            points, held_out, keys = context
-
-            def draw(key: Array) -> Array:
-                return points if len(points) <= 1000 else training.minibatch(key, points, 1000)
-
-            def validate(theta: Params) -> Array:
-                bound = lambda key, x: likelihood.elbo(partial(setup.model, theta), key, x, levels)
-                return -jnp.mean(jax.vmap(bound)(keys, held_out))
-
-            return training.Task(losses.denoising(setup.process, setup.model, setup.weight), draw, validate)
-
         keys = jax.random.split(self.fold(ELBO), held_out)
         context = (self.board(DATA, config.points), self.board(HELD_OUT, held_out), keys)
         start = initialised(denoiser_network(config), self.fold(START))
         host = self.host("baseline", config.baseline_steps)
-        return training.train(self.fold(BASELINE), start, task, context, settings, host).best
+        return training.train(self.fold(BASELINE), start, base_task(config), context, settings, host).best
 
     def rounds(self, theta: Params) -> list[genneg.Round]:
         """The rounds of Algorithm 1, the ablation without importance sampling, and the distilled models."""
