@@ -187,7 +187,15 @@ def mean(loss: Loss) -> Loss:
     """
 
     def batch_loss(params: Params, key: PRNGKey, batch: Any) -> Scalar:
-        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+        return with_keys(loss)(params, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0]), batch)
+
+    return batch_loss
+
+
+def with_keys(loss: Loss) -> Callable[[Params, PRNGKey, Any], Scalar]:
+    """The same with one key an example given."""
+
+    def batch_loss(params: Params, keys: PRNGKey, batch: Any) -> Scalar:
         if not isinstance(loss, Ensemble):
             return _over_batch(loss)(params, keys, batch)
         # Member by member, each on its whole batch.
@@ -196,6 +204,16 @@ def mean(loss: Loss) -> Loss:
         return _sum_over_members(_over_batch(loss.member), params, of_members(keys), of_members(batch))
 
     return batch_loss
+
+
+def looks_at_batch(loss: Loss, params: Params, key: PRNGKey, batch: Any) -> bool:
+    """Whether the loss of an example depends on the others of its batch: whether it uses the axis BATCH."""
+    one = lambda tree: jax.tree.map(lambda a: a[0], tree)
+    try:
+        jax.eval_shape(lambda: loss(params, key, one(batch)))
+    except NameError:  # JAX's word for an axis that is not there
+        return True
+    return False
 
 
 def _over_batch(loss: Loss) -> Callable[[Params, PRNGKey, Any], Scalar]:

@@ -76,19 +76,39 @@ def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) 
 
 
 def make_step(
-    loss: Loss, optimiser: optax.GradientTransformation, decay: float = 0.999
+    loss: Loss,
+    optimiser: optax.GradientTransformation,
+    decay: float = 0.999,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """One optimiser step on a batch.
 
     Args:
       loss: of one example.
       decay: of the EMA; the first steps use (1 + step) / (10 + step) where that is less.
+      mesh: of devices that hold the parameters whole: each takes the gradient of its part of the batch, and one
+        all-reduce makes the mean.  Without it, where parts of the parameters lie on several devices, the compiler
+        decides; so it does where the loss of an example depends on the others of its batch.
     """
     batch_loss = losses.mean(loss)
 
+    def value_and_gradient(params: Params, key: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
+        if mesh is None or mesh.size == 1 or losses.looks_at_batch(loss, params, key, batch):
+            return jax.value_and_grad(batch_loss)(params, key, batch)
+        every = distributed.EVERY_DEVICE
+
+        def here(params: Params, keys: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
+            return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), every)
+
+        split, whole = jax.P(every), jax.P()
+        parted = jax.shard_map(
+            here, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, whole), check_vma=False
+        )
+        return parted(params, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0]), batch)
+
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        value, gradient = jax.value_and_grad(batch_loss)(state.params, key, batch)
+        value, gradient = value_and_gradient(state.params, key, batch)
         updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
         rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
@@ -357,7 +377,8 @@ def _steps(
     loss, draw, _ = task(context)
     if draw is None:
         raise ValueError("training: data: expected batches from the host, since the task draws none; given None")
-    one = make_drawn_step(make_step(loss, adam(settings), settings.decay), draw, mesh)
+    whole = None if fully_sharded else mesh
+    one = make_drawn_step(make_step(loss, adam(settings), settings.decay, whole), draw, mesh)
     shardings = _shardings(mesh, fully_sharded, state)
 
     def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
@@ -379,7 +400,8 @@ def _step(
     context: Any,
     batch: Any,
 ) -> tuple[State, Metrics]:
-    moved, metrics = make_step(task(context).loss, adam(settings), settings.decay)(state, batch)
+    whole = None if fully_sharded else mesh
+    moved, metrics = make_step(task(context).loss, adam(settings), settings.decay, whole)(state, batch)
     return jax.lax.with_sharding_constraint(moved, _shardings(mesh, fully_sharded, state)), metrics
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gendiff import distributed, training, types
+from gendiff import distributed, losses, training, types
 from gendiff.checkpoint import Checkpoints
 from gendiff.training import Host, Settings, Task
+from gendiff.types import BATCH
 
 FALSE_ALARM = 1e-4
 
@@ -388,3 +389,25 @@ def test_settings_out_of_range_are_named():
     for changes in ({"every": 0}, {"steps": 0}):
         with pytest.raises(ValueError, match="every, steps: expected 1 or more"):
             fit(**changes)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_loss_that_looks_at_its_batch_sees_all_of_it_on_any_devices(devices):
+    # The mean over the batch's axis is that of the whole batch, not of a device's part.
+    def loss(params, key, x):
+        return (jnp.sum(x * params["w"]) - jax.lax.pmean(jnp.sum(x), BATCH)) ** 2
+
+    task = lambda data: Task(loss, lambda key: training.minibatch(key, data, 16))
+    mesh = distributed.make_mesh(jax.devices()[:devices])
+    settings = Settings(6, 0.1, every=3, schedule="constant", clip=None)
+    found = training.train(jax.random.key(3), START, task, jnp.asarray(DATA), settings, Host(mesh)).params["w"]
+    # By hand, with the same batches.
+    state = training.init(jax.random.key(3), jax.tree.map(jnp.asarray, START), training.adam(settings))
+    drawn_step = training.make_drawn_step(
+        training.make_step(loss, training.adam(settings)), task(jnp.asarray(DATA)).draw
+    )
+    for _ in range(6):
+        state, _metrics = drawn_step(state, None)
+    np.testing.assert_allclose(found, state.params["w"], rtol=1e-4, atol=1e-5)
+    assert losses.looks_at_batch(loss, START, jax.random.key(0), DATA)
+    assert not losses.looks_at_batch(lambda params, key, x: jnp.sum(x), START, jax.random.key(0), DATA)

@@ -89,6 +89,8 @@ class TrafficConfig(Config):
     infractions are decided (EDM has its own)."""
     fewer: Annotated[float, Between(0.0, 1.0)] = 0.1
     """Share of training scenes of which only some vehicles, one to all, are kept, for scenes with fewer than twelve."""
+    quarters: bool = False
+    """Turn each training scene of the baseline by a random number of quarter turns, with its map."""
     patience: Annotated[int, Between(10, 100_000_000)] = 2000
     """Stop the baseline when the held-out loss has not improved for so many steps."""
 
@@ -580,7 +582,7 @@ class Run:
         keys = jax.random.split(self.fold(VALIDATION), len(held.world))
         start = jax.jit(denoiser_network(config).init)(self.fold(START), rows_of(self.test_places, 0))
         host = genneg.host(self.archive, self.progress, "baseline", config.base_steps)
-        task = base_task(self.problem, config.base_batch, config.fewer)
+        task = base_task(self.problem, config.base_batch, config.fewer, config.quarters)
         context = (whole(self.scenes["train"]), whole(held), keys)
         state = training.train(self.fold(BASELINE), start, task, context, settings, host)
         return {"theta": state.best, "step": state.best_step, "loss": state.best_loss}
@@ -793,7 +795,7 @@ def _size(config: TrafficConfig, head: Head) -> int:
 
 
 @cache
-def base_task(setup: genneg.Problem, batch: int, fewer: float) -> Any:
+def base_task(setup: genneg.Problem, batch: int, fewer: float, quarters: bool = False) -> Any:
     """The task of the baseline; its context is training scenes, validation scenes, and keys for these."""
     loss = losses.conditional(genneg.denoising_loss(setup), setup.bind)  # type: ignore[arg-type]
 
@@ -802,6 +804,10 @@ def base_task(setup: genneg.Problem, batch: int, fewer: float) -> Any:
 
         def draw(key: Array) -> Any:
             x, place = training.minibatch(key, (train, train_places), batch)
+            if quarters:
+                turns = jax.random.randint(jax.random.fold_in(key, 2), (batch,), 0, 4)
+                x, distance = jax.vmap(turned)(turns, x, place.distance)
+                place = place._replace(distance=distance)
             keys = jax.random.split(jax.random.fold_in(key, 1), batch)
             present = jax.vmap(lambda key, there: thinned(key, there, fewer))(keys, place.present)
             return place._replace(present=present), jnp.where(present[..., None], x, 0.0)
@@ -812,6 +818,20 @@ def base_task(setup: genneg.Problem, batch: int, fewer: float) -> Any:
         return training.Task(loss, draw, validate)
 
     return task
+
+
+def turned(quarters: Array, x: Sample, distance: Array) -> tuple[Sample, Array]:
+    """A scene, in the network's coordinates, and its map, turned by 0 to 3 quarter turns from the x to the y axis."""
+
+    def once(x: Array, distance: Array) -> tuple[Array, Array]:
+        # (x, y) -> (-y, x): UNITS scale both alike, without a shift, and so the cosine and the sine of the heading.
+        columns = x[:, 1] * -1, x[:, 0], x[:, 2], x[:, 3], x[:, 5] * -1, x[:, 4], x[:, 6]
+        return jnp.stack(columns, -1), jnp.flip(distance, 0).T
+
+    every = [(x, distance)]
+    for _ in range(3):
+        every.append(once(*every[-1]))
+    return jax.lax.switch(quarters, [lambda each=each: each for each in every])
 
 
 def thinned(key: Array, present: Array, share: float) -> Array:

@@ -234,3 +234,22 @@ def test_the_same_noise_for_every_model(scenes):
     ]
     np.testing.assert_array_equal(*bounds)
     assert (bounds[0] < 0).all()
+
+
+@pytest.mark.parametrize("quarters", [0, 1, 2, 3])
+def test_a_turned_scene_is_as_good_on_its_turned_map(scenes, quarters):
+    every = data.take(scenes, np.arange(8))
+    x = traffic.UNITS.normalised(jnp.asarray(every.vehicles), jnp.asarray(every.present))
+    x = x.at[:, 1, :2].add(0.7)  # off the road, or into another, here and there
+    turn = jax.vmap(lambda x, distance: traffic.turned(jnp.int32(quarters), x, distance))
+    moved, maps = turn(x, jnp.asarray(every.distance))
+    before, after = (
+        traffic.found(each, traffic.Place(np.asarray(distance), every.present))
+        for each, distance in ((x, every.distance), (moved, maps))
+    )
+    np.testing.assert_array_equal(before.pairs, after.pairs)
+    np.testing.assert_array_equal(before.off_road, after.off_road)
+    assert np.asarray(before.off_road).any() or np.asarray(before.pairs).any()
+    angle = quarters * np.pi / 2
+    expected = np.asarray(x[..., 0]) * np.cos(angle) - np.asarray(x[..., 1]) * np.sin(angle)
+    np.testing.assert_allclose(moved[..., 0], expected, atol=1e-5)

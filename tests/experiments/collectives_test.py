@@ -1,0 +1,119 @@
+"""Which collectives the compiler puts into each experiment's programs on eight devices, from the programs' text."""
+
+import re
+from collections import Counter
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.censoring import mnist
+from experiments.genneg import checkerboard, traffic
+from gendiff import distributed, training
+from gendiff.data import traffic as scenes
+from gendiff.methods import censoring, genneg
+from gendiff.training import Settings
+
+NAMES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+SETTINGS = Settings(16, 1e-3, every=8)
+
+
+def collectives(text: str) -> Counter:
+    """Instructions of each kind in the text of a compiled program."""
+    return Counter(re.findall(rf"= \S+(?: \S+)*? ({'|'.join(NAMES)})(?:-start)?\(", text))
+
+
+def test_the_parse_sees_collectives():
+    mesh = distributed.make_mesh()
+    whole = jax.jit(lambda x: jnp.sum(x), in_shardings=distributed.split(mesh))
+    assert collectives(whole.lower(jnp.zeros(64)).compile().as_text()) == {"all-reduce": 1}
+    gathered = jax.jit(
+        lambda x: x * 2, in_shardings=distributed.split(mesh), out_shardings=distributed.replicated(mesh)
+    )
+    assert collectives(gathered.lower(jnp.zeros(64)).compile().as_text()) == {"all-gather": 1}
+
+
+def placed(tree):
+    return distributed.place(distributed.make_mesh(), tree)
+
+
+def steps_text(task, theta, context, fully_sharded=False):
+    mesh = distributed.make_mesh()
+    state = training._begin(SETTINGS, jax.random.key(0), theta)
+    state = distributed.put(state, training._shardings(mesh, fully_sharded, state))
+    lowered = training._steps.lower(task, SETTINGS, mesh, fully_sharded, state, placed(context), jnp.int32(1))
+    return lowered.compile().as_text()
+
+
+def samples_text(program, static, given):
+    return program.lower(*static, distributed.make_mesh(), *placed(given)).compile().as_text()
+
+
+def of_mnist():
+    config = mnist.PRESETS["smoke"]
+    setup = mnist.problem(config)
+    theta = mnist.initialised(mnist.unet_of(config), config, jax.random.key(0))
+    images = np.zeros((64, config.size, config.size, 1), np.float32)
+    rewards = jax.tree.map(lambda a: a[None], mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
+    how = censoring.Censoring(scale=0.0, recurrence=1)
+    static, given = (setup, how, 16), (theta, rewards, jax.random.key(2), 1.0, 2)
+    return mnist.base_task(setup, 16), theta, images, partial(samples_text, censoring._draw, static, given)
+
+
+def of_traffic():
+    config = traffic.PRESETS["smoke"]
+    setup, held = traffic.problem(config), scenes.take(scenes.embedded("test"), np.arange(16))
+    given = jax.tree.map(jnp.asarray, traffic.places(held))
+    theta = jax.jit(traffic.denoiser_network(config).init)(jax.random.key(0), jax.tree.map(lambda a: a[0], given))
+    phi = jax.jit(traffic.classifier_network(config, "agent").init)(
+        jax.random.key(1), jax.tree.map(lambda a: a[0], given)
+    )
+    guided = genneg.append(genneg.Guided(theta), {"net": phi, "shift": jnp.zeros(())})
+    x = traffic.UNITS.normalised(jnp.asarray(held.vehicles), given.present)
+    context = ((x, given), (x, given), jax.random.split(jax.random.key(2), 16))
+    static, asked = (setup, 16), (guided, jax.random.key(3), 1.0, given)
+    return traffic.base_task(setup, 16, 0.1), theta, context, partial(samples_text, genneg._draw, static, asked)
+
+
+def of_checkerboard():
+    config = checkerboard.PRESETS["smoke"]
+    setup = checkerboard.problem(config)
+    theta = checkerboard.initialised(checkerboard.denoiser_network(config), jax.random.key(0))
+    net = checkerboard.initialised(checkerboard.classifier_network(config), jax.random.key(1))
+    guided = genneg.append(genneg.Guided(theta), {"net": net, "shift": jnp.zeros(())})
+    points = jnp.zeros((64, 2))
+    context = (points, points, jax.random.split(jax.random.key(2), 64))
+    static, asked = (setup, 64), (guided, jax.random.key(3), 1.0, None)
+    return checkerboard.base_task(config), theta, context, partial(samples_text, genneg._draw, static, asked)
+
+
+SLOW = pytest.param(of_mnist, marks=pytest.mark.slow)  # minutes of compilation
+EXPERIMENTS = pytest.mark.parametrize("of", [of_checkerboard, of_traffic, SLOW], ids=lambda of: of.__name__[3:])
+
+
+@EXPERIMENTS
+def test_training_has_one_all_reduce_and_sampling_none(of):
+    task, theta, context, sampling_text = of()
+    assert collectives(steps_text(task, theta, context)) == {"all-reduce": 1}
+    assert collectives(sampling_text()) == {}
+
+
+def test_a_fully_sharded_state_is_gathered_and_never_whole():
+    # Each device holds an eighth of every large array, and the program gathers and reduces nothing but those.
+    data = np.zeros((64, 128), np.float32)
+    theta = {"w": jnp.ones((128, 256)), "v": jnp.ones((256, 128)), "b": jnp.ones(256)}
+    loss = lambda params, key, x: jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] - x) ** 2)
+    task = lambda data: training.Task(loss, lambda key: training.minibatch(key, data, 16))
+    mesh = distributed.make_mesh()
+    state = training._begin(SETTINGS, jax.random.key(0), theta)
+    shardings = training._shardings(mesh, True, state)
+    held = [
+        sharding.shard_shape(leaf.shape)
+        for leaf, sharding in zip(*map(jax.tree.leaves, (state.params, shardings.params)), strict=True)
+    ]
+    assert held == [(256,), (32, 128), (128, 32)]
+    found = collectives(steps_text(task, theta, data, fully_sharded=True))
+    assert found["all-gather"] > 0
+    assert not found.keys() - {"all-gather", "all-reduce", "reduce-scatter"}
