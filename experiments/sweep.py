@@ -1,6 +1,6 @@
 """A grid of runs of one experiment, and one table of them: means, intervals and the number of seeds.
 
-    python -m experiments.sweep genneg.checkerboard --seeds 0:5 --grid classifier_rate=0.001,0.003 --preset smoke
+    python -m experiments.sweep genneg.checkerboard --seeds 0:5 --grid points=500,1000 --preset smoke
 
 Runs go side by side in one program: trainings and samplers whose shapes agree are computed together, over the axis
 `replica` of the mesh, and the others one after the other.  Each has a folder of its own, as if it had been started
