@@ -268,15 +268,20 @@ class Folder:
 
 
 class Progress:
-    """One bar a phase, with rate and remaining time; every report also goes to metrics.jsonl."""
+    """One bar a phase, with rate and remaining time; every report also goes to metrics.jsonl.
+
+    A report is also a place where a run can stop after a notice of preemption: all processes make the same ones.
+    """
 
     bars = True
+    """Whether bars are drawn, of all runs of this process."""
 
     def __init__(self, folder: Folder, prefix: str = "") -> None:
         self.folder, self.prefix, self.phase = folder, prefix, ""
         self.bar: tqdm | None = None
 
     def __call__(self, phase: str, done: int, of: int, metrics: Mapping[str, float]) -> None:
+        distributed.stop_if_preempted("every checkpoint and every phase that was finished")
         if not distributed.is_first():
             return
         self.folder.log(time=round(time.time(), 1), phase=self.prefix + phase, done=done, of=of, **metrics)

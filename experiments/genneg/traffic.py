@@ -100,12 +100,14 @@ class TrafficConfig(Config):
     """The most scenes that a round draws for them."""
     draw_batch: Annotated[int, Between(16, 1_000_000)] = 512
     """Scenes drawn at a time."""
-    classifier_width: Annotated[int, Between(16, 4096)] = 96
+    classifier_width: Annotated[int, Between(16, 4096)] = 128
     """Width of a classifier."""
     classifier_layers: Annotated[int, Between(1, 64)] = 2
     """Layers of a classifier."""
-    classifier_heads: Annotated[int, Between(1, 64)] = 6
+    classifier_heads: Annotated[int, Between(1, 64)] = 8
     """Heads of a classifier."""
+    from_denoiser: bool = True
+    """Begin a classifier with the map encoder and the first layers of the baseline, where width and heads agree."""
     classifier_steps: Annotated[int, Between(10, 10_000_000)] = 1000
     """Training steps of a classifier."""
     classifier_rate: Annotated[float, Between(1e-6, 1.0)] = 1e-3
@@ -570,6 +572,11 @@ class Run:
         self.add("baseline", Guided(found["theta"]), self.problem)
         return found["theta"]
 
+    @property
+    def theta(self) -> Params:
+        """The baseline, once it is trained."""
+        return self.archive.once("baseline", self.train_baseline)["theta"]
+
     def train_baseline(self) -> dict[str, Any]:
         config = self.config
         settings = training.Settings(
@@ -617,6 +624,8 @@ class Run:
         settings = training.Settings(steps, config.classifier_rate, 0.998, min(250, steps), warmup=min(100, steps // 5))
         how = genneg.ClassifierTraining(settings, config.classifier_batch // 2, weighting, validation=256)
         start = jax.jit(classifier_network(config, head).init)(self.fold(CLASSIFIER), rows_of(self.test_places, 0))
+        if config.from_denoiser:
+            start = begun_from(self.theta, start)
         train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))
         host = genneg.host(self.archive, self.progress, name, steps)
         key = jax.random.fold_in(self.fold(CLASSIFIER), 1)
@@ -783,6 +792,21 @@ def per_valid(infraction: rates.Estimate, cost: float, seconds: float) -> dict[s
 def evaluations(config: TrafficConfig) -> int:
     """Of the denoiser, for one sample."""
     return 2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps
+
+
+def begun_from(theta: Params, fresh: Params) -> Params:
+    """A classifier's parameters with those of a denoiser where it has such: all but the head, of as many layers."""
+    known = dict(jax.tree_util.tree_flatten_with_path(theta)[0])
+
+    def one(path: Any, leaf: Array) -> Array:
+        given, name = known.get(path), jax.tree_util.keystr(path)
+        if given is None or "output" in name:
+            return leaf
+        # The relative encodings of all layers stand side by side in one matrix.
+        cut = given[..., : leaf.shape[-1]] if "relat" in name else given
+        return jnp.asarray(cut) if cut.shape == leaf.shape else leaf
+
+    return jax.tree_util.tree_map_with_path(one, fresh)
 
 
 @of_program

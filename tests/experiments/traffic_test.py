@@ -156,7 +156,7 @@ def test_bad_options_are_one_error(tmp_path):
     with pytest.raises(ConfigError, match="--samples: expected 16 to 1000000000, given 3"):
         parse(traffic.TrafficConfig, traffic.PRESETS, ["--samples", "3"])
     for options, message in (
-        (["--classifier-heads", "7"], "--classifier-heads: expected a divisor of the width 96, given 7"),
+        (["--classifier-heads", "7"], "--classifier-heads: expected a divisor of the width 128, given 7"),
         (["--sampler-steps", "2000"], "--sampler-steps: expected at most --steps 1000, given 2000"),
         (["--elbo-levels", "900", "--steps", "100"], "--elbo-levels: expected at most --steps 100, given 900"),
         (["--chain", "edm", "--eta", "0.5"], "--eta: expected 0 with --chain edm, given 0.5"),
