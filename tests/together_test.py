@@ -10,6 +10,7 @@ from gendiff.training import Host, Settings, Task
 
 DATA = np.random.default_rng(0).normal(0.5, 1.0, (64, 3)).astype(np.float32)
 START = {"w": np.linspace(-1, 1, 3, dtype=np.float32)}
+NOWHERE = Host()
 
 
 def task(data):
@@ -22,7 +23,7 @@ def doubled(power, mesh, x, key):
     return {"y": x**power + jax.random.normal(key, x.shape)}
 
 
-def run(seed, steps=12, power=2, host=Host(), size=4):
+def run(seed, steps=12, power=2, host=NOWHERE, size=4):
     key = jax.random.key(seed)
     state = training.train(key, START, task, DATA * (1 + seed), Settings(steps, 0.05, every=4), host)
     drawn = together.call(doubled, (power,), None, (np.arange(size, dtype=np.float32), jax.random.fold_in(key, 1)))

@@ -1,0 +1,954 @@
+"""The pod-scale plan: every `paper` preset compiled for slices of TPUs, without a TPU.
+
+    python -m tpu.plan --output tpu/plan.md
+
+compiles the main programs of each experiment ahead of time for real TPU topologies, which libtpu does on any x86 Linux
+machine (`pip install -e '.[tpu]'`).  Memory, FLOPs, bytes, collectives and errors are the compiler's word.  Times are
+predicted from them by a roofline that the plan states; nothing is executed and nothing is allocated.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from tabulate import tabulate
+
+from experiments.censoring import mnist
+from experiments.genneg import checkerboard, traffic
+from experiments.relative_reward import maze2d
+from gendiff import distributed, replicas, training
+from gendiff.data.episodes import Windows
+from gendiff.losses import Aligned
+from gendiff.methods import censoring, genneg, relative_reward
+from gendiff.nets.scene_transformer import Place
+
+# Chips and slices.
+
+
+class Chip(NamedTuple):
+    """Figures of one chip; see SOURCES."""
+
+    flops: float
+    """A second, bfloat16, at peak."""
+    memory: float
+    """Bytes of HBM."""
+    bandwidth: float
+    """Of it, bytes a second."""
+    links: float
+    """Bytes a second over all of its ICI links, both directions together, as Google states it."""
+
+
+CHIPS = {
+    "v5e": Chip(197e12, 16e9, 819e9, 400e9),
+    "v5p": Chip(459e12, 95 * 2**30, 2765e9, 1200e9),
+}
+SOURCES = {
+    "v5e": "https://docs.cloud.google.com/tpu/docs/v5e",
+    "v5p": "https://docs.cloud.google.com/tpu/docs/v5p",
+}
+
+
+class Slice(NamedTuple):
+    """A slice of TPUs, as `jax.experimental.topologies` wants it."""
+
+    chip: str
+    chips: int
+    topology: str
+    options: dict[str, Any]
+
+
+MEGACORE = {"chip_config_name": "megacore"}
+SLICES = {
+    "v5e-1": Slice("v5e", 1, "v5e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
+    "v5e-8": Slice("v5e", 8, "v5e:2x4", {}),
+    "v5e-256": Slice("v5e", 256, "v5e:16x16", {}),
+    "v5p-128": Slice("v5p", 64, "v5p:4x4x4", MEGACORE | {"chips_per_host_bounds": (2, 2, 1)}),
+}
+"""By their names at Google, which count chips of v5e but TensorCores of v5p, two a chip."""
+
+
+ONE_CHIP = "v5e-1"
+"""What efficiencies are relative to: its program with the figures of the chip in question."""
+
+
+class NoCompiler(Exception):
+    """There is no libtpu."""
+
+
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    """The mesh that an experiment has on a slice: `distributed.make_mesh` of its devices.
+
+    Raises:
+      NoCompiler: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise NoCompiler("libtpu: expected TPU's compiler, given none: pip install -e '.[tpu]' (on x86 Linux)")
+    # Otherwise libtpu asks Google's metadata server, for minutes, which machine this is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # One process at a time may have the TPUs; nobody here wants them.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    given = SLICES[name]
+    return distributed.make_mesh(list(topologies.get_topology_desc(given.topology, "tpu", **given.options).devices))
+
+
+# The programs.
+
+
+class Program(NamedTuple):
+    """One compiled program of an experiment."""
+
+    kind: Literal["training", "sharded", "replicas", "sampling"]
+    """Decides which collectives it may have."""
+    what: str
+    batch: int
+    """Examples, runs or samples of one call, which the devices share."""
+    unit: str
+    steps: int
+    """Of the loop whose body the compiler's costs are of: training steps, or the sampler's."""
+    lower: Callable[[jax.sharding.Mesh, int], Any]
+    """(mesh, batch) -> `jax.stages.Lowered`."""
+    divides: bool = True
+    """Whether the devices must divide the batch; samplers and replicas pad."""
+    chunk: int | None = None
+    """Samples at a time and device, of samplers."""
+    setup: Callable[[jax.sharding.Mesh, int], Any] | None = None
+    """What a sampler does before its loop, where that costs; lowered in the same way."""
+    costs: Callable[[jax.sharding.Mesh, int], Any] | None = None
+    """One step of a training on a given batch, lowered in the same way, whose costs are taken for those of the
+    training: XLA counts the whole pool as read of which a step draws some rows."""
+
+
+Tree = Any
+
+
+def shaped(tree: Tree, sharding: Any) -> Tree:
+    """Shapes with a sharding, in place of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def of(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    """A shape."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+NUMBER, WHOLE = of(()), of((), jnp.int32)
+
+
+def many(tree: Tree, n: int) -> Tree:
+    """n of a tree of shapes, stacked on axis 0."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), tree)
+
+
+class Trained(NamedTuple):
+    """A training: the arguments of `training.train`, as shapes."""
+
+    task: Callable[[Any], training.Task]
+    params: Tree
+    context: Tree
+    settings: training.Settings
+
+    def lower(self, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
+        """The steps, as `training.train` calls them: a loop of a number that it is told, over one step."""
+        state = jax.eval_shape(partial(training._begin, self.settings), KEY, self.params)
+        places = training._shardings(mesh, fsdp, state)
+        state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places)
+        context, count = shaped((self.context, WHOLE), distributed.replicated(mesh))
+        return training._steps.lower(self.task, self.settings, mesh, fsdp, state, context, count)
+
+    def step(self, mesh: jax.sharding.Mesh) -> Any:
+        """One step on a given batch, as `training.train` calls it where batches come from the host."""
+        whole = distributed.replicated(mesh)
+        state = shaped(jax.eval_shape(partial(training._begin, self.settings), KEY, self.params), whole)
+        batch = shaped(jax.eval_shape(lambda key, context: drawn(self.task(context), key), KEY, self.context), None)
+        batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=distributed.split(mesh)), batch)
+        return training._step.lower(self.task, self.settings, mesh, False, state, shaped(self.context, whole), batch)
+
+
+def drawn(task: training.Task, key: Any) -> Any:
+    """A batch of a task that draws its own."""
+    assert task.draw is not None
+    return task.draw(key)
+
+
+def trainings(make: Callable[[int], Trained], pool: bool, fsdp: bool = False) -> dict[str, Any]:
+    """Two fields of a program, of batch -> training; `pool`: it draws from much more than a batch."""
+    return {
+        "lower": lambda mesh, batch: make(batch).lower(mesh, fsdp),
+        "costs": (lambda mesh, batch: make(batch).step(mesh)) if pool else None,
+    }
+
+
+class SideBySide(NamedTuple):
+    """Trainings side by side: the arguments of `replicas.train`, those of one run where runs have their own."""
+
+    task: Callable[[Any, Any], training.Task]
+    params: Tree
+    context: Tree
+    own: Tree
+    settings: training.Settings
+
+    def lower(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
+        """A block of steps, all devices on the axis `replica`."""
+        mesh, padded, each = self.places(mesh, runs)
+        params = many(self.params, padded)
+        state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
+        state, own = shaped((state, many(self.own, padded)), each)
+        context = shaped(self.context, distributed.replicated(mesh))
+        return replicas._block.lower(self.task, self.settings, self.settings.every, mesh, state, context, own)
+
+    def step(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
+        """One step of all runs on given batches."""
+        mesh, padded, each = self.places(mesh, runs)
+        params = many(self.params, padded)
+        state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
+        batch = jax.eval_shape(lambda key, *rest: drawn(self.task(*rest), key), KEY, self.context, self.own)
+        given = shaped((state, many(batch, padded), many(self.own, padded)), each)
+
+        def one(state: Any, batch: Any, own: Any, context: Any) -> Any:
+            settings = self.settings
+            step = training.make_step(self.task(context, own).loss, training.adam(settings), settings.decay)
+            return step(state, batch)
+
+        axis, local = jax.P("replica"), jax.vmap(one, (0, 0, 0, None))
+        spread = jax.shard_map(local, mesh=mesh, in_specs=(axis,) * 3 + (jax.P(),), out_specs=axis, check_vma=False)
+        return jax.jit(spread, donate_argnums=0).lower(*given, shaped(self.context, distributed.replicated(mesh)))
+
+    def places(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[jax.sharding.Mesh, int, jax.NamedSharding]:
+        """The mesh, how many runs there are on it with the copies that fill it up, and how they are split."""
+        mesh = distributed.make_mesh(list(mesh.devices.flat), mesh.size)
+        return mesh, -(-runs // mesh.size) * mesh.size, jax.NamedSharding(mesh, jax.P("replica"))
+
+
+PAPER = "paper"
+
+
+def checkerboard_programs() -> dict[str, Program]:
+    """Points of a checkerboard."""
+    config = checkerboard.PRESETS[PAPER]
+    setup = checkerboard.problem(config)
+    at = jnp.zeros(2), jnp.zeros(())
+    theta = jax.eval_shape(checkerboard.denoiser_network(config).init, KEY, *at)
+    phi = jax.eval_shape(checkerboard.classifier_network(config).init, KEY, *at)
+    most = 4096
+
+    def task(points: Any) -> training.Task:
+        # As the baseline's, which draws all points in every step.
+        return training.Task(genneg.denoising_loss(setup), lambda key: points)
+
+    def base(batch: int) -> Trained:
+        settings = training.Settings(config.baseline_steps, decay=0.998, schedule="constant", every=500)
+        return Trained(task, theta, of((batch, 2)), settings)
+
+    rows = training.capacity(config.draw_budget // 5)
+
+    def classifier(batch: int) -> Trained:
+        pools = (of((rows, 2)),) * 2
+        settings = training.Settings(config.classifier_steps, 5e-3, 0.998, 500, warmup=200)
+        context = classifier_context(pools, rows, (of((most, 2)),) * 2, None)
+        return Trained(genneg.classifier_task(setup, batch // 2, most), phi, context, settings)
+
+    def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
+        guided = genneg.Guided(theta, many({"net": phi, "shift": NUMBER}, config.rounds))
+        given = shaped((guided, KEY, NUMBER, None), distributed.replicated(mesh))
+        return genneg._draw.lower(setup, n, mesh, *given)
+
+    return {
+        "base": Program(
+            "training", "baseline", config.points, "points", config.baseline_steps, **trainings(base, True)
+        ),
+        "classifier": Program(
+            "training", "a classifier", config.classifier_batch, "points", config.classifier_steps,
+            **trainings(classifier, True),
+        ),
+        "sampler": Program(
+            "sampling", f"Heun, guided by {config.rounds} classifiers", checkerboard.BATCH, "samples",
+            config.sampler_steps, sampler, False, setup.chunk,
+        ),
+    }  # fmt: skip
+
+
+def classifier_context(pools: Tree, rows: int, held_out: Tree, conditions: Tree) -> dict[str, Tree]:
+    """What `genneg.fit_classifier` gives its task."""
+    return {
+        "pools": pools,
+        "edges": (of((rows,)),) * 2,
+        "held_out": held_out,
+        "counts": (NUMBER,) * 2,
+        "weights": (NUMBER,) * 2,
+        "shift": NUMBER,
+        "key": KEY,
+        "conditions": conditions,
+    }
+
+
+def traffic_programs() -> dict[str, Program]:
+    """Scenes of traffic."""
+    config = traffic.PRESETS[PAPER]
+    setup = traffic.problem(config, "agent")
+    vehicles, cells = traffic.data.VEHICLES, traffic.data.CELLS
+    place: Any = Place(of((cells, cells), jnp.float16), of((vehicles,), bool))  # type: ignore[arg-type]
+    theta = jax.eval_shape(traffic.denoiser_network(config).init, KEY, place)
+    phi = jax.eval_shape(traffic.classifier_network(config, "agent").init, KEY, place)
+    scenes, held = config.scenes * 8 // 10, 512  # of ten maps eight are for training
+    scene = of((vehicles, 7))
+
+    def base(batch: int) -> Trained:
+        settings = training.Settings(config.base_steps, config.base_rate, 0.999, 250, warmup=500, patience=50_000)
+        context = ((many(scene, scenes), many(place, scenes)), (many(scene, held), many(place, held)), many(KEY, held))
+        return Trained(traffic.base_task(setup, batch, config.fewer), theta, context, settings)
+
+    most, rows = 256, training.capacity(3 * config.per_class)
+    pool = lambda n: {"x": of((n, vehicles, 7)), "row": of((n,), jnp.int32), "labels": of((n, vehicles))}
+
+    def classifier(batch: int) -> Trained:
+        settings = training.Settings(config.classifier_steps, config.classifier_rate, 0.998, 250, warmup=100)
+        context = classifier_context((pool(rows),) * 2, rows, (pool(most),) * 2, many(place, scenes))
+        return Trained(genneg.classifier_task(setup, batch // 2, most), phi, context, settings)
+
+    guided = genneg.Guided(theta, many({"net": phi, "shift": NUMBER}, 2))
+
+    def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
+        given = shaped((guided, KEY, NUMBER, many(place, n)), distributed.replicated(mesh))
+        return genneg._draw.lower(setup, n, mesh, *given)
+
+    def maps(mesh: jax.sharding.Mesh, n: int) -> Any:
+        def encoded(guided: genneg.Guided, places: Place) -> Any:
+            def one(each: Place) -> Any:
+                bound = genneg.bound(setup, guided, each)
+                return bound.theta["memory"], bound.classifiers["net"]["memory"]
+
+            return distributed.chunked(one, places, setup.chunk, mesh)
+
+        return jax.jit(encoded).lower(*shaped((guided, many(place, n)), distributed.replicated(mesh)))
+
+    return {
+        "base": Program(
+            "training", "baseline", config.base_batch, "scenes", config.base_steps, **trainings(base, True)
+        ),
+        "classifier": Program(
+            "training", "a classifier by vehicle", config.classifier_batch, "scenes", config.classifier_steps,
+            **trainings(classifier, True),
+        ),
+        "sampler": Program(
+            "sampling", "ancestral, guided by 2 classifiers", config.draw_batch, "samples", config.sampler_steps,
+            sampler, False, setup.chunk, maps,
+        ),
+    }  # fmt: skip
+
+
+def mnist_programs() -> dict[str, Program]:
+    """Crossed sevens."""
+    config = mnist.PRESETS[PAPER]
+    setup = mnist.problem(config)
+    image = of((config.size, config.size, 1))
+    theta = jax.eval_shape(mnist.unet_of(config).init, KEY, image, NUMBER)
+    phi = jax.eval_shape(mnist.reward_of(config).init, KEY, image, NUMBER)
+    images, sets = 5500, 1024  # MNIST's sevens without the crossed ones; `censoring.fit` pads labels to 1024
+
+    def base(batch: int) -> Trained:
+        settings = training.Settings(
+            config.base_steps, config.base_rate, config.base_decay, 100, 100, config.base_schedule
+        )
+        return Trained(mnist.base_task(setup, batch), theta, many(image, images), settings)
+
+    def reward(batch: int) -> Trained:
+        k, steps = config.members, config.reward_steps
+        settings = training.Settings(
+            steps, config.reward_rate, 0.0, 50, schedule="linear", clip=None, weight_decay=0.05
+        )
+        context = (many(image, sets), of((sets,)))
+        return Trained(censoring.reward_task(setup, batch), many(phi, k), (*many(context, k), WHOLE, NUMBER), settings)
+
+    def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
+        given = shaped((theta, many(phi, config.members), KEY, NUMBER, WHOLE), distributed.replicated(mesh))
+        settings = censoring.Censoring(scale=0.0)  # as `censoring.draw`: the scale is an argument
+        return censoring._draw.lower(setup, settings, n, mesh, *given)
+
+    return {
+        "base": Program(
+            "training", "base model", config.base_batch, "images", config.base_steps, **trainings(base, False)
+        ),
+        "base-sharded": Program(
+            "sharded", "base model, fully sharded", config.base_batch, "images", config.base_steps,
+            **trainings(base, False, True),
+        ),
+        "reward": Program(
+            "training", f"{config.members} rewards", config.reward_batch, "images", config.reward_steps,
+            **trainings(reward, False),
+        ),
+        "sampler": Program(
+            "sampling", f"ancestral, guided by {config.members} rewards", config.samples // 2, "samples",
+            config.sampler_steps, sampler, False, setup.chunk,
+        ),
+    }  # fmt: skip
+
+
+def maze_programs() -> dict[str, Program]:
+    """Relative rewards in mazes."""
+    config = maze2d.PRESETS[PAPER]
+    family = maze2d.FAMILIES[1]
+    chain, size = maze2d.chain(config.diffusion_steps), len(maze2d.COORDINATES)
+    path = of((config.horizon, size))
+    theta = jax.eval_shape(maze2d.unet_of(config).init, KEY, path, NUMBER)
+    problem = maze2d.reward_problem(config, family.switches, config.window)
+    network = maze2d.reward_of(config, family.switches, config.window)
+    phi = jax.eval_shape(network.init, KEY, path, NUMBER)
+
+    n = config.transitions
+    windows: Any = Windows(of((n, size)), of((n,), jnp.int32), of((n,), jnp.int32), of((2,)))  # type: ignore[arg-type]
+    own = {"windows": windows, "count": WHOLE, "known": of((config.horizon, size), bool)}
+    often = maze2d.often(config.steps)
+    settings = training.Settings(config.steps, config.rate, config.decay, often, 100, config.schedule, clip=None)
+    models = SideBySide(maze2d.diffuser_task(config), theta, None, own, settings)
+
+    pool = config.pool
+    shapes: Any = (
+        of((pool, *path.shape)),
+        of((pool,), jnp.int32),
+        of((pool, maze2d.GOALS, *path.shape)),
+        of((pool, *path.shape)),
+    )
+    examples = Aligned(*shapes)
+    settings = training.Settings(
+        config.reward_steps, config.reward_rate, 0.0, maze2d.often(config.reward_steps),
+        schedule=config.reward_schedule, clip=None,
+    )  # fmt: skip
+    task = relative_reward.reward_task(problem)
+    rewards = SideBySide(task, phi, examples, {"goal": WHOLE}, settings)
+
+    def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
+        known = of((config.horizon, size), bool)
+        given = shaped((known, theta, phi, NUMBER, many(path, n), KEY), distributed.replicated(mesh))
+        return maze2d._plans.lower(chain, maze2d.model(config), problem.network, family.switches, mesh, *given)
+
+    return {
+        "models": Program(
+            "replicas", "diffusion models side by side", len(maze2d.FAMILIES) * (maze2d.GOALS + 1), "runs",
+            config.steps, models.lower, False, costs=models.step,
+        ),
+        "rewards": Program(
+            "replicas", "rewards side by side", maze2d.GOALS * config.seeds, "runs", config.reward_steps,
+            rewards.lower, False, costs=rewards.step,
+        ),
+        "sampler": Program(
+            "sampling", "ancestral, steered by a reward", config.plans, "samples", config.diffusion_steps, sampler,
+            False, 64,
+        ),
+    }  # fmt: skip
+
+
+EXPERIMENTS: dict[str, Callable[[], dict[str, Program]]] = {
+    "genneg.checkerboard": cache(checkerboard_programs),
+    "genneg.traffic": cache(traffic_programs),
+    "censoring.mnist": cache(mnist_programs),
+    "relative_reward.maze2d": cache(maze_programs),
+}
+
+
+@contextlib.contextmanager
+def as_on_tpus() -> Iterator[None]:
+    """Where the library asks which backend it is on, it is told TPU, as it will be there."""
+    with mock.patch.object(jax, "default_backend", return_value="tpu"):
+        yield
+
+
+# What the compiler says.
+
+COLLECTIVES = (
+    "all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all",
+    "collective-broadcast",
+)  # fmt: skip
+INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = ([^=]*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+SHAPE = re.compile(r"\b(pred|token|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,<=]*)\]")
+
+
+class Collective(NamedTuple):
+    """One collective operation of a compiled program."""
+
+    kind: str
+    size: int
+    """Bytes of the whole array: what an all-reduce reduces, an all-gather gathers, a reduce-scatter starts from; of a
+    permutation, what one device sends."""
+    looped: bool = False
+    """Whether it is in a loop, and so in every step."""
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """The collectives of a compiled program, in HLO's text; one in a loop is one."""
+    found, computation = [], ""
+    looped, uses = set[str](), dict[str, set[str]]()
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if header := COMPUTATION.match(line):
+            computation = header[1]
+        looped.update(re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", line))
+        uses.setdefault(computation, set()).update(re.findall(r"%([\w.\-]+)", line))
+        if match := INSTRUCTION.match(line):
+            found.append((computation, _collective(match[2], match[1], bool(match[3]), computation, devices)))
+    names, new = set(uses), looped
+    while new := {used for name in new for used in uses.get(name, ()) if used in names} - looped:
+        looped |= new
+    return [each._replace(looped=where in looped) for where, each in found]
+
+
+def _collective(kind: str, shapes: str, start: bool, computation: str, devices: int) -> Collective:
+    """Of an instruction in a computation; `start` if it is the first half of two."""
+    sizes = [_size(*shape) for shape in SHAPE.findall(shapes)]
+    if start and kind != "all-reduce":
+        # (operands, results, and words for the hardware, which are scalars)
+        sizes = sizes[: len(sizes) - len(re.findall(r"\b[us]32\[\]", shapes))]
+        sizes = sizes[len(sizes) // 2 :]
+    if kind == "reduce-scatter":
+        sizes = [each * devices for each in sizes]
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        kind = "reduce-scatter"  # TPU's compiler fuses it from an all-reduce and a slice
+    return Collective(kind, sum(sizes))
+
+
+def _size(dtype: str, dimensions: str) -> int:
+    """Bytes of an array of HLO."""
+    if dtype == "token":
+        return 0
+    bits = 8 if dtype == "pred" else int(re.findall(r"[0-9]+", dtype)[0])
+    elements = math.prod(int(d.lstrip("<=")) for d in dimensions.split(",") if d)
+    return -(-elements * bits // 8)
+
+
+class Measured(NamedTuple):
+    """What the compiler says about one program on one slice; costs and memory are one device's."""
+
+    arguments: float
+    temporaries: float
+    outputs: float
+    """Without those that take the place of arguments."""
+    flops: float
+    """Of one pass through the loop, and what is before and after it."""
+    accessed: float
+    """Bytes, likewise."""
+    collectives: tuple[Collective, ...]
+    seconds: float
+    """That compiling took."""
+    setup_flops: float = 0.0
+    setup_accessed: float = 0.0
+
+    @property
+    def memory(self) -> float:
+        """Bytes on one device, all at once."""
+        return self.arguments + self.temporaries + self.outputs
+
+
+class Failed(NamedTuple):
+    """A program that there is not, and why."""
+
+    reason: str
+
+
+def measured(compiled: Any, devices: int, seconds: float = 0.0, setup: Any = None, costs: Any = None) -> Measured:
+    """Reads a compiled program; `setup` and `costs` are the program's, where it has them."""
+    memory = compiled.memory_analysis()
+    cost = (costs or compiled).cost_analysis()
+    before = {} if setup is None else setup.cost_analysis()
+    return Measured(
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        cost.get("flops", 0.0),
+        cost.get("bytes accessed", 0.0),
+        tuple(collectives(compiled.as_text(), devices)),
+        seconds,
+        before.get("flops", 0.0),
+        before.get("bytes accessed", 0.0),
+    )
+
+
+def compile_one(experiment: str, program: str, where: str, batch: int) -> Measured | Failed:
+    """Compiles a program for a slice; what goes wrong is the compiler's message."""
+    mesh = mesh_of(where)
+    with as_on_tpus():
+        given = EXPERIMENTS[experiment]()[program]
+        begun = time.perf_counter()
+        try:
+            compiled = given.lower(mesh, batch).compile()
+            took = time.perf_counter() - begun
+            setup, costs = (each and each(mesh, batch).compile() for each in (given.setup, given.costs))
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            return Failed(reason(str(error)))
+    return measured(compiled, mesh.size, took, setup, costs)
+
+
+def reason(message: str) -> str:
+    """The first line of an error, and where memory is too small, by how much."""
+    if used := re.search(r"Used ([0-9.]+[KMGT]) of ([0-9.]+[KMGT]) hbm", message):
+        return f"out of memory: {used[1]}iB of {used[2]}iB"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0][:200] if lines else "no message"
+
+
+# The roofline.
+
+
+class Predicted(NamedTuple):
+    """Seconds of one step."""
+
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def step(self) -> float:
+        """Arithmetic and memory overlap; collectives wait for both, so that this is the worst case of them."""
+        return max(self.compute, self.memory) + self.links
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+def link_seconds(given: tuple[Collective, ...], devices: int, chip: Chip) -> float:
+    """Seconds of collectives, as rings over all links of a chip, one direction of each at a time (half of `links`)."""
+    share = (devices - 1) / devices
+    passes = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+    return sum(each.size * passes.get(each.kind, share) for each in given) / (chip.links / 2)
+
+
+def predict(given: Measured, chip: Chip, devices: int) -> Predicted:
+    """The time of one step of the program's loop."""
+    flops, accessed = given.flops - given.setup_flops, given.accessed - given.setup_accessed
+    return Predicted(
+        max(flops, 0.0) / chip.flops,
+        max(accessed, 0.0) / chip.bandwidth,
+        link_seconds(tuple(each for each in given.collectives if each.looped), devices, chip),
+    )
+
+
+def whole(program: Program, given: Measured, chip: Chip, devices: int, batch: int) -> float:
+    """Seconds of all steps: of a training, or of one call of a sampler with all of its chunks."""
+    before = max(given.setup_flops / chip.flops, given.setup_accessed / chip.bandwidth)
+    once = link_seconds(tuple(each for each in given.collectives if not each.looped), devices, chip)
+    chunks = 1 if program.chunk is None else -(-batch // (devices * program.chunk))
+    return chunks * (program.steps * predict(given, chip, devices).step + before) + once
+
+
+def efficiency(alone: float, together: float, devices: int) -> float:
+    """Of the same work: time on one chip over n times that on n chips."""
+    return alone / (devices * together)
+
+
+# The plan.
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One program on one slice, with one batch."""
+
+    experiment: str
+    program: str
+    where: str
+    batch: int
+    result: Measured | Failed
+
+
+def batches(program: Program, devices: int) -> list[int]:
+    """The preset's batch, and where the devices do not divide it, the next multiple too."""
+    if program.divides and program.batch % devices:
+        return [program.batch, -(-program.batch // devices) * devices]
+    return [program.batch]
+
+
+def findings(entries: list[Entry]) -> list[str]:
+    """What is not as it should be: each program's collectives, its memory, and whether it compiles."""
+    found = []
+    for entry in entries:
+        program, slice_ = EXPERIMENTS[entry.experiment]()[entry.program], SLICES[entry.where]
+        name = f"{entry.experiment} {entry.program} on {entry.where}, {entry.batch:,} {program.unit}"
+        if isinstance(entry.result, Failed):
+            found.append(f"{name}: {entry.result.reason}")
+            continue
+        if wrong := unexpected(program.kind, entry.result.collectives, slice_.chips):
+            found.append(f"{name}: {wrong}")
+        if entry.result.memory > CHIPS[slice_.chip].memory:
+            found.append(f"{name}: {quantity(entry.result.memory)}B do not fit")
+    return found
+
+
+def unexpected(kind: str, given: tuple[Collective, ...], devices: int) -> str:
+    """What is wrong with a program's collectives; empty if nothing is."""
+    kinds = [each.kind for each in given]
+    if devices == 1 or kind in ("sampling", "replicas"):
+        return f"expected no collective, given {counted(given)}" if kinds else ""
+    if kind == "training":
+        return "" if kinds == ["all-reduce"] else f"expected one all-reduce, given {counted(given)}"
+    allowed = {"all-reduce", "all-gather", "reduce-scatter"}
+    if {"all-gather", "reduce-scatter"} <= set(kinds) <= allowed:
+        return ""
+    return f"expected reduce-scatter and all-gather, given {counted(given)}"
+
+
+def counted(given: tuple[Collective, ...]) -> str:
+    """Collectives by kind: how many and of how many bytes."""
+    parts = []
+    for kind in dict.fromkeys(each.kind for each in given):
+        sizes = [each.size for each in given if each.kind == kind]
+        parts.append(f"{len(sizes)} {kind} ({quantity(sum(sizes))}B)")
+    return ", ".join(parts) or "none"
+
+
+def quantity(value: float) -> str:
+    """A number with three digits and a decimal prefix."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 0.9995 * 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that one reads."""
+    for least, size, unit in ((86400, 86400, "d"), (3600, 3600, "h"), (60, 60, "min"), (1, 1, "s"), (1e-3, 1e-3, "ms")):
+        if seconds >= least:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+HEAD = (
+    "program", "slice", "batch", "memory a device (arguments + temporaries + outputs)", "fits", "FLOP", "bytes",
+    "collectives", "step", "bound by", "efficiency", "whole",
+)  # fmt: skip
+
+
+def table(entries: list[Entry]) -> str:
+    """The rows of one experiment."""
+    body = []
+    for entry in entries:
+        program, slice_ = EXPERIMENTS[entry.experiment]()[entry.program], SLICES[entry.where]
+        chip, rounded = CHIPS[slice_.chip], entry.batch != program.batch
+        first = [entry.program, entry.where, f"{entry.batch:,} {program.unit}{' (rounded up)' if rounded else ''}"]
+        result = entry.result
+        if isinstance(result, Failed):
+            body.append([*first, result.reason, *[""] * 8])
+            continue
+        fits = "yes" if result.memory <= chip.memory else "**no**"
+        parts = " + ".join(f"{quantity(each)}B" for each in result[:3])
+        predicted, took = predict(result, chip, slice_.chips), whole(program, result, chip, slice_.chips, entry.batch)
+        alone = reference(entry, entries)
+        body.append([
+            *first,
+            f"{quantity(result.memory)}B ({parts})",
+            fits,
+            quantity(result.flops - result.setup_flops),
+            f"{quantity(result.accessed - result.setup_accessed)}B",
+            counted(result.collectives),
+            duration(predicted.step),
+            predicted.bound,
+            "-" if alone is None else f"{100 * efficiency(alone, took, slice_.chips):.3g} %",
+            duration(took),
+        ])  # fmt: skip
+    return tabulate(body, HEAD, tablefmt="github", disable_numparse=True)
+
+
+def reference(entry: Entry, entries: list[Entry]) -> float | None:
+    """Seconds of the same work on one chip, if it compiles there: for a rounded batch, in proportion."""
+    for other in entries:
+        same = (other.experiment, other.program, other.where) == (entry.experiment, entry.program, ONE_CHIP)
+        if same and isinstance(other.result, Measured):
+            program = EXPERIMENTS[entry.experiment]()[entry.program]
+            alone = whole(program, other.result, CHIPS[SLICES[entry.where].chip], 1, other.batch)
+            return alone * entry.batch / other.batch
+    return None
+
+
+def page(entries: list[Entry], versions: str) -> str:
+    """The plan in Markdown."""
+    chips = tabulate(
+        [
+            [name, f"{quantity(c.flops)}FLOP/s", f"{quantity(c.memory)}B", f"{quantity(c.bandwidth)}B/s",
+             f"{quantity(c.links)}B/s", SOURCES[name]]
+            for name, c in CHIPS.items()
+        ],
+        ("chip", "peak, bfloat16", "HBM", "its bandwidth", "ICI, both directions", "source"),
+        tablefmt="github",
+    )  # fmt: skip
+    slices = "; ".join(
+        f"{name}: {each.chips} chip{'s' * (each.chips > 1)}, {each.topology}" for name, each in SLICES.items()
+    )
+    sections = []
+    for experiment, programs in EXPERIMENTS.items():
+        rows = [entry for entry in entries if entry.experiment == experiment]
+        if rows:
+            named = programs().items()
+            what = "; ".join(f"`{name}`: {each.what}, {each.steps:,} steps" for name, each in named)
+            sections.append(f"## {experiment}\n\n{what}.\n\n{table(rows)}")
+        if out := left_out(experiment, rows):
+            sections.append(f"Not compiled yet, of {experiment}: {out}.")
+    wrong = findings(entries)
+    told = "\n".join(f"- {each}" for each in wrong) or "None."
+    good = sum(not findings([entry]) for entry in entries)
+    return INTRODUCTION.format(
+        chips=chips, slices=slices, versions=versions, findings=told, good=good, count=len(entries),
+        sections="\n\n".join(sections),
+    )  # fmt: skip
+
+
+def left_out(experiment: str, entries: list[Entry]) -> str:
+    """The programs of an experiment of which the plan says nothing, with their slices."""
+    there = {(entry.program, entry.where) for entry in entries}
+    missing = {name: [where for where in SLICES if (name, where) not in there] for name in EXPERIMENTS[experiment]()}
+    return "; ".join(f"`{name}` on {', '.join(slices)}" for name, slices in missing.items() if slices)
+
+
+INTRODUCTION = """\
+# The pod-scale plan
+
+The main programs of each experiment's `paper` preset, compiled ahead of time for slices of TPUs, on a CPU machine
+without a TPU. **Nothing was executed**: memory, FLOP, bytes and collectives are the compiler's word
+({versions}), times are predicted from them. Made by `python -m tpu.plan --output tpu/plan.md`, which needs
+`pip install -e '.[tpu]'`.
+
+## Chips
+
+{chips}
+
+Slices, by their names at Google, which count chips of v5e but TensorCores of v5p, two a chip: {slices}.
+
+## How times are predicted
+
+step = max(FLOP / peak, bytes / HBM bandwidth) + sum over collectives of f x size / (half the ICI bandwidth),
+f = 2 (n - 1) / n for an all-reduce of n chips, (n - 1) / n for a reduce-scatter, an all-gather or an all-to-all, 1 for
+a permutation.
+
+- FLOP, bytes and collectives are of one device and one step: XLA counts the body of a loop once. What a sampler does
+  before its loop (the maps of traffic) is compiled alone, subtracted, and added once; so are collectives that are not
+  in the loop. FLOP and bytes of a
+  training step are those of a step on a given batch where it draws from a pool: XLA counts the whole pool as read.
+- Float32 programs multiply matrices on a TPU in one bfloat16 pass (JAX's default precision), so the peak is bfloat16's.
+- XLA counts as bytes also what stays in the chip's own memory between operations: programs that are small enough for
+  that are faster than their bytes say.
+- Arithmetic and memory overlap perfectly, collectives with nothing: for large collectives the worst case.
+- The links carry a ring over all of a chip's links at full speed. v5e slices below 16 x 16 are no torus: up to half as
+  fast. Latency (of the order of 1 us a hop) and the launch of each operation (likewise) are left out.
+  **Steps of less than about 100 us are therefore no forecasts**, nor are their efficiencies.
+- efficiency: time on one chip over n times that on n chips, for the same work (strong scaling); one chip's program is
+  v5e's, for v5p with the figures of v5p; `-` where it does not compile. For a batch that was rounded up,
+  one chip's time in proportion.
+- whole: all steps of one training, or of one call of a sampler; without compilation, validation, checkpoints and input.
+- Sizes of data that only a run knows: traffic's pools 262,144 scenes of a class, the checkerboard's 1,048,576 points,
+  5,500 images of sevens.
+
+## Findings
+
+{good} of {count} programs compile, fit, and have the collectives that they should have: in training one all-reduce
+(reduce-scatter and all-gather where the state is sharded), between replicas and in sampling none. The others:
+
+{findings}
+
+{sections}
+"""
+
+
+# The command line.
+
+
+def measure(experiment: str, program: str, where: str, batch: int, limit: float) -> Measured | Failed:
+    """`compile_one` in a process of its own: compilers crash, run out of memory and take for ever."""
+    command = [sys.executable, "-m", "tpu.plan", "--one", experiment, program, where, str(batch)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, cwd=Path(__file__).parents[1], check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Failed(f"did not compile within {limit:g} s")
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Failed(f"the compiler ended with {done.returncode}: {last[:160]}")
+    return decoded(json.loads(lines[-1]))
+
+
+def decoded(given: dict[str, Any]) -> Measured | Failed:
+    """A result from JSON."""
+    if "reason" in given:
+        return Failed(**given)
+    return Measured(**given | {"collectives": tuple(Collective(*each) for each in given["collectives"])})
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(prog="python -m tpu.plan", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, help="file for the plan; default: print it")
+    parser.add_argument("--topology", action="append", choices=SLICES, help="this slice only; may be repeated")
+    parser.add_argument("--experiment", action="append", choices=EXPERIMENTS, help="this one only; may be repeated")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that one program may compile (600)")
+    parser.add_argument("--results", type=Path, help="file of results so far: what it holds is not compiled again")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    return parser
+
+
+def main() -> None:
+    """Compiles what is asked for, one program after the other, and writes the plan after each."""
+    given = arguments().parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    if given.one:
+        experiment, program, where, batch = given.one
+        print(json.dumps(compile_one(experiment, program, where, int(batch))._asdict()))
+        return
+    try:
+        mesh_of("v5e-1")
+    except NoCompiler as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    versions = f"jax {jax.__version__}, libtpu {_version('libtpu')}"
+    held: dict[str, Any] = {}
+    if given.results and given.results.exists():
+        held = json.loads(given.results.read_text())
+    entries: list[Entry] = []
+    for experiment in given.experiment or EXPERIMENTS:
+        for name, program in EXPERIMENTS[experiment]().items():
+            for where in given.topology or SLICES:
+                for batch in batches(program, SLICES[where].chips):
+                    place = f"{experiment} {name} {where} {batch}"
+                    if place not in held:
+                        held[place] = measure(experiment, name, where, batch, given.limit)._asdict()
+                    entry = Entry(experiment, name, where, batch, decoded(held[place]))
+                    entries.append(entry)
+                    print(place, summary(entry.result), file=sys.stderr, flush=True)
+                    if given.results:
+                        given.results.write_text(json.dumps(held))
+                    if given.output:
+                        given.output.write_text(page(entries, versions))
+    if not given.output:
+        print(page(entries, versions))
+
+
+def summary(result: Measured | Failed) -> str:
+    """A result in a few words."""
+    if isinstance(result, Failed):
+        return result.reason
+    return f"{quantity(result.memory)}B, {counted(result.collectives)}, compiled in {result.seconds:.0f} s"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+if __name__ == "__main__":
+    main()
