@@ -187,7 +187,7 @@ class Folder:
         ):
             raise ConfigError(f"--output: expected an empty folder or one of this experiment, given {self.path}")
         fields = {"experiment": self.experiment} | _fields(self.config)
-        self._write("config.json", json.dumps(fields, indent=2) + "\n")
+        write(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
 
     @staticmethod
     def check(path: Path, experiment: str, config: Config) -> bool:
@@ -217,18 +217,7 @@ class Folder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a whole file or leaves the old one; the first process does."""
-        distributed.first(lambda: self._write(name, text))
-
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        try:
-            temporary.write_text(text)
-            temporary.replace(self.path / name)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OSError(
-                f"{self.path / name}: could not be written ({error.strerror}); checkpoints are kept"
-            ) from None
+        distributed.first(lambda: write(self.path / name, text))
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl; the first process does."""
@@ -265,6 +254,17 @@ class Folder:
         self.write("results.json", json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
         self.write("table.md", f"# {self.experiment}, preset {self.config.preset}\n\n{table}\n")
         return Results(rows, self.path, table)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 
 
 class Progress:

@@ -188,9 +188,9 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
             }
         )
     text = "\n\n".join([*blocks, *warnings])
-    if distributed.is_first():
-        (folder / "table.md").write_text(f"# Sweep\n\n{text}\n\nMeans over seeds, 95 % intervals (Student's).\n")
-        (folder / "sweep.json").write_text(json.dumps(document, indent=2) + "\n")
+    page = f"# Sweep\n\n{text}\n\nMeans over seeds, 95 % intervals (Student's).\n"
+    distributed.first(lambda: contract.write(folder / "table.md", page))
+    distributed.first(lambda: contract.write(folder / "sweep.json", json.dumps(document, indent=2) + "\n"))
     return text
 
 

@@ -3,7 +3,7 @@
 Orbax writes into a temporary folder and renames it at the end, so a killed save leaves nothing that looks complete.  A
 checksum of every array stands in the checkpoint's metadata and is compared when it is read.
 
-Where a run has several processes the first one writes and all of them read: they need one file system.  Arrays are
+Where a run has several processes all of them save and read at the same calls, and need one file system.  Arrays are
 written whole, so that a checkpoint serves any number of processes and devices.
 """
 
@@ -126,8 +126,7 @@ class Checkpoints:
         if step is None:
             return state
         folder = self.folder / str(step)
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), jax.eval_shape(_without_keys, state))
-        like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), like)
+        like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(_without_keys, state))
         try:
             with self._open() as checkpointer:
                 stored = checkpointer.metadata(step).custom_metadata
@@ -152,17 +151,15 @@ class Checkpoints:
 
 
 def _without_keys(tree: Any) -> Any:
-    is_key = lambda leaf: jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if distributed.is_key(leaf) else leaf, tree)
 
 
 def _as(value: np.ndarray, like: jax.Array) -> jax.Array:
     """`value` as an array like another: a key if that is one, on its devices."""
-    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return distributed.put(
-            jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like)), like.sharding
-        )
-    return distributed.put(value, like.sharding)
+    whole: Any = value
+    if distributed.is_key(like):
+        whole = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like))
+    return distributed.put(whole, like.sharding)
 
 
 class Archive:
@@ -185,23 +182,22 @@ class Archive:
           compute: gives a dict, or a NamedTuple of type `kind`, of (nested dicts of) arrays and numbers.
         """
         distributed.stop_if_preempted("every phase that was finished")
-        folder = None if self.folder is None else self.folder / name / "result"
-        if folder is not None and distributed.first(folder.exists):
-            fields, notes = load(folder)
+        phase = None if self.folder is None else self.folder / name
+        if phase is not None and distributed.first((phase / "result").exists):
+            fields, notes = load(phase / "result")
             self.seconds[name] = notes["seconds"]
             return kind(**fields)
         begun = time.perf_counter()
         result: Any = jax.block_until_ready(compute())
         self.seconds[name] = time.perf_counter() - begun
         fields = distributed.gather(result if isinstance(result, dict) else result._asdict())
-        if self.folder is None or folder is None:
+        if phase is None:
             return result if jax.process_count() == 1 else kind(**fields)
-        steps = self.folder / name / "steps"
-        save(folder, fields, seconds=self.seconds[name])
+        save(phase / "result", fields, seconds=self.seconds[name])
         if jax.process_count() > 1:  # all go on with the same bits, whatever each computed
-            fields, _ = load(folder)
+            fields, _ = load(phase / "result")
         # The way to a result need not be kept once the result is.
-        distributed.first(lambda: shutil.rmtree(steps, ignore_errors=True))
+        distributed.first(lambda: shutil.rmtree(phase / "steps", ignore_errors=True))
         return kind(**fields)
 
     def steps(self, name: str) -> Checkpoints | None:
@@ -228,15 +224,9 @@ def _check_room(folder: Path) -> None:
     distributed.everywhere(make)
 
 
-def _bytes(leaf: Any) -> bytes:
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    return np.ascontiguousarray(leaf).tobytes()
-
-
 def _checksums(tree: Any) -> list[int]:
     # Nested dicts come back from a file with sorted keys, which is the order of `jax.tree.leaves`.
-    return [zlib.crc32(_bytes(leaf)) for leaf in jax.tree.leaves(tree)]
+    return [zlib.crc32(np.ascontiguousarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
 
 
 def _empty(tree: Any) -> dict[str, list[int]]:

@@ -277,7 +277,7 @@ def fully_sharded(mesh: jax.sharding.Mesh, tree: Any, least: int = 2**14) -> Any
 
     def one(leaf: Any) -> jax.NamedSharding:
         able = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % devices == 0]
-        if not able or leaf.size < least or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if not able or leaf.size < least or is_key(leaf):
             return replicated(mesh)
         return jax.NamedSharding(mesh, jax.P(*[None] * -max(able)[1], "data"))
 
@@ -285,6 +285,11 @@ def fully_sharded(mesh: jax.sharding.Mesh, tree: Any, least: int = 2**14) -> Any
 
 
 # Arrays.
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array, or a shape with a type, is of typed PRNG keys."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def put(tree: Any, sharding: Any) -> Any:
@@ -304,7 +309,7 @@ def _put(leaf: Any, sharding: jax.NamedSharding) -> jax.Array:
     is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if is_global and leaf.sharding == sharding:
         return leaf
-    if _is_key(leaf):
+    if is_key(leaf):
         data = _put(jax.random.key_data(jax.random.clone(leaf)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     whole = _gather(leaf) if is_global else np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
@@ -415,7 +420,3 @@ def chunked(
         here = jax.shard_map(here, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
     outputs = here(inputs)
     return outputs if total == n else jax.tree.map(lambda a: a[:n], outputs)
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -54,16 +54,12 @@ def train(
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
     mesh = together.over_runs() if host.mesh is None else host.mesh
-    places = mesh.shape["replica"]
-    rows = np.minimum(np.arange(-(-runs // places) * places), runs - 1)
-    spread = lambda tree: distributed.put(
-        jax.tree.map(lambda a: a[rows], tree), jax.NamedSharding(mesh, jax.P("replica"))
-    )
     state = _begin(settings, keys, params)
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
     done = int(state.step[0])
-    state, own, context = spread(state), spread(own), distributed.replicate(mesh, context)
+    state, own = together.spread(mesh, (state, own))
+    context = distributed.replicate(mesh, context)
     host.report(done, {})
     report_each(done, [{}] * runs)
     while done < settings.steps:

@@ -141,10 +141,7 @@ def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, given: tup
 
     def several(many: list[tuple]) -> list[Any]:
         over = over_runs()
-        rows = _rows(len(many), over)
-        stacked = stack([many[row] for row in rows])
-        placed = distributed.put(stacked, jax.NamedSharding(over, jax.P("replica")))
-        found = distributed.gather(_side_by_side(program.__wrapped__, static, over, placed))
+        found = distributed.gather(_side_by_side(program.__wrapped__, static, over, spread(over, stack(many))))
         return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(many))]
 
     return meet(("call", program, static, shapes(given)), given, alone, several)
@@ -164,10 +161,11 @@ def over_runs(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     return distributed.make_mesh(devices, len(devices))
 
 
-def _rows(runs: int, mesh: jax.sharding.Mesh) -> np.ndarray:
-    """Which run each place has: all devices have as many, the last run again where they do not come out even."""
-    places = mesh.shape["replica"]
-    return np.minimum(np.arange(-(-runs // places) * places), runs - 1)
+def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Arrays with a row for each run, split over `replica`; the last run again where they do not come out even."""
+    runs, places = potential.leading_size(tree), mesh.shape["replica"]
+    rows = np.minimum(np.arange(-(-runs // places) * places), runs - 1)
+    return distributed.put(jax.tree.map(lambda a: a[rows], tree), jax.NamedSharding(mesh, jax.P("replica")))
 
 
 def stack(trees: Sequence[Any]) -> Any:
