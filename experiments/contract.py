@@ -65,7 +65,7 @@ class Config:
                 continue
             value = getattr(self, name)
             for limits in get_args(hint)[1:]:
-                if isinstance(limits, Between) and not limits.low <= value <= limits.high:
+                if isinstance(limits, Between) and value is not None and not limits.low <= value <= limits.high:
                     option = "--" + name.replace("_", "-")
                     raise ConfigError(f"{option}: expected {limits.low} to {limits.high}, given {value}")
 

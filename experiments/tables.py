@@ -83,7 +83,8 @@ def traffic_rows(config: Any) -> list[str]:
     """Rows of genneg.traffic; those on recorded maps depend on what is at hand."""
     return [
         "data", "baseline", "by-scene-unweighted", "by-scene", "by-agent-unweighted", "by-agent", "by-agent-stacked",
-        "distilled-1", "distilled-2", "time-independent", "by-pair", "rejection", "refit", "smc",
+        "distilled-1", "distilled-2", "time-independent", "by-pair", "by-pair-stronger",
+        "rejection", "refit", "smc",
     ]  # fmt: skip
 
 

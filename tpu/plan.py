@@ -260,9 +260,8 @@ def checkerboard_programs() -> dict[str, Program]:
     rows = training.capacity(config.draw_budget // 5)
 
     def classifier(batch: int) -> Trained:
-        pools = (of((rows, 2)),) * 2
         settings = training.Settings(config.classifier_steps, 5e-3, 0.998, 500, warmup=200)
-        context = classifier_context(pools, rows, (of((most, 2)),) * 2, None)
+        context = classifier_context(lambda n: of((n, 2)), rows, most, None)
         return Trained(genneg.classifier_task(setup, batch // 2, most), phi, context, settings)
 
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
@@ -285,12 +284,12 @@ def checkerboard_programs() -> dict[str, Program]:
     }  # fmt: skip
 
 
-def classifier_context(pools: Tree, rows: int, held_out: Tree, conditions: Tree) -> dict[str, Tree]:
-    """What `genneg.fit_classifier` gives its task."""
+def classifier_context(pool: Callable[[int], Tree], rows: int, most: int, conditions: Tree) -> dict[str, Tree]:
+    """What `genneg.fit_classifier` gives its task; `pool` are so many samples."""
     return {
-        "pools": pools,
+        "pool": pool(2 * rows),
         "edges": (of((rows,)),) * 2,
-        "held_out": held_out,
+        "held_out": pool(2 * most),
         "counts": (NUMBER,) * 2,
         "weights": (NUMBER,) * 2,
         "shift": NUMBER,
@@ -320,7 +319,7 @@ def traffic_programs() -> dict[str, Program]:
 
     def classifier(batch: int) -> Trained:
         settings = training.Settings(config.classifier_steps, config.classifier_rate, 0.998, 250, warmup=100)
-        context = classifier_context((pool(rows),) * 2, rows, (pool(most),) * 2, many(place, scenes))
+        context = classifier_context(pool, rows, most, many(place, scenes))
         return Trained(genneg.classifier_task(setup, batch // 2, most), phi, context, settings)
 
     guided = genneg.Guided(theta, many({"net": phi, "shift": NUMBER}, 2))

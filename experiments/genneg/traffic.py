@@ -52,7 +52,7 @@ class TrafficConfig(Config):
     data seed in $XDG_CACHE_HOME/gendiff."""
     scenes: Annotated[int, Between(1000, 10_000_000)] = 8000
     """Scenes in all; of ten maps eight are for training, one for validation and one for tests."""
-    of_map: Annotated[int, Between(1, 1000)] = 40
+    of_map: Annotated[int, Between(1, 1000)] = 16
     """Scenes of one map at most: those of one are alike."""
     data_seed: Annotated[int, Between(0, 2**31 - 1)] = 0
     """Seed of the simulated maps and their traffic. The defaults were chosen on those of seed 0: report others."""
@@ -66,10 +66,10 @@ class TrafficConfig(Config):
     """The process: the paper's, or EDM with Heun's steps."""
     steps: Annotated[int, Between(25, 100_000)] = 1000
     """T of the DDPM, linear schedule."""
-    sampler_steps: Annotated[int, Between(2, 10_000)] = 32
+    sampler_steps: Annotated[int, Between(2, 10_000)] = 64
     """Steps of the sampler, for synthetic data and evaluation alike: DDIM on T (i / n)^2, Heun for EDM."""
-    eta: Annotated[float, Between(0.0, 1.0)] = 0.0
-    """DDIM's: 0 is deterministic, 1 ancestral."""
+    eta: Annotated[float | None, Between(0.0, 1.0)] = None
+    """DDIM's, with --chain ddpm: 0 is deterministic, 1, the default, ancestral."""
     width: Annotated[int, Between(16, 4096)] = 128
     """Width of the denoiser."""
     layers: Annotated[int, Between(1, 64)] = 4
@@ -78,7 +78,7 @@ class TrafficConfig(Config):
     """Its heads of attention."""
     expansion: Annotated[int, Between(1, 8)] = 2
     """Width of its feed-forward layers in units of the width."""
-    base_steps: Annotated[int, Between(10, 100_000_000)] = 8000
+    base_steps: Annotated[int, Between(10, 100_000_000)] = 6000
     """Most training steps of the baseline."""
     base_batch: Annotated[int, Between(1, 1_000_000)] = 64
     """Scenes of one."""
@@ -114,6 +114,10 @@ class TrafficConfig(Config):
     """Its rate of learning."""
     classifier_batch: Annotated[int, Between(2, 1_000_000)] = 64
     """Batch of a classifier's step, half of it positives."""
+    least_signal: Annotated[float, Between(0.0, 1.0)] = 0.25
+    """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
+    stronger: Annotated[float, Between(0.0, 100.0)] = 1.5
+    """Scale of guidance of the row `by-pair-stronger`; in all others it is 1."""
     student_steps: Annotated[int, Between(10, 10_000_000)] = 800
     """Training steps of a distilled or refitted model."""
     student_batch: Annotated[int, Between(1, 1_000_000)] = 64
@@ -144,8 +148,8 @@ class TrafficConfig(Config):
                 if getattr(self, name) > self.steps:
                     option = "--" + name.replace("_", "-")
                     raise ConfigError(f"{option}: expected at most --steps {self.steps}, given {getattr(self, name)}")
-        elif self.eta:
-            raise ConfigError(f"--eta: expected 0 with --chain edm, given {self.eta}")
+        elif self.eta is not None:
+            raise ConfigError(f"--eta: expected none with --chain edm, given {self.eta}")
         if self.source == "embedded" and self.data is not None:
             raise ConfigError(f"--data: expected none with --source embedded, given {self.data}")
 
@@ -159,12 +163,12 @@ PRESETS = {
     ),
     "default": TrafficConfig(),
     "paper": TrafficConfig(
-        preset="paper", scenes=100_000, width=256, layers=6, expansion=3, sampler_steps=1000, eta=1.0,
+        preset="paper", scenes=100_000, width=256, layers=6, expansion=3, sampler_steps=1000,
         base_steps=250_000, base_batch=256, base_rate=2e-4, time_power=1.0, fewer=0.0, patience=50_000,
         per_class=50_000, draw_budget=1_000_000, draw_batch=8192, classifier_width=256, classifier_layers=6,
         classifier_heads=8, classifier_steps=50_000, classifier_rate=2e-4, classifier_batch=512,
-        student_steps=50_000, student_batch=256, stored=2**20, samples=10_000, elbo_scenes=4096, elbo_levels=128,
-        smc_particles=16, smc_populations=1024,
+        least_signal=0.0, student_steps=50_000, student_batch=256, stored=2**20, samples=10_000, elbo_scenes=4096,
+        elbo_levels=128, smc_particles=16, smc_populations=1024,
     ),
 }  # fmt: skip
 
@@ -202,7 +206,7 @@ NOTES = """\
 The paper's scenes are private; ours are SUMO's, so that levels cannot be compared, only what changes them.
 collision, off-road, infraction: share of scenes with an overlap, a vehicle more than 0.3 m off the drivable area, or
 either, on maps that no model was trained on. fewer: the baseline's infractions less these, paired (same maps and start
-noise). 95 % intervals: the bootstrap over the scenes whose maps they are; scenes of one map count as independent.
+noise). 95 % intervals: the bootstrap over maps.
 r-ELBO: -sum_t E || eps - eps_hat ||^2 over T steps on test scenes (for EDM, minus the training loss), Student's
 intervals over scenes; its gain to the baseline is paired (same scenes, noise levels and noise). It is not known for
 models that are conditioned by rejection. Training draws low noise more often than this sum (--time-power).
@@ -213,12 +217,13 @@ speed, heading, gap: Wasserstein's distance of the marginal to that of test scen
 the road; road to the next vehicle ahead. `data` are the test scenes, their distances those of validation scenes, which
 are of other maps. degenerate: vehicles without positive extents or a heading, which are mended.
 `time-independent` learned from scenes with the sampler's least noise alone, and its gradient is taken at noisy ones (by
-agent); the others are told the noise. `distilled-1` learned from `by-agent`, `distilled-2` from `by-agent-stacked`,
-both at the scenes drawn for round 2, three quarters of them good, at the classifiers' times. `rejection` has the
-baseline's good scenes, `refit` was trained on those of round 1. `smc` has `by-pair` for its twist, ancestral steps, and
-the oracle at the end; its rates and distances are of one scene of each population that has a good one, its cost is by
-effective number of good particles. `recorded-*`: on maps of recorded scenes (CommonRoad), with as many vehicles as
-were there, 4 to 12."""
+agent); the others are told the noise. Classifiers guide where the signal is at least --least-signal. `distilled-1`
+learned from `by-agent`, `distilled-2` from `by-agent-stacked`, both at the scenes drawn for round 2, three quarters of
+them good, at the classifiers' times. `rejection` has the baseline's good scenes, `refit` was trained on those of round
+1. `by-pair-stronger` is `by-pair` with its guidance scaled (--stronger): `by-agent` counts a collision twice, once for
+each vehicle. `smc` has `by-pair` for its twist, ancestral steps, and the oracle at the end; its rates and distances are
+of one scene of each population that has a good one, its cost is by effective number of good particles. `recorded-*`: on
+maps of recorded scenes (CommonRoad), with as many vehicles as were there, 4 to 12."""
 
 
 # The model.
@@ -281,11 +286,14 @@ def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Proble
 
     def network(bound: Params, x: Sample, t: Time) -> Array:
         size = jnp.sqrt(steps.alpha(t) ** 2 + steps.sigma(t) ** 2)
+        # Where good and bad scenes look alike the slope of a trained network is a random push: it mends nothing, and
+        # costs likelihood.
+        x = jnp.where(steps.alpha(t) / size >= config.least_signal, x, jax.lax.stop_gradient(x))
         return classifier.apply(bound, x / size, noise_level(steps, least if timeless else t))
 
     # As the sampler's grid: a uniform choice would hardly see where infractions are decided.
     times = (lambda key: least) if timeless else partial(times_of, config.steps, 2.0)
-    kernel = sampling.heun if edm else partial(sampling.ddim, eta=config.eta)
+    kernel = sampling.heun if edm else partial(sampling.ddim, eta=1.0 if config.eta is None else config.eta)
     return genneg.Problem(
         process=steps,
         model=model,
@@ -458,9 +466,11 @@ class Run:
         student = self.distilled("distilled-2", theta, stacked, second_draws)
         self.classified(theta, draws, "agent", "importance", timeless=True)
         pairs = self.classified(theta, draws, "pair", "importance")
+        guided = genneg.append(Guided(theta), pairs)
+        self.add("by-pair-stronger", guided, problem(self.config, "pair"), "pair", self.config.stronger)
         self.rejection()
         self.refit(theta, draws)
-        self.smc(genneg.append(Guided(theta), pairs))
+        self.smc(guided)
         self.on_recorded({"baseline": Guided(theta), "by-agent-stacked": stacked, "distilled-2": student})
 
     # Shared by the rows.
@@ -471,9 +481,11 @@ class Run:
     def normalised(self, scenes: Scenes) -> np.ndarray:
         return np.asarray(UNITS.normalised(jnp.asarray(scenes.vehicles), jnp.asarray(scenes.present)))
 
-    def add(self, name: str, guided: Guided, setup: genneg.Problem, head: Head | None = "agent") -> None:
+    def add(
+        self, name: str, guided: Guided, setup: genneg.Problem, head: Head | None = "agent", scale: float = 1.0
+    ) -> None:
         """Evaluates a model and adds its row."""
-        evaluate = lambda: self.evaluate(name, guided, setup, self.test_places, self.fold(SAMPLES), True)
+        evaluate = lambda: self.evaluate(name, guided, setup, self.test_places, self.fold(SAMPLES), True, scale)
         evaluation = self.archive.once(f"evaluate/{name}", evaluate, Evaluation)
         self.evaluations[name] = evaluation
         share = _size(self.config, head) / _size(self.config, "denoise") if guided.members and head else 0.0
@@ -482,20 +494,24 @@ class Run:
 
     def measured(self, evaluation: Evaluation, cost: float) -> dict[str, rates.Estimate]:
         """The metrics of a row; `cost` is in evaluations of the denoiser's network for one sample."""
-        rows = self.test_rows(len(evaluation.holds))
+        rows, maps = self.test_rows(len(evaluation.holds)), self.test_maps(len(evaluation.holds))
         broken, before = (~each.holds.all(1) for each in (evaluation, self.evaluations["baseline"]))
-        metrics = infraction_rates(evaluation, rows)
-        metrics["infraction_gain"] = rates.clustered(before.astype(float) - broken, rows)
+        metrics = infraction_rates(evaluation, maps)
+        metrics["infraction_gain"] = rates.clustered(before.astype(float) - broken, maps)
         metrics |= per_valid(metrics["infraction_rate"], cost, float(evaluation.seconds))
         if len(evaluation.elbo):
             metrics |= self.likelihoods(evaluation)
         share = evaluation.degenerate.sum(1) / self.test_places.present[rows].sum(1)
-        metrics["degenerate_rate"] = rates.clustered(share, rows)
+        metrics["degenerate_rate"] = rates.clustered(share, maps)
         return metrics | self.realism(evaluation.vehicles, rows)
 
     def test_rows(self, n: int) -> np.ndarray:
         """The test scenes whose maps n samples are on."""
         return spread(n, len(self.test_places.present))
+
+    def test_maps(self, n: int) -> np.ndarray:
+        """The numbers of those maps: scenes of one map are of one group."""
+        return self.scenes["test"].world[self.test_rows(n)]
 
     def likelihoods(self, evaluation: Evaluation) -> dict[str, rates.Estimate]:
         """r-ELBO, to the baseline, and by dimension and step."""
@@ -517,7 +533,14 @@ class Run:
         return {f"{name}_distance": rates.exact(value, len(marginals[name])) for name, value in away.items()}
 
     def evaluate(
-        self, name: str, guided: Guided, setup: genneg.Problem, given: Place, key: Array, likelihood: bool
+        self,
+        name: str,
+        guided: Guided,
+        setup: genneg.Problem,
+        given: Place,
+        key: Array,
+        likelihood: bool,
+        scale: float = 1.0,
     ) -> Evaluation:
         """Samples, their verdicts, and the r-ELBO of test scenes with the same noise for every model."""
         config = self.config
@@ -532,21 +555,22 @@ class Run:
         for first in (*range(0, n, size), *((0,) if n <= size else ())):
             conditions = rows_of(given, rows[np.arange(first, first + size) % n])
             begun = time.perf_counter()
-            drawn = genneg.draw(setup, guided, jax.random.fold_in(key, first), size, self.mesh, conditions=conditions)
+            draw_key = jax.random.fold_in(key, first)
+            drawn = genneg.draw(setup, guided, draw_key, size, self.mesh, scale, conditions)
             kept.append(distributed.gather(drawn))
             seconds.append(time.perf_counter() - begun)
             self.progress(phase, min(first + size, n), n, {})
         samples = np.concatenate(kept)[:n]
         verdict = found(samples, rows_of(given, rows))  # what is not finite is off the road
-        elbo = self.elbo(guided, setup) if likelihood else np.zeros(0)
+        elbo = self.elbo(guided, setup, scale) if likelihood else np.zeros(0)
         each = float(np.median(seconds[1:])) / size
         holds, vehicles = np.asarray(oracle.constraints(verdict)), np.asarray(UNITS.metres(jnp.asarray(samples)))
         return Evaluation(vehicles, holds, np.asarray(verdict.degenerate), elbo, np.asarray(each))
 
-    def elbo(self, guided: Guided, setup: genneg.Problem) -> np.ndarray:
+    def elbo(self, guided: Guided, setup: genneg.Problem, scale: float) -> np.ndarray:
         rows = self.test_rows(min(self.config.elbo_scenes, len(self.test_places.present)))
         scenes = data.take(self.scenes["test"], rows)
-        given = (guided, jnp.asarray(self.normalised(scenes)), places(scenes), self.fold(ELBO))
+        given = (guided, jnp.asarray(self.normalised(scenes)), places(scenes), self.fold(ELBO), scale)
         found = elbos(setup, self.config.elbo_levels, self.mesh, *distributed.place(self.mesh, given))
         return distributed.gather(found)
 
@@ -700,7 +724,7 @@ class Run:
             degenerate = np.asarray(verdict.degenerate)
             evaluation = Evaluation(vehicles, holds, degenerate, np.zeros(0), result["seconds"])
             # By the oracle's last word, none: exact, and seen to be.
-            broken = infraction_rates(evaluation, rows)
+            broken = infraction_rates(evaluation, self.scenes["test"].world[rows])
             metrics = {name: rates.exact(rate.value, len(rows)) for name, rate in broken.items()}
             metrics |= self.realism(vehicles, rows)
             # The gradient of the twist at x_t, and its value at x_s.
@@ -761,22 +785,22 @@ class Run:
             evaluate = lambda: self.evaluate(name, guided, self.problem, places(scenes), self.fold(RECORDED), False)  # noqa: B023
             evaluation = self.archive.once(f"evaluate/recorded-{name}", evaluate, Evaluation)
             self.evaluations[f"recorded-{name}"] = evaluation
-            rows = spread(len(evaluation.holds), len(scenes.world))
-            self.rows.append(Row(f"recorded-{name}", infraction_rates(evaluation, rows)))
+            maps = scenes.world[spread(len(evaluation.holds), len(scenes.world))]
+            self.rows.append(Row(f"recorded-{name}", infraction_rates(evaluation, maps)))
 
 
 LABELS = {"scene": lambda holds: holds.all(-1), "agent": oracle.by_agent, "pair": lambda holds: holds}
 """Head -> what it is taught, of the constraints that a scene keeps."""
 
 
-def infraction_rates(evaluation: Evaluation, rows: np.ndarray) -> dict[str, rates.Estimate]:
-    """Of scenes; `rows` are those of their maps."""
+def infraction_rates(evaluation: Evaluation, maps: np.ndarray) -> dict[str, rates.Estimate]:
+    """Of scenes, on maps of these numbers."""
     pairs = evaluation.holds.shape[1] - data.VEHICLES
     broken = ~np.asarray(evaluation.holds)
     return {
-        "collision_rate": rates.clustered(broken[:, :pairs].any(1), rows),
-        "offroad_rate": rates.clustered(broken[:, pairs:].any(1), rows),
-        "infraction_rate": rates.clustered(broken.any(1), rows),
+        "collision_rate": rates.clustered(broken[:, :pairs].any(1), maps),
+        "offroad_rate": rates.clustered(broken[:, pairs:].any(1), maps),
+        "infraction_rate": rates.clustered(broken.any(1), maps),
     }
 
 
@@ -870,13 +894,20 @@ def thinned(key: Array, present: Array, share: float) -> Array:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def elbos(
-    setup: genneg.Problem, levels: int, mesh: Any, guided: Guided, scenes: Array, given: Place, key: Array
+    setup: genneg.Problem,
+    levels: int,
+    mesh: Any,
+    guided: Guided,
+    scenes: Array,
+    given: Place,
+    key: Array,
+    scale: float = 1.0,
 ) -> Array:
     """r-ELBO of each scene; the same key gives the same noise for every model."""
 
     def one(given: tuple[Array, Array, Place]) -> Array:
         key, x0, place = given
-        model = genneg.denoiser(setup, genneg.bound(setup, guided, place))
+        model = genneg.denoiser(setup, genneg.bound(setup, guided, place), scale)
         if setup.process.steps is not None:
             return likelihood.reweighted_elbo(setup.process, model, key, x0, levels)
         loss = losses.denoising(setup.process, lambda _, x, t: model(x, t), setup.weight)

@@ -308,8 +308,21 @@ def fit_classifier(
             "genneg: weighting: expected 'importance' or 'none' with several labels a sample, given 'shift': halves of "
             "good and bad samples shift each label's odds by another number"
         )
-    rate = train.label_rate
-    prior = float(np.log(rate / (1 - rate)))
+    context = classifier_context(train, held_out, settings, key, density, conditions)
+    task = classifier_task(problem, settings.half, settings.validation)
+    state = training.train(key, start, task, context, settings.training, host)
+    return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else _prior(train))}
+
+
+def classifier_context(
+    train: Synthetic,
+    held_out: Synthetic,
+    settings: ClassifierTraining,
+    key: PRNGKey,
+    density: tuple[np.ndarray, np.ndarray] | None = None,
+    conditions: Any = None,
+) -> dict[str, Any]:
+    """What the task of `fit_classifier` reads, of its arguments."""
     importance = settings.weighting == "importance"
     positive, negative = (2 * train.alpha, 2 * (1 - train.alpha)) if importance else (1.0, 1.0)
     pools = (train.positives, train.negatives)
@@ -319,21 +332,22 @@ def fit_classifier(
     held = tuple(jax.tree.map(lambda a: a[:most], each) for each in (held_out.positives, held_out.negatives))
     # Everything that differs between rounds is an argument, and pools are padded: all rounds share one program.
     context = {
-        "pools": tuple(jax.tree.map(lambda a: training.padded(a, rows), pool) for pool in pools),
+        "pool": _one_pool(pools, rows),
         "edges": tuple(np.cumsum(training.padded(each, rows), dtype=np.float64) for each in densities),
-        "held_out": tuple(jax.tree.map(lambda a: training.padded(a, most), pool) for pool in held),
+        "held_out": _one_pool(held, most),
         "counts": tuple(float(_size(pool)) for pool in held),
         "weights": (positive, negative),
         # Under importance weights the network learns log q1/q0 on top of the prior's log-odds: it starts calibrated.
-        "shift": prior if importance else 0.0,
+        "shift": _prior(train) if importance else 0.0,
     }
     whole = lambda a: np.issubdtype(np.asarray(a).dtype, np.integer)
     context = jax.tree.map(lambda a: jnp.asarray(a, jnp.int32 if whole(a) else jnp.float32), context)
-    context |= {"key": jax.random.fold_in(key, 2**31 - 1), "conditions": conditions}
+    return context | {"key": jax.random.fold_in(key, 2**31 - 1), "conditions": conditions}
 
-    task = classifier_task(problem, settings.half, most)
-    state = training.train(key, start, task, context, settings.training, host)
-    return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else prior)}
+
+def _prior(train: Synthetic) -> float:
+    """Log-odds of a good label."""
+    return float(np.log(train.label_rate / (1 - train.label_rate)))
 
 
 @cache
@@ -344,22 +358,20 @@ def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], 
         loss = classifier_loss(problem, context["shift"])
         positive, negative = context["weights"]
 
-        def examples(halves: list, weights: Array) -> tuple:
-            """Of samples of both classes, equally many: (x_0, label, weight), after the condition if there is one."""
-            pool = jax.tree.map(lambda *parts: jnp.concatenate(parts), *halves)
-            n = len(weights)
+        def examples(samples: Any, good: Array, weights: Array) -> tuple:
+            """(x_0, label, weight), after the condition if there is one."""
             if context["conditions"] is None:
-                return pool, jnp.repeat(jnp.array([1.0, 0.0]), n // 2, total_repeat_length=n), weights
-            condition = jax.tree.map(lambda a: a[pool["row"]], context["conditions"])
-            return condition, (pool["x"], pool["labels"], weights)
+                return samples, good.astype(jnp.float32), weights
+            condition = jax.tree.map(lambda a: a[samples["row"]], context["conditions"])
+            return condition, (samples["x"], samples["labels"], weights)
 
         def draw_batch(key: PRNGKey) -> tuple:
-            halves = []
-            for i, (pool, edges) in enumerate(zip(context["pools"], context["edges"], strict=True)):
-                places = edges[-1] * jax.random.uniform(jax.random.fold_in(key, i), (half,))
-                rows = jnp.searchsorted(edges, places, side="right")
-                halves.append(jax.tree.map(lambda a: a[rows], pool))  # noqa: B023 (used at once)
-            return examples(halves, jnp.repeat(jnp.stack([positive, negative]), half, total_repeat_length=2 * half))
+            # By index into one pool: halves that are put together would be moved between the devices of a mesh.
+            places, good = jax.random.uniform(key, (2 * half,)), jnp.arange(2 * half) < half
+            one, other = (jnp.searchsorted(each, each[-1] * places, side="right") for each in context["edges"])
+            rows = jnp.where(good, one, other + len(context["edges"][0]))
+            samples = jax.tree.map(lambda a: a[rows], context["pool"])
+            return examples(samples, good, jnp.where(good, positive, negative))
 
         def validate(phi: Params) -> Scalar:
             place = jnp.arange(2 * most) % most
@@ -369,12 +381,17 @@ def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], 
             share = jnp.where(there, share, 0.0)
             # The same noise at every validation, on purpose.
             keys = jax.random.split(jax.random.clone(context["key"]), 2 * most)
-            given = (keys, examples(list(context["held_out"]), share))
+            given = (keys, examples(context["held_out"], good, share))
             return jnp.sum(distributed.chunked(lambda each: loss(phi, *each), given, problem.chunk))
 
         return training.Task(loss, draw_batch, validate)
 
     return task
+
+
+def _one_pool(pools: tuple[Any, Any], rows: int) -> Any:
+    """Positives and then negatives, both padded to so many rows."""
+    return jax.tree.map(lambda *parts: np.concatenate([training.padded(a, rows) for a in parts]), *pools)
 
 
 def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: PRNGKey, times: Array) -> Calibration:

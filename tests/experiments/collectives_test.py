@@ -47,6 +47,12 @@ def steps_text(task, theta, context, fully_sharded=False):
     return lowered.compile().as_text()
 
 
+def classifier_text(setup, phi, synthetic, conditions):
+    how = genneg.ClassifierTraining(SETTINGS, half=8, validation=8)
+    context = genneg.classifier_context(synthetic, synthetic, how, jax.random.key(4), conditions=conditions)
+    return steps_text(genneg.classifier_task(setup, how.half, how.validation), phi, context)
+
+
 def samples_text(program, static, given):
     return program.lower(*static, distributed.make_mesh(), *placed(given)).compile().as_text()
 
@@ -59,7 +65,8 @@ def of_mnist():
     rewards = jax.tree.map(lambda a: a[None], mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
     how = censoring.Censoring(scale=0.0, recurrence=1)
     static, given = (setup, how, 16), (theta, rewards, jax.random.key(2), 1.0, 2)
-    return mnist.base_task(setup, 16), theta, images, partial(samples_text, censoring._draw, static, given)
+    trainings = [partial(steps_text, mnist.base_task(setup, 16), theta, images)]
+    return trainings, partial(samples_text, censoring._draw, static, given)
 
 
 def of_traffic():
@@ -74,7 +81,13 @@ def of_traffic():
     x = traffic.UNITS.normalised(jnp.asarray(held.vehicles), given.present)
     context = ((x, given), (x, given), jax.random.split(jax.random.key(2), 16))
     static, asked = (setup, 16), (guided, jax.random.key(3), 1.0, given)
-    return traffic.base_task(setup, 16, 0.1), theta, context, partial(samples_text, genneg._draw, static, asked)
+    pool = {"x": np.asarray(x), "row": np.arange(16), "labels": np.ones((16, 12), bool)}
+    synthetic = genneg.Synthetic(pool, pool | {"labels": ~pool["labels"]}, 16, 16)
+    trainings = [
+        partial(steps_text, traffic.base_task(setup, 16, 0.1), theta, context),
+        partial(classifier_text, setup, phi, synthetic, given),
+    ]
+    return trainings, partial(samples_text, genneg._draw, static, asked)
 
 
 def of_checkerboard():
@@ -86,7 +99,12 @@ def of_checkerboard():
     points = jnp.zeros((64, 2))
     context = (points, points, jax.random.split(jax.random.key(2), 64))
     static, asked = (setup, 64), (guided, jax.random.key(3), 1.0, None)
-    return checkerboard.base_task(config), theta, context, partial(samples_text, genneg._draw, static, asked)
+    drawn = np.zeros((16, 2), np.float32)
+    trainings = [
+        partial(steps_text, checkerboard.base_task(config), theta, context),
+        partial(classifier_text, setup, net, genneg.Synthetic(drawn, drawn, 16, 16), None),
+    ]
+    return trainings, partial(samples_text, genneg._draw, static, asked)
 
 
 SLOW = pytest.param(of_mnist, marks=pytest.mark.slow)  # minutes of compilation
@@ -95,8 +113,9 @@ EXPERIMENTS = pytest.mark.parametrize("of", [of_checkerboard, of_traffic, SLOW],
 
 @EXPERIMENTS
 def test_training_has_one_all_reduce_and_sampling_none(of):
-    task, theta, context, sampling_text = of()
-    assert collectives(steps_text(task, theta, context)) == {"all-reduce": 1}
+    trainings, sampling_text = of()
+    for training_text in trainings:
+        assert collectives(training_text()) == {"all-reduce": 1}
     assert collectives(sampling_text()) == {}
 
 

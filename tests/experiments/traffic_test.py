@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 SMOKE = traffic.PRESETS["smoke"]
 NAMES = (
     "data", "baseline", "by-scene-unweighted", "by-scene", "by-agent-unweighted", "by-agent", "by-agent-stacked",
-    "distilled-1", "distilled-2", "time-independent", "by-pair", "rejection", "refit", "smc",
+    "distilled-1", "distilled-2", "time-independent", "by-pair", "by-pair-stronger",
+    "rejection", "refit", "smc",
 )  # fmt: skip
 """The paper's table and ours, as the issue names them."""
 
@@ -119,6 +120,17 @@ def test_a_timeless_classifier_is_told_no_time(scenes):
     assert times == {int(setup.process.grid(SMOKE.sampler_steps)[-2])}
 
 
+def test_classifiers_do_not_guide_in_noise(scenes):
+    setup = traffic.problem(SMOKE, "agent")
+    place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
+    phi = traffic.classifier_network(SMOKE, "agent").init(jax.random.key(0), place)
+    phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
+    bound, u = setup.bind_network(phi, place), jax.random.normal(jax.random.key(1), (12, 7))
+    for t in (1, 400, 600, 1000):
+        slope = jax.grad(lambda x, t=t: jnp.sum(setup.network(bound, x, jnp.asarray(t))))(u)
+        assert (np.abs(slope).max() > 0) == (float(setup.process.alpha(t)) >= SMOKE.least_signal)
+
+
 def test_times_of_classifiers_are_those_of_the_sampler(scenes):
     """T u^2: half of them below T / 4; a false alarm has a probability below 1e-6 (2,000 draws, five deviations)."""
     draw = jax.vmap(traffic.problem(SMOKE).classifier_time)
@@ -159,7 +171,7 @@ def test_bad_options_are_one_error(tmp_path):
         (["--classifier-heads", "7"], "--classifier-heads: expected a divisor of the width 128, given 7"),
         (["--sampler-steps", "2000"], "--sampler-steps: expected at most --steps 1000, given 2000"),
         (["--elbo-levels", "900", "--steps", "100"], "--elbo-levels: expected at most --steps 100, given 900"),
-        (["--chain", "edm", "--eta", "0.5"], "--eta: expected 0 with --chain edm, given 0.5"),
+        (["--chain", "edm", "--eta", "0.5"], "--eta: expected none with --chain edm, given 0.5"),
         (["--source", "embedded", "--data", "x"], "--data: expected none with --source embedded, given x"),
     ):
         with pytest.raises(ConfigError, match=message):

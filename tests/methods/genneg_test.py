@@ -511,19 +511,10 @@ def test_scene_weights_leave_the_loss_of_each_label_unbiased(conditional, labell
     everything = np.concatenate([each(labelled.positives), each(labelled.negatives)])
     found = {}
     for weighting in ("importance", "none"):
-        weights = (2 * labelled.alpha, 2 * (1 - labelled.alpha)) if weighting == "importance" else (1.0, 1.0)
-        context = {
-            "pools": (labelled.positives, labelled.negatives),
-            "edges": tuple(
-                np.cumsum(np.ones(len(p["x"]), np.float32)) for p in (labelled.positives, labelled.negatives)
-            ),
-            "weights": tuple(map(jnp.float32, weights)),
-            "shift": 0.0,
-            "conditions": jax.tree.map(jnp.asarray, MEANS),
-        }
-        context = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32 if a.dtype == bool else None), context | {
-            "shift": jnp.float32(0)
-        })  # fmt: skip
+        how = CLASSIFIER._replace(weighting=weighting, validation=8)
+        context = genneg.classifier_context(
+            labelled, labelled, how, jax.random.key(1), conditions=jax.tree.map(jnp.asarray, MEANS)
+        ) | {"shift": jnp.float32(0)}
         task = genneg.classifier_task(setup, 32, 8)(context)
 
         def batch_loss(key, task=task):
