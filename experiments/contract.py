@@ -134,7 +134,7 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
         runtime.start()
         given = parse(config, presets, sys.argv[1:])
         distributed.agree("the configuration", repr(given))
-        distributed.agree("the commit", _commit())
+        distributed.agree("the commit", commit())
         return run(given)
 
     results = guarded(work)
@@ -239,7 +239,7 @@ class Folder:
         table = f"{_table(rows, columns)}\n\n{notes}".strip()
         document = {
             "experiment": self.experiment,
-            "commit": _commit(),
+            "commit": commit(),
             "device": runtime.device(),
             "config": dataclasses.asdict(self.config),
             "rows": [
@@ -349,7 +349,7 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the code, with "+changes" where the working tree differs from it."""
     here = Path(__file__).parent
     git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout

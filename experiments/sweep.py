@@ -207,6 +207,7 @@ def main() -> None:
         folder = options.output or Path("results") / "sweeps" / what.name / preset
         planned = plan(what, options, others, folder)
         distributed.agree("the sweep", repr(planned))
+        distributed.agree("the commit", contract.commit())
         folder.mkdir(parents=True, exist_ok=True)
         failed = sweep(what, planned, folder, options.at_once)
         return report(folder, planned), folder, failed

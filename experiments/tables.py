@@ -711,8 +711,7 @@ def missing(runs: Sequence[Run], warnings: Sequence[str], join_commits: bool = F
             if same and not all(difference(run).changed for run in same):
                 continue
             how = "run only with other options" if same else "never finished"
-            command = Code(f"{_module(experiment.name)} --preset {preset}")
-            yield Code(experiment.name), f": preset {preset} {how}. ", command
+            yield Code(experiment.name), f": preset {preset} {how}. ", Code(_of_preset(experiment, preset))
     for table in joined_runs(done, join_commits):
         for run in table.runs:
             if lacking := [name for name in expected(table) if name not in (run.rows or {})]:
@@ -729,6 +728,13 @@ def unfinished(run: Run) -> tuple[Part, ...]:
     state = "no report yet" if run.last is None else f"last report {run.last.text}, at {moment(run.last.time)}"
     what = f" ({run.experiment}, preset {run.preset}, seed {run.config['seed']}) is unfinished: {state}."
     return Code(run.place), what
+
+
+def _of_preset(experiment: Experiment, preset: str) -> str:
+    """The command for a whole preset: the papers' tables are means over five seeds."""
+    if preset == "paper" and experiment.seeds is None:
+        return f"{_module('sweep')} {experiment.name} --preset paper --seeds 0:5"
+    return f"{_module(experiment.name)} --preset {preset}"
 
 
 def _module(name: str) -> str:

@@ -107,7 +107,7 @@ PRESETS = {
     ),
     "default": CheckerboardConfig(),
     "paper": CheckerboardConfig(
-        preset="paper", rounds=5, seeds=3, baseline_steps=20_000, patience=5000, per_class=50_000,
+        preset="paper", rounds=5, seeds=5, baseline_steps=20_000, patience=5000, per_class=50_000,
         draw_budget=5_000_000, classifier_steps=20_000, classifier_batch=2048, student_steps=20_000, stored=2**22,
         samples=1_000_000, elbo_levels=128, smc_steps=256, smc_particles=4096, smc_populations=64,
     ),

@@ -754,18 +754,17 @@ class Run:
             keys = jax.random.split(jax.random.fold_in(key, first), part)
             begun = time.perf_counter()
             placed = distributed.place(self.mesh, (guided, keys, given))
-            particles, log_weights = distributed.gather(populate(setup, size, self.mesh, *placed))
+            drawn = distributed.gather(populate(setup, size, self.mesh, *placed))
             seconds.append(time.perf_counter() - begun)
             if len(seconds) * part > n + part - 1:  # drawn again for the time alone
                 break
             repeated = jax.tree.map(lambda a: np.repeat(a, size, 0), given)
-            good = judged(particles.reshape(-1, *setup.shape), repeated).all(1).reshape(part, size)
-            log_weights = np.where(good, log_weights, -np.inf)
+            good = judged(drawn.particles.reshape(-1, *setup.shape), repeated).all(1).reshape(part, size)
             for i in np.flatnonzero(good.any(1) & (np.arange(first, first + part) < n)):
-                chosen = smc.systematic(jax.random.fold_in(key, n + first + i), jnp.asarray(log_weights[i]))
-                samples.append(particles[i, int(chosen[0])])
+                one = smc.judge(rows_of(drawn, i), good[i], jax.random.fold_in(key, n + first + i))
+                samples.append(np.asarray(one.samples[0]))
                 rows.append(int(every[first + i]))
-                effective[first + i] = float(smc.effective_size(jnp.asarray(log_weights[i])))
+                effective[first + i] = float(one.effective)
             self.progress("smc", min(first + part, n), n, {"good": len(rows)})
         chosen_ones = np.asarray(samples, np.float32).reshape(-1, *setup.shape)
         return {
@@ -917,17 +916,18 @@ def elbos(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def populate(setup: genneg.Problem, particles: int, mesh: Any, guided: Guided, keys: Array, given: Place) -> Any:
-    """Particles and log-weights of one SMC population for each key and place."""
+def populate(
+    setup: genneg.Problem, particles: int, mesh: Any, guided: Guided, keys: Array, given: Place
+) -> smc.Population:
+    """One population for each key and place."""
     grid = setup.process.grid(setup.steps)
 
-    def one(each: tuple[Array, Place]) -> Any:
+    def one(each: tuple[Array, Place]) -> smc.Population:
         key, place = each
         here = genneg.bound(setup, guided, place)
         plain, steered = genneg.denoiser(setup, Guided(here.theta)), genneg.denoiser(setup, here)
         twist = potential.stack(potential.log_probability(genneg.logit(setup)), here.classifiers)
-        population = smc.twisted(setup.process, plain, steered, twist, grid, key, setup.shape, particles)
-        return population.particles, population.log_weights
+        return smc.twisted(setup.process, plain, steered, twist, grid, key, setup.shape, particles)
 
     return distributed.chunked(one, (keys, given), 8, mesh)
 

@@ -5,21 +5,23 @@ observation) and normalised, as Diffuser (Janner et al. 2022) and the paper of r
 """
 
 import json
-import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gendiff.data import files
+
 LIMIT = 1000
 """Rows of an episode that windows are cut from."""
 PATIENCE = 2000
 """Discarded attempts in a row after which no episode is expected any more."""
+SHARD = "a whole shard"
 
 
 class Episodes(NamedTuple):
@@ -118,14 +120,14 @@ def write(
     configuration = json.loads(json.dumps({**configuration, "transitions": transitions, "shard": shard}))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "info.json").exists() and not _shards(folder):
-        _store(folder / "info.json", lambda file: file.write(_json(configuration, None)))
+        files.store(folder / "info.json", lambda file: file.write(_json(configuration, None)))
     found = _info(folder)["configuration"]
     if others := [name for name in {**configuration, **found} if configuration.get(name) != found.get(name)]:
         wanted, given = ({name: each.get(name) for name in others} for each in (configuration, found))
         raise ValueError(f"episodes: {folder}: expected a folder of {wanted}, given one of {given}")
     holds = Holds()
     for path in _shards(folder):
-        holds = _plus(holds, *_load(path, "lengths", "attempts"))
+        holds = _plus(holds, *files.load(path, SHARD, "lengths", "attempts"))
     report(holds.transitions)
     with closing(attempts(holds.attempts)) as stream:
         while (before := holds.transitions) < transitions:
@@ -133,9 +135,9 @@ def write(
                 stream, min(shard, transitions - before), lambda rows, before=before: report(before + rows)
             )
             save = lambda file, made=made, tried=tried: np.savez(file, attempts=tried, **made._asdict())
-            _store(folder / f"shard-{holds.shards:05d}.npz", save)
+            files.store(folder / f"shard-{holds.shards:05d}.npz", save)
             holds = _plus(holds, made.lengths, tried)
-    _store(folder / "info.json", lambda file: file.write(_json(configuration, holds)))
+    files.store(folder / "info.json", lambda file: file.write(_json(configuration, holds)))
     return holds
 
 
@@ -151,7 +153,7 @@ def read(folder: Path) -> Episodes:
             f"episodes: {folder}: expected a complete data set, given {len(shards)} shards of an unfinished one; run "
             "the command that writes it again"
         )
-    parts = [_load(path, *Episodes._fields) for path in shards]
+    parts = [files.load(path, SHARD, *Episodes._fields) for path in shards]
     return Episodes(*map(np.concatenate, zip(*parts, strict=True)))
 
 
@@ -178,21 +180,6 @@ def _shards(folder: Path) -> list[Path]:
     if found != wanted:
         raise ValueError(f"episodes: {folder}: expected {[path.name for path in wanted]}, given others")
     return found
-
-
-def _load(path: Path, *names: str) -> list[np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return [stored[name] for name in names]
-    except Exception as error:  # a damaged archive has many ways to say so
-        raise ValueError(f"episodes: {path}: expected a whole shard, given a damaged one ({error!r})") from None
-
-
-def _store(path: Path, put: Callable[[IO[bytes]], Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        put(file)
-    os.replace(part, path)
 
 
 # Files of others.

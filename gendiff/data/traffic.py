@@ -6,7 +6,6 @@ one map are alike, so that maps, not scenes, are split into training, validation
 
 import argparse
 import importlib.metadata
-import io
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 from tqdm import tqdm
 
-from gendiff.data import sumo
+from gendiff.data import files, sumo
 from gendiff.oracles import traffic as oracle
 from gendiff.oracles.drivable import signed_distance
 from gendiff.training import capacity, padded
@@ -39,6 +38,7 @@ FINE = 0.25
 REACH = 20.0
 """Metres that distances are cut to."""
 Split: TypeAlias = Literal["train", "validation", "test"]
+SCENES = "the scenes of a map"
 EMBEDDED = Path(__file__).with_name("traffic_smoke.npz")
 """The small data set that comes with the package."""
 SMOKE = 240
@@ -298,7 +298,7 @@ def write(
             differ = {key: given.get(key) for key in told if given.get(key) != told[key]}
             raise ValueError(f"traffic: {folder}: expected scenes of {told}, given a folder with {differ}")
     else:
-        _store(path, json.dumps(told, indent=1).encode())
+        files.store(path, lambda file: file.write(json.dumps(told, indent=1).encode()))
     workers = workers or os.cpu_count() or 1
     have = maps = 0
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -322,32 +322,17 @@ def write(
 
 
 def _make(folder: Path, recipe: Recipe, number: int) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **of_map(recipe, number)._asdict())
-    _store(_file(folder, number), buffer.getvalue())
+    scenes = of_map(recipe, number)
+    files.store(_file(folder, number), lambda file: np.savez_compressed(file, **scenes._asdict()))
 
 
 def _file(folder: Path, number: int) -> Path:
     return folder / f"map-{number:06d}.npz"
 
 
-def _store(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
-def _load(path: Path, *names: str) -> list[np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return [stored[name] for name in names]
-    except Exception as error:  # a damaged archive has many ways to say so
-        raise ValueError(f"traffic: {path}: expected the scenes of a map, given a damaged file ({error!r})") from None
-
-
 def counted(folder: Path, number: int, most: int | None = None) -> int:
     """How many scenes `stored` gives."""
-    n = len(_load(_file(folder, number), "world")[0])
+    n = len(files.load(_file(folder, number), SCENES, "world")[0])
     return n if most is None else min(n, most)
 
 
@@ -357,7 +342,7 @@ def stored(folder: Path, number: int, most: int | None = None) -> Scenes:
     Raises:
       ValueError: there is no such file, or it is damaged.
     """
-    return spread(Scenes(*_load(_file(folder, number), *Scenes._fields)), most)
+    return spread(Scenes(*files.load(_file(folder, number), SCENES, *Scenes._fields)), most)
 
 
 def spread(scenes: Scenes, most: int | None) -> Scenes:
@@ -412,7 +397,7 @@ def embedded(split: Split | None = None) -> Scenes:
     Raises:
       ValueError: the file is damaged, or there is no such split.
     """
-    vehicles, present, steps, window, world = _load(EMBEDDED, *Scenes._fields)
+    vehicles, present, steps, window, world = files.load(EMBEDDED, SCENES, *Scenes._fields)
     distance = _metres(np.cumsum(steps, 1, dtype=np.int8))
     return of_split(Scenes(vehicles, present, distance, window, world.astype(int)), split)
 
@@ -433,9 +418,8 @@ def embed(
     keep = valid(scenes, Cut(cells=SMOKE_CELLS))
     # Differences along y, modulo 256, take two thirds of the room.
     scenes = scenes._replace(distance=np.diff(steps, axis=1, prepend=np.int8(0)))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **take(scenes, keep)._asdict(), sumo=importlib.metadata.version("libsumo"))
-    _store(path, buffer.getvalue())
+    kept, version = take(scenes, keep)._asdict(), importlib.metadata.version("libsumo")
+    files.store(path, lambda file: np.savez_compressed(file, **kept, sumo=version))
     return int(keep.sum())
 
 

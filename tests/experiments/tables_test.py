@@ -190,6 +190,15 @@ def test_configurations_are_told_by_what_differs_from_the_preset(tmp_path: Path)
     assert "preset smoke with rounds = 2, width = 48; seed 0" in written(tmp_path)[0]
 
 
+def test_papers_sizes_are_for_five_seeds() -> None:
+    commands = {each.name: tables._of_preset(each, "paper") for each in tables.EXPERIMENTS}
+    assert commands["genneg.traffic"] == "python -m experiments.sweep genneg.traffic --preset paper --seeds 0:5"
+    assert commands["genneg.checkerboard"] == "python -m experiments.genneg.checkerboard --preset paper"
+    assert checkerboard.PRESETS["paper"].seeds == 5
+    one = next(each for each in tables.EXPERIMENTS if each.name == "genneg.traffic")
+    assert tables._of_preset(one, "smoke") == "python -m experiments.genneg.traffic --preset smoke"
+
+
 def test_missing_rows_presets_and_experiments_are_named(tmp_path: Path) -> None:
     make(tmp_path, rows=[row(name, 0.1) for name in ("data", "baseline", "round-1", "rejection", "refit", "smc")])
     markdown, page = written(tmp_path)

@@ -1,0 +1,32 @@
+"""Arrays in files: written whole or not at all, and no code when read."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+
+def store(path: Path, put: Callable[[IO[bytes]], Any]) -> None:
+    """Writes what `put` writes, to a file that appears whole, by renaming; several processes may do so."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        put(file)
+    os.replace(part, path)
+
+
+def load(path: Path, what: str, *names: str) -> list[np.ndarray]:
+    """Arrays of an .npz file.
+
+    Args:
+      what: it should hold, for the error.
+
+    Raises:
+      ValueError: there is no such file, or it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return [stored[name] for name in names]
+    except Exception as error:  # a damaged archive has many ways to say so
+        raise ValueError(f"{path}: expected {what}, given a damaged file ({error!r})") from None
