@@ -311,7 +311,7 @@ def traffic_programs() -> dict[str, Program]:
 
     def base(batch: int) -> Trained:
         settings = training.Settings(config.base_steps, config.base_rate, 0.999, 250, warmup=500, patience=50_000)
-        context = ((many(scene, scenes), many(place, scenes)), (many(scene, held), many(place, held)), many(KEY, held))
+        context = ((many(place, scenes), many(scene, scenes)), (many(place, held), many(scene, held)), many(KEY, held))
         return Trained(traffic.base_task(setup, batch, config.fewer), theta, context, settings)
 
     most, rows = 256, training.capacity(3 * config.per_class)

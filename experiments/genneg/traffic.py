@@ -45,11 +45,15 @@ DATA_STD = 1.0
 class TrafficConfig(Config):
     """The scenes, the model, the rounds and the evaluation."""
 
-    source: Literal["simulated", "embedded"] = "simulated"
-    """Scenes that SUMO simulates (`pip install 'gendiff[traffic]'`), or the 240 that come with the package."""
+    source: Literal["simulated", "embedded", "tfds"] = "simulated"
+    """Scenes that SUMO simulates (`pip install 'gendiff[traffic]'`), the 240 that come with the package, or the data
+    set of TFDS, of the preset's name, that `python -m gendiff.data.traffic_tfds FOLDER` made."""
     data: Path | None = None
     """Folder of simulated scenes, made if it is not there (`python -m gendiff.data.traffic`); default: one for each
-    data seed in $XDG_CACHE_HOME/gendiff."""
+    data seed in $XDG_CACHE_HOME/gendiff. With --source tfds TFDS's folder; default: ~/tensorflow_datasets."""
+    stream: bool = False
+    """Feed the baseline's training from the host, batch by batch, through Grain (`pip install 'gendiff[data]'`), in
+    place of scenes that lie on every device."""
     scenes: Annotated[int, Between(1000, 10_000_000)] = 8000
     """Scenes in all; of ten maps eight are for training, one for validation and one for tests."""
     of_map: Annotated[int, Between(1, 1000)] = 16
@@ -338,6 +342,16 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
     splits = get_args(data.Split)
     if config.source == "embedded":
         scenes = {name: data.embedded(name) for name in splits}
+    elif config.source == "tfds":
+        folder = config.data or Path.home() / "tensorflow_datasets"
+        try:
+            from gendiff.data import traffic_tfds  # an extra
+
+            scenes = {name: traffic_tfds.scenes(folder, config.preset, name) for name in splits}
+        except ImportError as error:
+            raise ConfigError(f"--source: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"--data: {error}") from None
     else:
         # A folder of more scenes of the same recipe serves.
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gendiff" / "traffic"
@@ -609,13 +623,15 @@ class Run:
         )  # fmt: skip
         validation = self.scenes["validation"]
         held = data.take(validation, spread(min(512, len(validation.world)), len(validation.world)))
-        whole = lambda scenes: (self.normalised(scenes), places(scenes))
+        whole = lambda scenes: (places(scenes), self.normalised(scenes))
         keys = jax.random.split(self.fold(VALIDATION), len(held.world))
         start = jax.jit(denoiser_network(config).init)(self.fold(START), rows_of(self.test_places, 0))
         host = genneg.host(self.archive, self.progress, "baseline", config.base_steps)
+        train = whole(self.scenes["train"])
+        batches = streamed(train, config.base_batch, config.seed) if config.stream else None
+        context = (None if config.stream else train, whole(held), keys)
         task = base_task(self.problem, config.base_batch, config.fewer, config.quarters)
-        context = (whole(self.scenes["train"]), whole(held), keys)
-        state = training.train(self.fold(BASELINE), start, task, context, settings, host)
+        state = training.train(self.fold(BASELINE), start, task, context, settings, host, batches)
         return {"theta": state.best, "step": state.best_step, "loss": state.best_loss}
 
     def draws(self, phase: str, guided: Guided) -> Synthetic:
@@ -841,30 +857,71 @@ def _size(config: TrafficConfig, head: Head) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes["scene"]))
 
 
+APART = 2**31
+"""A child of a key that `split` does not give."""
+
+
 @cache
 def base_task(setup: genneg.Problem, batch: int, fewer: float, quarters: bool = False) -> Any:
-    """The task of the baseline; its context is training scenes, validation scenes, and keys for these."""
+    """The task of the baseline; its context is training scenes, validation scenes, and keys for these.
+
+    Scenes are (places, vehicles).  Without training scenes batches come from the host.
+    """
     loss = losses.conditional(genneg.denoising_loss(setup), setup.bind)  # type: ignore[arg-type]
 
     def task(context: Any) -> training.Task:
-        (train, train_places), (held, held_places), keys = context
+        train, held, keys = context
+
+        def changed(key: Array, scene: tuple[Place, Array]) -> tuple[Place, Array]:
+            place, x = scene
+            if quarters:
+                turns = jax.random.randint(jax.random.fold_in(key, APART), (), 0, 4)
+                x, distance = turned(turns, x, place.distance)
+                place = place._replace(distance=distance)
+            present = thinned(key, place.present, fewer)
+            return place._replace(present=present), jnp.where(present[:, None], x, 0.0)
 
         def draw(key: Array) -> Any:
-            x, place = training.minibatch(key, (train, train_places), batch)
-            if quarters:
-                turns = jax.random.randint(jax.random.fold_in(key, 2), (batch,), 0, 4)
-                x, distance = jax.vmap(turned)(turns, x, place.distance)
-                place = place._replace(distance=distance)
             keys = jax.random.split(jax.random.fold_in(key, 1), batch)
-            present = jax.vmap(lambda key, there: thinned(key, there, fewer))(keys, place.present)
-            return place._replace(present=present), jnp.where(present[..., None], x, 0.0)
+            return jax.vmap(changed)(keys, training.minibatch(key, train, batch))
 
         def validate(theta: Params) -> Array:
-            return jnp.mean(distributed.chunked(lambda g: loss(theta, g[0], g[1]), (keys, (held_places, held)), 64))
+            # The same noise at every validation, on purpose.
+            given = (jax.random.clone(keys), held)
+            return jnp.mean(distributed.chunked(lambda g: loss(theta, *g), given, 64))
 
-        return training.Task(loss, draw, validate)
+        if train is not None:
+            return training.Task(loss, draw, validate)
+        as_it_comes = lambda theta, key, scene: loss(theta, key, changed(jax.random.fold_in(key, APART), scene))
+        return training.Task(as_it_comes, None, validate)
 
     return task
+
+
+def streamed(scenes: tuple[Place, np.ndarray], batch: int, seed: int) -> Any:
+    """Batches of scenes from the host, each process's rows of them, through Grain.
+
+    Raises:
+      ConfigError: Grain is not installed, or the processes do not divide the batch.
+    """
+    try:
+        from gendiff.data import stream  # an extra
+
+        return stream.batches(Rows(scenes), batch, seed)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"--stream: {error}") from None
+
+
+class Rows(NamedTuple):
+    """Trees of arrays with a common leading axis, as a source of its rows."""
+
+    tree: Any
+
+    def __len__(self) -> int:
+        return len(jax.tree.leaves(self.tree)[0])
+
+    def __getitem__(self, index: Any) -> Any:
+        return rows_of(self.tree, index)
 
 
 def turned(quarters: Array, x: Sample, distance: Array) -> tuple[Sample, Array]:

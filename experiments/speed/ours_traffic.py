@@ -218,7 +218,7 @@ def denoising(problem: Problem) -> losses.Loss:
 def train(config: TrafficConfig, theta: Params, cells: int, batch: int, steps: int, key: PRNGKey) -> Callable[[], Any]:
     """Goes on training the baseline."""
     vehicles, places = scenes(SCENES, cells, config.seed)
-    every = (traffic.UNITS.normalised(vehicles, places.present), places)
+    every = (places, traffic.UNITS.normalised(vehicles, places.present))
     held = jax.tree.map(lambda a: a[:1], every)
     settings = Settings(config.base_steps, config.base_rate, warmup=min(500, config.base_steps // 5))
     task = traffic.base_task(traffic.problem(config), batch, config.fewer)

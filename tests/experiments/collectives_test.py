@@ -79,7 +79,7 @@ def of_traffic():
     )
     guided = genneg.append(genneg.Guided(theta), {"net": phi, "shift": jnp.zeros(())})
     x = traffic.UNITS.normalised(jnp.asarray(held.vehicles), given.present)
-    context = ((x, given), (x, given), jax.random.split(jax.random.key(2), 16))
+    context = ((given, x), (given, x), jax.random.split(jax.random.key(2), 16))
     static, asked = (setup, 16), (guided, jax.random.key(3), 1.0, given)
     pool = {"x": np.asarray(x), "row": np.arange(16), "labels": np.ones((16, 12), bool)}
     synthetic = genneg.Synthetic(pool, pool | {"labels": ~pool["labels"]}, 16, 16)

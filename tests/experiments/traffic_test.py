@@ -203,6 +203,30 @@ def test_other_scenes_are_refused(tmp_path, scenes):
         traffic.Run(SMOKE, archive, lambda *_: None, every | {"test": changed})
 
 
+def test_a_streamed_baseline_learns_and_goes_on_with_the_next_batch(tmp_path):
+    pytest.importorskip("grain")
+    every = {name: data.embedded(name) for name in ("train", "validation", "test")}
+    config = dataclasses.replace(SMOKE, stream=True, quarters=True, base_steps=260)  # blocks of 250
+    seen: list[float] = []
+
+    class Stopped(Exception):
+        pass
+
+    def note(phase, done, of, metrics, last=None):
+        seen.extend([metrics["validation_loss"]] if metrics else [])
+        if done == last:
+            raise Stopped
+
+    def trained(folder, report=note):
+        return traffic.Run(config, traffic.Archive(folder), report, every).train_baseline()
+
+    whole = trained(tmp_path / "whole")
+    assert seen[1] < seen[0] < np.inf
+    with pytest.raises(Stopped):
+        trained(tmp_path / "parts", lambda *given: note(*given, last=250))
+    np.testing.assert_array_equal(trained(tmp_path / "parts")["loss"], whole["loss"])
+
+
 def test_thinned_scenes_keep_vehicles_that_are_there():
     """Each vehicle as often as the others; 4,000 scenes, five standard deviations."""
     present = jnp.arange(12) < 8
