@@ -281,9 +281,9 @@ def _train(
     data: Sequence | Iterator | None,
 ) -> State:
     mesh = distributed.training_mesh() if host.mesh is None else host.mesh
-    begun = params if isinstance(params, State) else _begin(settings, key, params)
+    begun = params if isinstance(params, State) else begin(settings, key, params)
     first = int(begun.step)
-    state = distributed.put(jax.tree.map(jnp.copy, begun), _shardings(mesh, host.fully_sharded, begun))
+    state = distributed.put(jax.tree.map(jnp.copy, begun), shardings(mesh, host.fully_sharded, begun))
     context = distributed.replicate(mesh, context)
     if host.checkpoints is not None:
         state = host.checkpoints.restore(state, data)
@@ -299,7 +299,7 @@ def _train(
         while done < end:
             size = min(piece, end - done)
             if batches is None:
-                state, part = _steps(task, settings, mesh, host.fully_sharded, state, context, jnp.int32(size))
+                state, part = steps_at_once(task, settings, mesh, host.fully_sharded, state, context, jnp.int32(size))
             else:
                 batch = next(batches, None)
                 if batch is None:
@@ -335,7 +335,8 @@ def _stop(host: Host, step: int, state: State, data: Any) -> NoReturn:
     distributed.stop(f"step {step}")
 
 
-def _shardings(mesh: jax.sharding.Mesh, fully_sharded: bool, state: State) -> Any:
+def shardings(mesh: jax.sharding.Mesh, fully_sharded: bool, state: State) -> Any:
+    """Where the parts of a state lie: whole on every device, or split over all of them."""
     if fully_sharded:
         return distributed.fully_sharded(mesh, state)
     return jax.tree.map(lambda _: distributed.replicated(mesh), state)
@@ -350,7 +351,7 @@ def packed(state: State) -> dict[str, Any]:
 def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> State:
     """The state that was `packed`; `params` and `settings` say of what structure."""
     key = jax.random.key(0)
-    like = jax.eval_shape(partial(_begin, settings), key, params)._replace(key=jax.random.key_data(key))
+    like = jax.eval_shape(partial(begin, settings), key, params)._replace(key=jax.random.key_data(key))
     state = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in sorted(arrays)])
     return state._replace(key=jax.random.wrap_key_data(state.key))
 
@@ -359,12 +360,13 @@ def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> Stat
 
 
 @partial(jax.jit, static_argnums=0)
-def _begin(settings: Settings, key: PRNGKey, params: Params) -> State:
+def begin(settings: Settings, key: PRNGKey, params: Params) -> State:
+    """The state before the first step of a run."""
     return init(key, params, adam(settings))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _steps(
+def steps_at_once(
     task: Callable[[Any], Task],
     settings: Settings,
     mesh: jax.sharding.Mesh,
@@ -373,17 +375,20 @@ def _steps(
     context: Any,
     count: Int[Array, ""],
 ) -> tuple[State, Metrics]:
-    """`count` steps, one program for all counts; the metrics are sums."""
+    """`count` steps of a task that draws its batches, one program for all counts; the metrics are sums.
+
+    The state is donated.
+    """
     loss, draw, _ = task(context)
     if draw is None:
         raise ValueError("training: data: expected batches from the host, since the task draws none; given None")
     whole = None if fully_sharded else mesh
     one = make_drawn_step(make_step(loss, adam(settings), settings.decay, whole), draw, mesh)
-    shardings = _shardings(mesh, fully_sharded, state)
+    places = shardings(mesh, fully_sharded, state)
 
     def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
         moved, metrics = one(carry[0], None)
-        moved = jax.lax.with_sharding_constraint(moved, shardings)
+        moved = jax.lax.with_sharding_constraint(moved, places)
         return moved, jax.tree.map(jnp.add, carry[1], metrics)
 
     none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state, None)[1])
@@ -402,7 +407,7 @@ def _step(
 ) -> tuple[State, Metrics]:
     whole = None if fully_sharded else mesh
     moved, metrics = make_step(task(context).loss, adam(settings), settings.decay, whole)(state, batch)
-    return jax.lax.with_sharding_constraint(moved, _shardings(mesh, fully_sharded, state)), metrics
+    return jax.lax.with_sharding_constraint(moved, shardings(mesh, fully_sharded, state)), metrics
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -1,5 +1,6 @@
 """Runs of several processes on this machine, each with two virtual devices, against the same run in one process."""
 
+import json
 import os
 import signal
 import socket
@@ -158,3 +159,68 @@ def test_others_that_do_not_come_are_an_error(tmp_path):
         f"error: {told['JAX_COORDINATOR_ADDRESS']}: expected all 2 processes of the run within 2 s, given not all of "
         "them"
     )
+
+
+def figures(path: Path) -> dict[tuple[str, str], float]:
+    """Row and metric -> value, but for what is measured by the clock."""
+    rows = json.loads((path / "results.json").read_text())["rows"]
+    return {
+        (row["name"], name): estimate["value"]
+        for row in rows
+        for name, estimate in row["metrics"].items()
+        if "seconds" not in name
+    }
+
+
+def same_figures(one: Path, other: Path) -> None:
+    wanted, found = figures(one), figures(other)
+    assert wanted.keys() == found.keys()
+    assert len(wanted) > 40
+    np.testing.assert_allclose(
+        [found[name] for name in wanted], list(wanted.values()), rtol=1e-4, atol=1e-5, err_msg=str(list(wanted))
+    )
+
+
+def experiment(processes: int, folder: Path, logs: Path, module: str, *arguments: str) -> Job:
+    logs.mkdir()
+    return Job(processes, logs, "-m", module, *arguments, "--preset", "smoke", "--output", str(folder))
+
+
+@pytest.mark.slow
+def test_a_table_is_the_same_after_a_kill_and_on_other_numbers_of_processes(tmp_path):
+    module, whole, folder = "experiments.genneg.checkerboard", tmp_path / "whole", tmp_path / "killed"
+    job = experiment(1, whole, tmp_path / "logs-1", module)
+    assert job.wait(600) == [0], job.log(0).read_text()[-3000:]
+
+    def reported(text: str, job: Job) -> None:
+        end = time.monotonic() + 400
+        while not (folder / "metrics.jsonl").exists() or text not in (folder / "metrics.jsonl").read_text():
+            assert time.monotonic() < end
+            assert all(each.poll() is None for each in job.processes), job.log(0).read_text()[-3000:]
+            time.sleep(0.1)
+
+    job = experiment(4, folder, tmp_path / "logs-2", module)
+    reported('"phase": "round-1/classifier"', job)
+    job.processes[2].kill()
+    statuses = job.wait(60)
+    assert statuses[2] == -signal.SIGKILL
+    assert 0 not in statuses
+    job = experiment(2, folder, tmp_path / "logs-3", module)
+    reported('"phase": "distilled-1"', job)
+    job.processes[1].kill()
+    assert 0 not in job.wait(60)
+    job = experiment(4, folder, tmp_path / "logs-4", module)
+    assert job.wait(900) == [0] * 4, job.log(0).read_text()[-3000:]
+    same_figures(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
+    grid = ("genneg.checkerboard", "--seeds", "0:2")
+    for processes in (1, 2):
+        job = experiment(
+            processes, tmp_path / str(processes), tmp_path / f"logs-{processes}", "experiments.sweep", *grid
+        )
+        assert job.wait(900) == [0] * processes, job.log(0).read_text()[-3000:]
+    for seed in (0, 1):
+        same_figures(*(tmp_path / str(processes) / f"seed-{seed}" for processes in (1, 2)))

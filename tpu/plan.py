@@ -167,16 +167,16 @@ class Trained(NamedTuple):
 
     def lower(self, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
         """The steps, as `training.train` calls them: a loop of a number that it is told, over one step."""
-        state = jax.eval_shape(partial(training._begin, self.settings), KEY, self.params)
-        places = training._shardings(mesh, fsdp, state)
+        state = jax.eval_shape(partial(training.begin, self.settings), KEY, self.params)
+        places = training.shardings(mesh, fsdp, state)
         state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places)
         context, count = shaped((self.context, WHOLE), distributed.replicated(mesh))
-        return training._steps.lower(self.task, self.settings, mesh, fsdp, state, context, count)
+        return training.steps_at_once.lower(self.task, self.settings, mesh, fsdp, state, context, count)
 
     def step(self, mesh: jax.sharding.Mesh) -> Any:
         """One step on a given batch, as `training.train` calls it where batches come from the host."""
         whole = distributed.replicated(mesh)
-        state = shaped(jax.eval_shape(partial(training._begin, self.settings), KEY, self.params), whole)
+        state = shaped(jax.eval_shape(partial(training.begin, self.settings), KEY, self.params), whole)
         batch = shaped(jax.eval_shape(lambda key, context: drawn(self.task(context), key), KEY, self.context), None)
         batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=distributed.split(mesh)), batch)
         return training._step.lower(self.task, self.settings, mesh, False, state, shaped(self.context, whole), batch)

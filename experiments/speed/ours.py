@@ -110,19 +110,14 @@ def train(
     mesh: jax.sharding.Mesh,
 ) -> Callable[[], Any]:
     """Goes on training for `steps` steps, as `training.train` does between two validations."""
-    optimiser = training.adam(settings)
-    state = distributed.replicate(mesh, training.init(key, params, optimiser))
     context = distributed.replicate(mesh, context)
-
-    @partial(jax.jit, donate_argnums=0)
-    def block(state: training.State, context: Any) -> tuple[training.State, Any]:
-        loss, draw, _ = task(context)
-        assert draw is not None
-        return training.make_block(training.make_step(loss, optimiser, settings.decay), draw, steps, mesh=mesh)(state)
+    state = distributed.replicate(mesh, training.begin(settings, key, params))
 
     def go_on() -> None:
         nonlocal state
-        state = jax.block_until_ready(block(state, context)[0])
+        state, _ = jax.block_until_ready(
+            training.steps_at_once(task, settings, mesh, False, state, context, jnp.int32(steps))
+        )
 
     return go_on
 

@@ -41,9 +41,9 @@ def placed(tree):
 
 def steps_text(task, theta, context, fully_sharded=False):
     mesh = distributed.make_mesh()
-    state = training._begin(SETTINGS, jax.random.key(0), theta)
-    state = distributed.put(state, training._shardings(mesh, fully_sharded, state))
-    lowered = training._steps.lower(task, SETTINGS, mesh, fully_sharded, state, placed(context), jnp.int32(1))
+    state = training.begin(SETTINGS, jax.random.key(0), theta)
+    state = distributed.put(state, training.shardings(mesh, fully_sharded, state))
+    lowered = training.steps_at_once.lower(task, SETTINGS, mesh, fully_sharded, state, placed(context), jnp.int32(1))
     return lowered.compile().as_text()
 
 
@@ -126,8 +126,8 @@ def test_a_fully_sharded_state_is_gathered_and_never_whole():
     loss = lambda params, key, x: jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] - x) ** 2)
     task = lambda data: training.Task(loss, lambda key: training.minibatch(key, data, 16))
     mesh = distributed.make_mesh()
-    state = training._begin(SETTINGS, jax.random.key(0), theta)
-    shardings = training._shardings(mesh, True, state)
+    state = training.begin(SETTINGS, jax.random.key(0), theta)
+    shardings = training.shardings(mesh, True, state)
     held = [
         sharding.shard_shape(leaf.shape)
         for leaf, sharding in zip(*map(jax.tree.leaves, (state.params, shardings.params)), strict=True)

@@ -1,0 +1,165 @@
+"""What a mesh costs where there is one device: training steps as `training.train` makes them, beside a plain `jit`.
+
+Both are the same step of the same task, with the same numbers; one has its arrays and its program on a mesh of one
+device, the other knows of none. The two are timed in turns, in one process. The figures mean something on a quiet
+machine only.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from experiments.censoring import mnist
+from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
+from experiments.genneg import checkerboard, traffic
+from experiments.speed import table
+from gendiff import distributed, training
+from gendiff.data import traffic as scenes
+from gendiff.metrics import rates
+from gendiff.training import Metrics, Settings, State
+from gendiff.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(Config):
+    """How long is measured."""
+
+    repetitions: Annotated[int, Between(2, 10_000)] = 21
+    """Timed calls of each program."""
+    seconds: Annotated[float, Between(0.001, 60.0)] = 1.0
+    """Of a call, about; it has as many steps as fit, at least one."""
+
+
+PRESETS = {
+    "smoke": MeshConfig(preset="smoke", repetitions=2, seconds=0.001),
+    "default": MeshConfig(),
+    "paper": MeshConfig(preset="paper", repetitions=51),
+}
+COLUMNS = (
+    Column("plain_seconds", "plain s a step", digits=5),
+    Column("mesh_seconds", "mesh s a step", digits=5),
+    Column("overhead", "overhead %", percent=True, digits=2),
+    Column("steps", "steps a call", digits=0),
+)
+NOTES = """\
+Seconds: median [smallest, largest] of {repetitions} calls. overhead: mean of the calls' own ratios less 1, Student's
+95 % interval; the two programs go first in turns."""
+
+
+class Trained(NamedTuple):
+    """A training of an experiment."""
+
+    task: Callable[[Any], training.Task]
+    params: Params
+    context: Any
+    settings: Settings
+
+
+def trainings(preset: str) -> dict[str, Trained]:
+    """The baselines of three experiments, at the sizes of a preset."""
+    size = "smoke" if preset == "smoke" else "default"
+    keys = jax.random.split(jax.random.key(0), 5)
+    board, images, roads = (each.PRESETS[size] for each in (checkerboard, mnist, traffic))
+    points = jnp.zeros((board.points, 2))
+    held = data = scenes.embedded("train")
+    places = jax.tree.map(jnp.asarray, traffic.places(data))
+    every = (places, traffic.UNITS.normalised(jnp.asarray(held.vehicles), places.present))
+    place = traffic.rows_of(places, 0)
+    return {
+        "checkerboard": Trained(
+            checkerboard.base_task(board),
+            checkerboard.initialised(checkerboard.denoiser_network(board), keys[0]),
+            (points, points, jax.random.split(keys[1], len(points))),
+            Settings(board.baseline_steps),
+        ),
+        "mnist": Trained(
+            mnist.base_task(mnist.problem(images), images.base_batch),
+            mnist.initialised(mnist.unet_of(images), images, keys[2]),
+            jnp.zeros((256, images.size, images.size, 1)),
+            Settings(images.base_steps),
+        ),
+        "traffic": Trained(
+            traffic.base_task(traffic.problem(roads), roads.base_batch, roads.fewer),
+            jax.jit(traffic.denoiser_network(roads).init)(keys[3], place),
+            (every, every, jax.random.split(keys[4], len(data.world))),
+            Settings(roads.base_steps),
+        ),
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def plain_steps(
+    task: Callable[[Any], training.Task], settings: Settings, state: State, context: Any, count: Int[Array, ""]
+) -> tuple[State, Metrics]:
+    """`training.steps_at_once` without a mesh."""
+    loss, draw, _ = task(context)
+    assert draw is not None
+    one = training.make_drawn_step(training.make_step(loss, training.adam(settings), settings.decay), draw)
+
+    def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
+        moved, metrics = one(carry[0], None)
+        return moved, jax.tree.map(jnp.add, carry[1], metrics)
+
+    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state, None)[1])
+    return jax.lax.fori_loop(0, count, body, (state, none))
+
+
+def sides(given: Trained) -> dict[str, Callable[[int], float]]:
+    """Both programs, each from the same state: a number of steps -> the loss, summed."""
+    mesh = distributed.make_mesh(jax.devices()[:1])
+    begun = training.begin(given.settings, jax.random.key(1), given.params)
+    states = {"plain": jax.tree.map(jnp.copy, begun), "mesh": distributed.replicate(mesh, begun)}
+    contexts = {"plain": given.context, "mesh": distributed.replicate(mesh, given.context)}
+    programs = {
+        "plain": partial(plain_steps, given.task, given.settings),
+        "mesh": partial(training.steps_at_once, given.task, given.settings, mesh, False),
+    }
+
+    def go_on(name: str, steps: int) -> float:
+        states[name], metrics = jax.block_until_ready(programs[name](states[name], contexts[name], jnp.int32(steps)))
+        return float(metrics["loss"])
+
+    return {name: partial(go_on, name) for name in programs}
+
+
+def measure(config: MeshConfig, name: str, given: Trained, progress: Progress) -> dict[str, rates.Estimate]:
+    """The metrics of a row."""
+    both = sides(given)
+    first = {side: go_on(1) for side, go_on in both.items()}  # compiles
+    np.testing.assert_allclose(first["mesh"], first["plain"], rtol=1e-4, err_msg=f"the loss of {name}")
+    begun = time.perf_counter()
+    both["plain"](1)
+    steps = max(1, round(config.seconds / (time.perf_counter() - begun)))
+    seconds: dict[str, list[float]] = {side: [] for side in both}
+    for i in range(config.repetitions + 1):
+        for side in sorted(both, reverse=bool(i % 2)):
+            begun = time.perf_counter()
+            both[side](steps)
+            seconds[side].append((time.perf_counter() - begun) / steps)
+        progress(name, i, config.repetitions, {})
+    plain, mesh = (np.array(seconds[side][1:]) for side in ("plain", "mesh"))
+    return {
+        "plain_seconds": table.spread(plain),
+        "mesh_seconds": table.spread(mesh),
+        "overhead": rates.mean(mesh / plain - 1),
+        "steps": rates.exact(steps),
+    }
+
+
+def run(config: MeshConfig) -> Results:
+    """Measures every training, and writes the table."""
+    folder = Folder("speed.mesh", config)
+    progress = Progress(folder)
+    rows = [Row(name, measure(config, name, given, progress)) for name, given in trainings(config.preset).items()]
+    return folder.finish(rows, COLUMNS, NOTES.format(repetitions=config.repetitions))
+
+
+if __name__ == "__main__":
+    main(MeshConfig, PRESETS, run)
