@@ -26,7 +26,7 @@ def train(
     own: Any,
     settings: Settings,
     host: Host = Host(),  # noqa: B008 (immutable)
-    report_each: Callable[[int, list[Metrics]], None] = lambda step, metrics: None,
+    report_each: Callable[[int, list[Metrics | None]], None] = lambda step, metrics: None,
 ) -> State:
     """Trains K runs from the host, with reports and checkpoints for all of them together.
 
@@ -37,10 +37,10 @@ def train(
         function (see `functools.cache`) share the compiled program.
       context: a pytree of arrays that all runs read, such as a pool of examples.
       own: a pytree of arrays with leading axis K: what each run has for itself.
-      settings: of every run; `patience` does not apply.
+      settings: of every run; with `patience` each ends by itself, and the others go on.
       host: its mesh is one of all devices unless given, with all of them on the axis `replica`; devices on the axis
         `data` compute the same.
-      report_each: as `host.report`, with the metrics of each run.
+      report_each: as `host.report`, with the metrics of each run, None for those that have ended.
 
     Returns:
       The last state of every run, stacked on axis 0, on every device; `best` is the result.
@@ -48,8 +48,8 @@ def train(
     Raises:
       NotFinite: a loss is NaN or infinite, with the numbers of the runs.  The newest checkpoint is from before.
     """
-    if settings.every < 1 or settings.patience is not None:
-        raise ValueError(f"replicas: expected every >= 1 and no patience, given {settings.every}, {settings.patience}")
+    if settings.every < 1:
+        raise ValueError(f"replicas: every: expected 1 or more steps, given {settings.every}")
     runs = len(keys)
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
@@ -57,26 +57,32 @@ def train(
     state = _begin(settings, keys, params)
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
-    done = int(state.step[0])
+    going = _going(state, settings)
+    stands = set(distributed.gather(state.step)[going].tolist())
+    if len(stands) > 1:
+        raise ValueError(f"replicas: expected runs that stand at one step, given {sorted(stands)}")
+    done = int(distributed.gather(state.step).max())
     state, own = together.spread(mesh, (state, own))
     context = distributed.replicate(mesh, context)
     host.report(done, {})
     report_each(done, [{}] * runs)
-    while done < settings.steps:
+    while going.any():
         size = min(settings.every, settings.steps - done)
         state, metrics = _block(task, settings, size, mesh, state, context, own)
         done += size
         values = {name: distributed.gather(each)[:runs] for name, each in metrics.items()}
         for name, each in values.items():
-            if not np.isfinite(each).all():
-                which = ", ".join(map(str, np.flatnonzero(~np.isfinite(each))))
+            if not np.isfinite(each[going]).all():
+                which = ", ".join(map(str, np.flatnonzero(going & ~np.isfinite(each))))
                 raise NotFinite(f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}")
         stop = distributed.preempted()
         if host.checkpoints is not None:
             host.checkpoints.save(done, _first(state, runs))
-        host.report(done, {name: float(each.mean()) for name, each in values.items()})
-        report_each(done, [{name: float(each[k]) for name, each in values.items()} for k in range(runs)])
-        if stop and done < settings.steps:
+        host.report(done, {name: float(each[going].mean()) for name, each in values.items()})
+        of_run = lambda k: {name: float(each[k]) for name, each in values.items()}  # noqa: B023 (used at once)
+        report_each(done, [of_run(k) if going[k] else None for k in range(runs)])
+        going = _going(state, settings)[:runs]
+        if stop and going.any():
             if host.checkpoints is not None:
                 host.checkpoints.close()
             distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
@@ -85,6 +91,12 @@ def train(
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
     return distributed.local(distributed.place(mesh, _first(state, runs)))
+
+
+def _going(state: State, settings: Settings) -> np.ndarray:
+    """Which runs have not ended."""
+    step, best_step = distributed.gather((state.step, state.best_step))
+    return ~training.finished(step, best_step, settings)
 
 
 def _first(state: State, runs: int) -> State:
@@ -112,7 +124,13 @@ def _block(
         if draw is None:
             raise ValueError("replicas: task.draw: expected a function of a key, given None")
         step = training.make_step(loss, training.adam(settings), settings.decay)
-        return training.make_block(step, draw, size, validate)(run[0])
+        block = training.make_block(step, draw, size, validate)
+        if settings.patience is None:
+            return block(run[0])
+        # What has ended stays as it is.
+        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block, run[0])[1])
+        ended = training.finished(run[0].step, run[0].best_step, settings)
+        return jax.lax.cond(ended, lambda state: (state, none), block, run[0])
 
     local = lambda state, context, own: potential.over_members(partial(one, context=context), (state, own))
     each, all_of_it = jax.P("replica"), jax.P()
@@ -140,14 +158,14 @@ def train_all(asked: list[Asked]) -> list[State]:
     """Trainings that differ in keys, parameters, contexts and hosts alone, as one."""
     first, hosts = asked[0], [each.host for each in asked]
     kept = [host.checkpoints for host in hosts]
-    steps = {None if each is None else each.latest() for each in kept}
-    if len(steps) != 1:
-        raise ValueError("replicas: expected runs that stand at one step, given several")
+    if None in kept and any(each is not None for each in kept):
+        raise ValueError("replicas: expected checkpoints of all runs or of none, given some")
     several = None if None in kept else _Several(kept)
 
-    def report(step: int, metrics: list[Metrics]) -> None:
+    def report(step: int, metrics: list[Metrics | None]) -> None:
         for host, each in zip(hosts, metrics, strict=True):
-            host.report(step, each)
+            if each is not None:
+                host.report(step, each)
 
     stacked = together.stack([(each.key, each.params, each.context) for each in asked])
     keys, params, contexts = stacked
@@ -173,8 +191,9 @@ class _Several:
         self.kept = kept
 
     def save(self, step: int, state: State) -> None:
-        for k, each in enumerate(self.kept):
-            each.save(step, _of_run(state, k))
+        for k, (each, stands) in enumerate(zip(self.kept, distributed.gather(state.step), strict=True)):
+            if stands == step:  # else it has ended, and is stored
+                each.save(step, _of_run(state, k))
 
     def restore(self, state: State) -> State:
         return together.stack([each.restore(_of_run(state, k)) for k, each in enumerate(self.kept)])

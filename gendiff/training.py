@@ -265,7 +265,7 @@ def train(
 
     from gendiff import replicas  # which trains by what is in this file
 
-    by_itself = isinstance(params, State) or data is not None or settings.patience is not None or host.fully_sharded
+    by_itself = isinstance(params, State) or data is not None or host.fully_sharded
     asked = replicas.Asked(key, params, task, context, settings, host)
     like = object() if by_itself else ("train", task, settings, together.shapes((params, context)))
     return together.meet(like, asked, alone, replicas.train_all)
@@ -292,7 +292,7 @@ def _train(
     batches = None if data is None else _batches(data, done)
     # The steps between two looks at the clock: a notice of preemption is heeded within an eighth of a block.
     piece = -(-settings.every // 8) if batches is None else 1
-    while not _finished(state, settings):
+    while not finished(int(state.step), int(state.best_step), settings):
         end = min(settings.steps, done + settings.every - (done - first) % settings.every)
         begun_at = done
         parts: list[Metrics] = []
@@ -415,9 +415,9 @@ def _select(task: Callable[[Any], Task], state: State, context: Any) -> tuple[St
     return select(state, task(context).validate)
 
 
-def _finished(state: State, settings: Settings) -> bool:
-    done, best = int(state.step), int(state.best_step)
-    return done >= settings.steps or bool(settings.patience and done - best >= settings.patience)
+def finished(step: Any, best_step: Any, settings: Settings) -> Any:
+    """Whether a run ends at this step: numbers, or arrays of them."""
+    return (step >= settings.steps) | ((settings.patience is not None) & (step - best_step >= (settings.patience or 0)))
 
 
 def _batches(data: Sequence | Iterator, start: int) -> Iterator:

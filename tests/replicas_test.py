@@ -60,6 +60,33 @@ def test_the_program_has_no_collective():
     assert "collective-permute" not in text
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_runs_end_by_themselves_as_alone(devices):
+    """The distance to 0.5 grows sooner in some runs than in others: they end, and the others go on."""
+
+    def task(points, own):
+        loss, draw, _ = regression(points, own)
+        return Task(loss, draw, lambda params: (params["a"] - 0.5) ** 2)
+
+    settings = SETTINGS._replace(steps=200, patience=40, decay=0.5)
+    keys, reports = replicas.keys(jax.random.key(3), 5), []
+    host = Host(together.over_runs(jax.devices()[:devices]))
+    note = lambda step, metrics: reports.append([each is not None for each in metrics])
+    state = replicas.train(keys, START, task, POINTS, OWN, settings, host, note)
+    for k in range(5):
+        of_run = lambda tree, k=k: jax.tree.map(lambda a: a[k], tree)
+        alone = training.train(
+            jax.random.fold_in(jax.random.key(3), k), of_run(START), lambda own: task(POINTS, own), of_run(OWN),
+            settings,
+        )  # fmt: skip
+        for name in ("step", "best_step", "best_loss", "params", "best"):
+            for mine, theirs in zip(*(jax.tree.leaves(getattr(each, name)) for each in (state, alone)), strict=True):
+                np.testing.assert_allclose(mine[k], theirs, rtol=1e-5, atol=1e-6, err_msg=f"{name} of run {k}")
+    assert len(set(np.asarray(state.step).tolist())) > 1
+    assert [sum(each) for each in reports] == sorted([sum(each) for each in reports], reverse=True)
+    assert sum(reports[-1]) < 5
+
+
 def test_a_run_does_not_depend_on_how_many_there_are():
     few, many = trained(Host(), runs=3), trained(Host())
     np.testing.assert_allclose(few.params["a"], many.params["a"][:3], rtol=1e-5)
@@ -95,7 +122,7 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
 def test_bad_input_is_named():
     with pytest.raises(training.NotFinite, match="none in runs 2"):
         trained(Host(), own={"slope": OWN["slope"].at[2].set(jnp.nan)})
-    with pytest.raises(ValueError, match="no patience, given 20, 5"):
-        trained(Host(), SETTINGS._replace(patience=5))
+    with pytest.raises(ValueError, match="every: expected 1 or more steps, given 0"):
+        trained(Host(), SETTINGS._replace(every=0))
     with pytest.raises(ValueError, match="expected 4 runs as there are keys, given 5"):
         replicas.train(replicas.keys(jax.random.key(0), 4), START, regression, POINTS, OWN, SETTINGS)

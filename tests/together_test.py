@@ -111,6 +111,33 @@ def test_a_stopped_training_goes_on_side_by_side(tmp_path):
         close(each, run(seed))
 
 
+def test_runs_that_end_by_themselves_are_made_together_and_resumed(tmp_path):
+    """Data of another scale need another number of steps; the validation is the size of the weights."""
+    settings = Settings(40, 0.05, every=4, patience=8, decay=0.5)
+
+    def patient(seed, report=lambda step, metrics: None, folder=None):
+        kept = None if folder is None else checkpoint.Checkpoints(tmp_path / folder / str(seed))
+        scale = DATA * (0.2 + seed)
+        state = training.train(jax.random.key(seed), START, task, scale, settings, Host(None, kept, report))
+        return {"best": state.best, "step": state.step, "best_step": state.best_step}
+
+    expected = [patient(seed) for seed in range(3)]
+    steps = [int(each["step"]) for each in expected]
+    assert len(set(steps)) > 1
+    given, seen = side_by_side([partial(patient, seed, folder="whole") for seed in range(3)])
+    assert seen == [3]
+    jax.tree.map(close, given, expected)
+
+    def stop(step, metrics):
+        if step > min(steps):
+            raise KeyError
+
+    together.runs([partial(patient, seed, stop, "parts") for seed in range(3)])
+    given, seen = side_by_side([partial(patient, seed, folder="parts") for seed in range(3)])
+    assert seen == [3]
+    jax.tree.map(close, given, expected)
+
+
 def test_a_notice_stops_all(monkeypatch):
     monkeypatch.setattr(distributed, "preempted", lambda: True)
     outcomes = together.runs([partial(run, seed) for seed in range(2)])
