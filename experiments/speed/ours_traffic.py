@@ -85,7 +85,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
 
 
 def settings_of(setup: Mapping[str, Any]) -> TrafficConfig:
-    """The experiment's configuration, with the steps of one call, a sampler without noise, and guidance in all of them."""
+    """The experiment's configuration: steps of one call, a sampler without noise, guidance in all of them."""
     return dataclasses.replace(
         traffic.PRESETS[setup["preset"]], sampler_steps=setup["sample_steps"], eta=0.0, least_signal=0.0
     )
