@@ -141,4 +141,4 @@ def test_torn_checkpoint_is_named_and_nothing_is_lost(whole: Path, tmp_path: Pat
 def test_presets_are_what_they_are_called() -> None:
     assert set(checkerboard.PRESETS) == {"smoke", "default", "paper"}
     assert all(config.preset == name for name, config in checkerboard.PRESETS.items())
-    assert (checkerboard.PRESETS["paper"].rounds, checkerboard.PRESETS["paper"].seeds) == (5, 3)
+    assert (checkerboard.PRESETS["paper"].rounds, checkerboard.PRESETS["paper"].seeds) == (5, 5)

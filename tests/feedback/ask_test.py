@@ -166,7 +166,10 @@ def test_the_command_s_errors_are_one_line(folder):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_the_command_stops_with_all_marks(folder, stop):
     command = [sys.executable, "-m", "gendiff.feedback", str(folder), "--port", "0", "--rater", "anna"]
+    # What a shell starts in the background ignores SIGINT, and so would the page.
+    heeded = signal.signal(signal.SIGINT, signal.default_int_handler)
     page = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, heeded)
     lines = []
     while not lines or "Ctrl-C" not in lines[-1]:
         lines.append(page.stdout.readline())
