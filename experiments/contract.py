@@ -28,6 +28,7 @@ from tqdm import tqdm
 from experiments import runtime
 from gendiff import distributed
 from gendiff.checkpoint import Archive, CheckpointError
+from gendiff.data import files
 from gendiff.metrics.rates import Estimate
 
 C = TypeVar("C", bound="Config")
@@ -258,12 +259,9 @@ class Folder:
 
 def write(path: Path, text: str) -> None:
     """Writes a whole file or leaves the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
-        temporary.replace(path)
+        files.store_text(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 
 

@@ -11,20 +11,17 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from gendiff import distributed
+from gendiff.data import files
 
 GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 
 
 def _save(figure: Any, path: Path) -> None:
     """Writes a whole PNG or leaves the old one; the first process does."""
-    temporary = path.with_name(f".{path.name}")
     try:
-        if not distributed.is_first():
-            return
-        figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")
-        temporary.replace(path)
+        if distributed.is_first():
+            files.store(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
     finally:
         plt.close(figure)

@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tyro
 from tabulate import tabulate
 
+from gendiff.data import files
+
 if TYPE_CHECKING:  # JAX and SciPy take seconds to import: --help and errors need neither
     from experiments.contract import Column, Config
     from gendiff.metrics.rates import Estimate
@@ -214,9 +216,9 @@ def collect(roots: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
     for root in roots:
         if not root.is_dir():
             warn(f"{root}: no such folder")
-        for place, below, files in os.walk(root, onerror=lambda error: warn(f"{error.filename}: {error.strerror}")):
+        for place, below, names in os.walk(root, onerror=lambda error: warn(f"{error.filename}: {error.strerror}")):
             below[:] = sorted(name for name in below if name not in PRUNED and not name.startswith("."))
-            if {"config.json", "results.json"} & set(files):
+            if {"config.json", "results.json"} & set(names):
                 folders.setdefault(Path(place).resolve(), Path(place))
     return [run for folder in folders.values() if (run := read(folder, warn)) is not None]
 
@@ -872,9 +874,7 @@ def _figure(path: Path, base: Path, embed: bool) -> str:
 def write(path: Path, text: str) -> None:
     """Writes a whole file or leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    files.store_text(path, text)
 
 
 # What reproduces a row.

@@ -247,10 +247,15 @@ def make_mesh(devices: list[jax.Device] | None = None, replica: int = 1) -> jax.
     return jax.make_mesh((replica, len(devices) // replica), EVERY_DEVICE, axis_types=types, devices=devices)
 
 
-def training_mesh() -> jax.sharding.Mesh:
-    """All accelerators, or one CPU device a process: its cores share each operation better than they share a batch."""
+def training_mesh(batch: int | None = None) -> jax.sharding.Mesh:
+    """All accelerators, or one CPU device a process: its cores share each operation better than they share a batch.
+
+    Args:
+      batch: told by networks of operations so small that cores cannot share them: all CPU devices, where they divide it
+        (1.2 times as fast for `gendiff.nets.scene_transformer` on two cores).
+    """
     devices = jax.devices()
-    if devices[0].platform != "cpu":
+    if devices[0].platform != "cpu" or (batch and batch % len(devices) == 0):
         return make_mesh(devices)
     by_process = {device.process_index: device for device in reversed(devices)}
     return make_mesh([by_process[index] for index in sorted(by_process)])

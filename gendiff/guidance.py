@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from gendiff.denoiser import Denoiser
-from gendiff.potential import Potential
+from gendiff.potential import Interval, Potential
 from gendiff.process import Process
 from gendiff.types import Sample, Scalar, Time
 
@@ -62,20 +62,34 @@ def successor(grid: Float[Array, " steps+1"]) -> Callable[[Time], Time]:
     return lambda t: jnp.max(jnp.where(grid < t, grid, grid[-1]))
 
 
-def steer(potential: Potential, strength: Strength) -> Guidance:
-    """x_0 + strength(t) grad log r, with the gradient at the noisy x, not through the denoiser."""
+def steer(potential: Potential, strength: Strength, within: Interval | None = None) -> Guidance:
+    """x_0 + strength(t) grad log r, with the gradient at the noisy x, not through the denoiser.
+
+    Args:
+      within: where it steers (guidance in a limited interval, Kynkäänniemi et al. 2404.07724); elsewhere, in a sampler,
+        whose samples are all at one time, log r is not evaluated.
+    """
     gradient = jax.grad(potential)
-    return lambda denoiser: lambda x, t: denoiser(x, t) + strength(t) * gradient(x, t)
+
+    def shifted(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
+        shift = lambda: strength(t) * gradient(x, t)
+        if within is None:
+            return denoiser(x, t) + shift()
+        return denoiser(x, t) + jax.lax.cond(within(t), shift, lambda: jnp.zeros_like(x))
+
+    return lambda denoiser: lambda x, t: shifted(denoiser, x, t)
 
 
-def guide(process: Process, potential: Potential, scale: Scalar | float = 1.0) -> Guidance:
+def guide(
+    process: Process, potential: Potential, scale: Scalar | float = 1.0, within: Interval | None = None
+) -> Guidance:
     """Steers with the score form, x_0 + scale sigma^2 / alpha grad log r.
 
     By Tweedie's formula this is score + scale grad log r: the denoiser of p_t(x) r(x, t)^scale (Gen-neG, eq. 8).  A
     Bayes classifier needs scale 1.
     """
     strength = score_strength(process)
-    return steer(potential, lambda t: scale * strength(t))
+    return steer(potential, lambda t: scale * strength(t), within)
 
 
 def guide_mean(

@@ -9,12 +9,15 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from gendiff.types import Params, Sample, Scalar, Time
 
 Potential: TypeAlias = Callable[[Sample, Time], Scalar]
 Logit: TypeAlias = Callable[[Params, Sample, Time], Scalar]
 """`(params, x, t) -> l` with C = sigmoid(l); any potential with parameters has this type."""
+Interval: TypeAlias = Callable[[Time], Bool[Array, ""]]
+"""Whether to guide at a time at all."""
 
 
 def log_probability(logit: Logit) -> Logit:
@@ -23,6 +26,11 @@ def log_probability(logit: Logit) -> Logit:
     Of several logits (one an agent, one a constraint) it is the sum: all of them at once, as if independent.
     """
     return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(logit(params, x, t)))
+
+
+def limited(potential: Potential, within: Interval) -> Potential:
+    """log r where `within(t)` holds, 0 elsewhere; there, with one t for all samples, it is not evaluated."""
+    return lambda x, t: jax.lax.cond(within(t), lambda: potential(x, t), lambda: jnp.zeros(()))
 
 
 def stack(potential: Logit, params: Params) -> Potential:

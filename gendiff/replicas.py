@@ -58,10 +58,12 @@ def train(
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
     going = _going(state, settings)
-    stands = set(distributed.gather(state.step)[going].tolist())
+    steps = distributed.gather(state.step)
+    # Runs that have ended may stand further on than those that have not.
+    stands = set(steps[going].tolist()) or {int(steps.max())}
     if len(stands) > 1:
         raise ValueError(f"replicas: expected runs that stand at one step, given {sorted(stands)}")
-    done = int(distributed.gather(state.step).max())
+    (done,) = stands
     state, own = together.spread(mesh, (state, own))
     context = distributed.replicate(mesh, context)
     host.report(done, {})
@@ -125,7 +127,7 @@ def _block(
             raise ValueError("replicas: task.draw: expected a function of a key, given None")
         step = training.make_step(loss, training.adam(settings), settings.decay)
         block = training.make_block(step, draw, size, validate)
-        if settings.patience is None:
+        if not settings.patience:
             return block(run[0])
         # What has ended stays as it is.
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block, run[0])[1])

@@ -190,7 +190,7 @@ class Settings(NamedTuple):
     weight_decay: float = 0.0
     """Decoupled (AdamW), relative to the rate."""
     patience: int | None = None
-    """Stop when the validation loss has not improved for so many steps."""
+    """Stop when the validation loss has not improved for so many steps; None or 0: never."""
 
 
 class Host(NamedTuple):
@@ -386,12 +386,23 @@ def steps_at_once(
     one = make_drawn_step(make_step(loss, adam(settings), settings.decay, whole), draw, mesh)
     places = shardings(mesh, fully_sharded, state)
 
+    def placed(state: State) -> tuple[State, Metrics]:
+        moved, metrics = one(state, None)
+        return jax.lax.with_sharding_constraint(moved, places), metrics
+
+    return repeated(placed, state, count)
+
+
+def repeated(
+    one: Callable[[State], tuple[State, Metrics]], state: State, count: Int[Array, ""]
+) -> tuple[State, Metrics]:
+    """`count` steps from `state`; the metrics are sums."""
+
     def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
-        moved, metrics = one(carry[0], None)
-        moved = jax.lax.with_sharding_constraint(moved, places)
+        moved, metrics = one(carry[0])
         return moved, jax.tree.map(jnp.add, carry[1], metrics)
 
-    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state, None)[1])
+    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state)[1])
     return jax.lax.fori_loop(0, count, body, (state, none))
 
 
@@ -417,7 +428,9 @@ def _select(task: Callable[[Any], Task], state: State, context: Any) -> tuple[St
 
 def finished(step: Any, best_step: Any, settings: Settings) -> Any:
     """Whether a run ends at this step: numbers, or arrays of them."""
-    return (step >= settings.steps) | ((settings.patience is not None) & (step - best_step >= (settings.patience or 0)))
+    if not settings.patience:
+        return step >= settings.steps
+    return (step >= settings.steps) | (step - best_step >= settings.patience)
 
 
 def _batches(data: Sequence | Iterator, start: int) -> Iterator:

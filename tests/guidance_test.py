@@ -210,3 +210,19 @@ def test_guided_samples_follow_the_conditional(p, kernel, steps, mixture):
     assert follows(samples[0.0], mixture)
     assert not follows(samples[1.0], mixture)
     assert not follows(samples[2.0], mixture.part(True))
+
+
+def test_guidance_in_an_interval_is_guidance_there_and_nothing_elsewhere():
+    within = lambda t: t <= 300
+    # What is not a number is not even looked at.
+    broken = lambda x, t: jnp.where(t <= 300, 1.0, jnp.nan) * bump(x, t)
+    limited = guidance.guide(DDPM, broken, 1.7, within)(plain)
+    everywhere = guidance.guide(DDPM, bump, 1.7)(plain)
+    x, times = POINTS[0], jnp.array([1, 300, 301, 900])
+    for t in times:
+        expected = everywhere if t <= 300 else plain
+        np.testing.assert_allclose(jax.jit(limited)(x, t), expected(x, t), rtol=1e-6)
+        inside = potential.limited(broken, within)(x, t)
+        np.testing.assert_allclose(inside, bump(x, t) if t <= 300 else 0.0, rtol=1e-6)
+    at_once = jax.vmap(limited, (None, 0))(x, times)
+    np.testing.assert_allclose(at_once, jnp.stack([limited(x, t) for t in times]), rtol=1e-6)

@@ -119,6 +119,33 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_runs_that_ended_before_do_not_tell_where_the_others_stand():
+    saved = {}
+
+    class Kept:
+        """One run has ended, the others stand at step 20."""
+
+        def save(self, step, state):
+            saved[step] = jax.tree.map(jnp.copy, state._replace(key=jax.random.key_data(state.key)))
+
+        def restore(self, state):
+            if not saved:
+                return state
+            pick = lambda last, first: jnp.concatenate([last[:1], first[1:]])
+            mixed = jax.tree.map(pick, saved[60], saved[20])
+            return mixed._replace(key=jax.random.wrap_key_data(mixed.key))
+
+        def close(self):
+            pass
+
+    settings, seen = SETTINGS._replace(patience=1000), []
+    whole = trained(Host(checkpoints=Kept()), settings)
+    resumed = trained(Host(checkpoints=Kept(), report=lambda step, metrics: seen.append(step)), settings)
+    assert seen == [20, 40, 60]
+    np.testing.assert_array_equal(resumed.step, 60)
+    np.testing.assert_allclose(resumed.params["a"], whole.params["a"], rtol=1e-6)
+
+
 def test_bad_input_is_named():
     with pytest.raises(training.NotFinite, match="none in runs 2"):
         trained(Host(), own={"slope": OWN["slope"].at[2].set(jnp.nan)})

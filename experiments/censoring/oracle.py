@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from experiments import figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from gendiff import training
-from gendiff.data import mnist
+from gendiff.data import files, mnist
 from gendiff.feedback import consensus, labels
 from gendiff.feedback.samples import content_hash
 from gendiff.metrics import rates
@@ -228,9 +228,8 @@ def errors(path: Path, judged: Judged, most: int = 60) -> None:
         return
     side = tiles.shape[1]
     sheet = tiles.reshape(-1, 15, side, side).transpose(0, 2, 1, 3).reshape(-1, 15 * side)
-    temporary = path.with_name(f".{path.name}")
-    figures.plt.imsave(temporary, np.kron(sheet, np.ones((3, 3))), cmap="gray", vmin=0, vmax=1, format="png")
-    temporary.replace(path)
+    shown = np.kron(sheet, np.ones((3, 3)))
+    files.store(path, lambda file: figures.plt.imsave(file, shown, cmap="gray", vmin=0, vmax=1, format="png"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class TrafficConfig(Config):
     of_map: Annotated[int, Between(1, 1000)] = 16
     """Scenes of one map at most: those of one are alike."""
     data_seed: Annotated[int, Between(0, 2**31 - 1)] = 0
-    """Seed of the simulated maps and their traffic. The defaults were chosen on those of seed 0: report others."""
+    """Seed of the simulated maps and their traffic. Defaults were chosen on those of seeds 0 to 2: report others."""
     vehicles: Annotated[int, Between(1, 12)] = 12
     """Vehicles of a scene at most, the nearest to its centre."""
     recorded: Path | None = None
@@ -78,7 +78,7 @@ class TrafficConfig(Config):
     """Width of the denoiser."""
     layers: Annotated[int, Between(1, 64)] = 4
     """Its pairs of self-attention and attention to the map."""
-    heads: Annotated[int, Between(1, 64)] = 8
+    heads: Annotated[int, Between(1, 64)] = 4
     """Its heads of attention."""
     expansion: Annotated[int, Between(1, 8)] = 2
     """Width of its feed-forward layers in units of the width."""
@@ -108,7 +108,7 @@ class TrafficConfig(Config):
     """Width of a classifier."""
     classifier_layers: Annotated[int, Between(1, 64)] = 2
     """Layers of a classifier."""
-    classifier_heads: Annotated[int, Between(1, 64)] = 8
+    classifier_heads: Annotated[int, Between(1, 64)] = 4
     """Heads of a classifier."""
     from_denoiser: bool = True
     """Begin a classifier with the map encoder and the first layers of the baseline, where width and heads agree."""
@@ -118,11 +118,11 @@ class TrafficConfig(Config):
     """Its rate of learning."""
     classifier_batch: Annotated[int, Between(2, 1_000_000)] = 64
     """Batch of a classifier's step, half of it positives."""
-    least_signal: Annotated[float, Between(0.0, 1.0)] = 0.25
+    least_signal: Annotated[float, Between(0.0, 1.0)] = 0.95
     """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
-    stronger: Annotated[float, Between(0.0, 100.0)] = 1.5
+    stronger: Annotated[float, Between(0.0, 100.0)] = 2.0
     """Scale of guidance of the row `by-pair-stronger`; in all others it is 1."""
-    student_steps: Annotated[int, Between(10, 10_000_000)] = 800
+    student_steps: Annotated[int, Between(10, 10_000_000)] = 2000
     """Training steps of a distilled or refitted model."""
     student_batch: Annotated[int, Between(1, 1_000_000)] = 64
     """Scenes of one."""
@@ -167,7 +167,7 @@ PRESETS = {
     ),
     "default": TrafficConfig(),
     "paper": TrafficConfig(
-        preset="paper", scenes=100_000, width=256, layers=6, expansion=3, sampler_steps=1000,
+        preset="paper", scenes=100_000, width=256, layers=6, heads=8, expansion=3, sampler_steps=1000,
         base_steps=250_000, base_batch=256, base_rate=2e-4, time_power=1.0, fewer=0.0, patience=50_000,
         per_class=50_000, draw_budget=1_000_000, draw_batch=8192, classifier_width=256, classifier_layers=6,
         classifier_heads=8, classifier_steps=50_000, classifier_rate=2e-4, classifier_batch=512,
@@ -215,19 +215,19 @@ r-ELBO: -sum_t E || eps - eps_hat ||^2 over T steps on test scenes (for EDM, min
 intervals over scenes; its gain to the baseline is paired (same scenes, noise levels and noise). It is not known for
 models that are conditioned by rejection. Training draws low noise more often than this sum (--time-power).
 evaluations per valid: of a network the size of the denoiser, without maps, which are encoded once a scene; a
-classifier counts three times (its gradient) the share of the denoiser's parameters that it has. seconds: of sampling
-alone, without compilation and without the oracle, on this device, shared or not.
+classifier counts three times (its gradient) the share of the denoiser's parameters that it has, in the steps that it
+guides. seconds: of sampling alone, without compilation and without the oracle, on this device, shared or not.
 speed, heading, gap: Wasserstein's distance of the marginal to that of test scenes: speed; angle to the nearest edge of
 the road; road to the next vehicle ahead. `data` are the test scenes, their distances those of validation scenes, which
 are of other maps. degenerate: vehicles without positive extents or a heading, which are mended.
 `time-independent` learned from scenes with the sampler's least noise alone, and its gradient is taken at noisy ones (by
 agent); the others are told the noise. Classifiers guide where the signal is at least --least-signal. `distilled-1`
 learned from `by-agent`, `distilled-2` from `by-agent-stacked`, both at the scenes drawn for round 2, three quarters of
-them good, at the classifiers' times. `rejection` has the baseline's good scenes, `refit` was trained on those of round
-1. `by-pair-stronger` is `by-pair` with its guidance scaled (--stronger): `by-agent` counts a collision twice, once for
-each vehicle. `smc` has `by-pair` for its twist, ancestral steps, and the oracle at the end; its rates and distances are
-of one scene of each population that has a good one, its cost is by effective number of good particles. `recorded-*`: on
-maps of recorded scenes (CommonRoad), with as many vehicles as were there, 4 to 12."""
+them good, and three quarters of the times those of classifiers. `rejection` has the baseline's good scenes, `refit` was
+trained on those of round 1. `by-pair-stronger` is `by-pair` with its guidance scaled (--stronger): `by-agent` counts a
+collision twice, once for each vehicle. `smc` has `by-pair` for its twist, ancestral steps, and the oracle at the end;
+its rates and distances are of one scene of each population that has a good one, its cost is by effective number of good
+particles. `recorded-*`: on maps of recorded scenes (CommonRoad), with as many vehicles as were there, 4 to 12."""
 
 
 # The model.
@@ -254,9 +254,34 @@ def chain(config: TrafficConfig) -> Process:
     return every._replace(sample_time=partial(times_of, config.steps, config.time_power))
 
 
-def times_of(steps: int, power: float, key: Array) -> Time:
+def times_of(steps: int | Array, power: float, key: Array) -> Time:
     """ceil(steps u^power) with u uniform."""
     return jnp.ceil(steps * jax.random.uniform(key, minval=1e-6) ** power).astype(int)
+
+
+def last_guided(config: TrafficConfig) -> int:
+    """The largest of a DDPM's times at which classifiers guide, at least 1."""
+    every = jnp.arange(config.steps + 1)
+    return max(1, int(np.flatnonzero(clear(chain(config), config.least_signal, every))[-1]))
+
+
+@of_program
+def teaching(config: TrafficConfig) -> genneg.Problem:
+    """The problem of distillation: a quarter of the times are of all noise levels, where students shall stay as good.
+
+    The others are the classifiers', where teachers differ from the baseline.
+    """
+    setup = problem(config)
+    if config.chain == "edm":
+        return setup
+
+    def times(key: Array) -> Time:
+        which_key, key = jax.random.split(key)
+        limit = jnp.where(jax.random.bernoulli(which_key, 0.25), config.steps, last)
+        return times_of(limit, 2.0, key)
+
+    last = last_guided(config)
+    return setup._replace(classifier_time=times)
 
 
 def noise_level(chain: Process, t: Time) -> Array:
@@ -290,13 +315,11 @@ def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Proble
 
     def network(bound: Params, x: Sample, t: Time) -> Array:
         size = jnp.sqrt(steps.alpha(t) ** 2 + steps.sigma(t) ** 2)
-        # Where good and bad scenes look alike the slope of a trained network is a random push: it mends nothing, and
-        # costs likelihood.
-        x = jnp.where(steps.alpha(t) / size >= config.least_signal, x, jax.lax.stop_gradient(x))
         return classifier.apply(bound, x / size, noise_level(steps, least if timeless else t))
 
+    within = partial(clear, steps, config.least_signal) if config.least_signal else None
     # As the sampler's grid: a uniform choice would hardly see where infractions are decided.
-    times = (lambda key: least) if timeless else partial(times_of, config.steps, 2.0)
+    times = (lambda key: least) if timeless else partial(times_of, last_guided(config), 2.0)
     kernel = sampling.heun if edm else partial(sampling.ddim, eta=1.0 if config.eta is None else config.eta)
     return genneg.Problem(
         process=steps,
@@ -311,7 +334,15 @@ def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Proble
         chunk=64 if jax.default_backend() == "cpu" else 1024,
         bind=net.bind,
         bind_network=classifier.bind,
+        # Where good and bad scenes look alike the slope of a trained network is a random push: it mends nothing, and
+        # costs likelihood.
+        within=within,
     )
+
+
+def clear(chain: Process, least: float, t: Time) -> Array:
+    """Whether the signal is at least so much of the standard deviation of x_t."""
+    return chain.alpha(t) >= least * jnp.sqrt(chain.alpha(t) ** 2 + chain.sigma(t) ** 2)
 
 
 def judged(samples: Any, places: Place) -> np.ndarray:
@@ -355,8 +386,8 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
     else:
         # A folder of more scenes of the same recipe serves.
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gendiff" / "traffic"
-        folder, wanted = config.data or cache / str(config.data_seed), config.scenes
-        recipe = data.Recipe(config.data_seed)
+        recipe, wanted = data.Recipe(config.data_seed), config.scenes
+        folder = config.data or cache / f"{config.data_seed}-{recipe.seconds:g}"
         try:
             with tqdm(total=wanted, desc="scenes", unit=" scenes") as bar:
                 report = lambda have: bar.update(min(have, wanted) - bar.n)
@@ -474,7 +505,7 @@ class Run:
         agent = self.classified(theta, draws, "agent", "importance")
         first = genneg.append(Guided(theta), agent)
         second_draws = self.draws("round-2", first)
-        stacked = genneg.append(first, self.fit("by-agent-stacked", second_draws, "agent", "importance"))
+        stacked = genneg.append(first, self.fit("by-agent-stacked", theta, second_draws, "agent", "importance"))
         self.add("by-agent-stacked", stacked, self.problem)
         self.distilled("distilled-1", theta, first, second_draws)
         student = self.distilled("distilled-2", theta, stacked, second_draws)
@@ -492,6 +523,10 @@ class Run:
     def fold(self, purpose: int) -> Array:
         return jax.random.fold_in(self.key, purpose)
 
+    def host(self, phase: str, steps: int, batch: int) -> training.Host:
+        """Where a phase of training keeps its checkpoints, and on what it runs."""
+        return genneg.host(self.archive, self.progress, phase, steps, distributed.training_mesh(batch))
+
     def normalised(self, scenes: Scenes) -> np.ndarray:
         return np.asarray(UNITS.normalised(jnp.asarray(scenes.vehicles), jnp.asarray(scenes.present)))
 
@@ -503,7 +538,7 @@ class Run:
         evaluation = self.archive.once(f"evaluate/{name}", evaluate, Evaluation)
         self.evaluations[name] = evaluation
         share = _size(self.config, head) / _size(self.config, "denoise") if guided.members and head else 0.0
-        cost = evaluations(self.config) * (1 + 3 * share * guided.members)
+        cost = evaluations(self.config) * (1 + 3 * share * guided.members * steered(self.config))
         self.rows.append(Row(name, self.measured(evaluation, cost), PAPER.get(name, {})))
 
     def measured(self, evaluation: Evaluation, cost: float) -> dict[str, rates.Estimate]:
@@ -610,11 +645,6 @@ class Run:
         self.add("baseline", Guided(found["theta"]), self.problem)
         return found["theta"]
 
-    @property
-    def theta(self) -> Params:
-        """The baseline, once it is trained."""
-        return self.archive.once("baseline", self.train_baseline)["theta"]
-
     def train_baseline(self) -> dict[str, Any]:
         config = self.config
         settings = training.Settings(
@@ -626,7 +656,7 @@ class Run:
         whole = lambda scenes: (places(scenes), self.normalised(scenes))
         keys = jax.random.split(self.fold(VALIDATION), len(held.world))
         start = jax.jit(denoiser_network(config).init)(self.fold(START), rows_of(self.test_places, 0))
-        host = genneg.host(self.archive, self.progress, "baseline", config.base_steps)
+        host = self.host("baseline", config.base_steps, config.base_batch)
         train = whole(self.scenes["train"])
         batches = streamed(train, config.base_batch, config.seed) if config.stream else None
         context = (None if config.stream else train, whole(held), keys)
@@ -653,6 +683,7 @@ class Run:
     def fit(
         self,
         name: str,
+        theta: Params,
         draws: Synthetic,
         head: Head,
         weighting: Literal["importance", "none"],
@@ -665,9 +696,9 @@ class Run:
         how = genneg.ClassifierTraining(settings, config.classifier_batch // 2, weighting, validation=256)
         start = jax.jit(classifier_network(config, head).init)(self.fold(CLASSIFIER), rows_of(self.test_places, 0))
         if config.from_denoiser:
-            start = begun_from(self.theta, start)
+            start = begun_from(theta, start)
         train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))
-        host = genneg.host(self.archive, self.progress, name, steps)
+        host = self.host(name, steps, config.classifier_batch)
         key = jax.random.fold_in(self.fold(CLASSIFIER), 1)
         fit = lambda: genneg.fit_classifier(setup, train, held_out, start, how, key, host, conditions=self.train_places)
         return self.archive.once(name, fit)
@@ -683,7 +714,7 @@ class Run:
         """The baseline with one classifier of its own samples."""
         name = f"by-{head}{'-unweighted' if weighting == 'none' else ''}"
         name = "time-independent" if timeless else name
-        classifier = self.fit(name, draws, head, weighting, timeless)
+        classifier = self.fit(name, theta, draws, head, weighting, timeless)
         self.add(name, genneg.append(Guided(theta), classifier), problem(self.config, head, timeless), head)
         return classifier
 
@@ -694,12 +725,12 @@ class Run:
     def distilled(self, name: str, theta: Params, teacher: Guided, draws: Synthetic) -> Guided:
         """One network in place of a stack."""
         config, settings, key = self.config, self.student_training(), self.fold(STUDENT)
-        host = genneg.host(self.archive, self.progress, name, settings.steps)
+        host = self.host(name, settings.steps, config.student_batch)
 
         def teach() -> Params:
             pool = genneg.mixture(draws.positives, draws.negatives, config.stored, jax.random.fold_in(key, 1))
             return genneg.distill(
-                self.problem, teacher, pool["x"], theta, config.student_batch, settings, jax.random.fold_in(key, 2),
+                teaching(config), teacher, pool["x"], theta, config.student_batch, settings, jax.random.fold_in(key, 2),
                 host, self.mesh, conditions=self.train_places, rows=pool["row"],
             )  # fmt: skip
 
@@ -721,7 +752,7 @@ class Run:
     def refit(self, theta: Params, draws: Synthetic) -> None:
         """The baseline trained on with its own good scenes."""
         config, settings = self.config, self.student_training()
-        host = genneg.host(self.archive, self.progress, "refit", settings.steps)
+        host = self.host("refit", settings.steps, config.student_batch)
         fit = lambda: genneg.refit(
             self.problem, draws.positives["x"], theta, config.student_batch, settings, self.fold(REFIT), host,
             self.train_places, draws.positives["row"],
@@ -744,9 +775,8 @@ class Run:
             metrics = {name: rates.exact(rate.value, len(rows)) for name, rate in broken.items()}
             metrics |= self.realism(vehicles, rows)
             # The gradient of the twist at x_t, and its value at x_s.
-            cost = (
-                config.sampler_steps * config.smc_particles * (1 + 4 * _size(config, "pair") / _size(config, "denoise"))
-            )
+            share = _size(config, "pair") / _size(config, "denoise") * steered(config)
+            cost = config.sampler_steps * config.smc_particles * (1 + 4 * share)
             effective = rates.mean(result["effective"]).value
             metrics["evaluations_per_valid"] = rates.exact(cost / effective, n)
             metrics["seconds_per_valid"] = rates.exact(float(result["seconds"]) / effective, n)
@@ -833,6 +863,14 @@ def evaluations(config: TrafficConfig) -> int:
     return 2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps
 
 
+def steered(config: TrafficConfig) -> float:
+    """The share of the sampler's steps that classifiers guide."""
+    setup = problem(config)
+    if setup.within is None:
+        return 1.0
+    return float(np.mean([bool(setup.within(t)) for t in setup.process.grid(config.sampler_steps)[:-1]]))
+
+
 def begun_from(theta: Params, fresh: Params) -> Params:
     """A classifier's parameters with those of a denoiser where it has such: all but the head, of as many layers."""
     known = dict(jax.tree_util.tree_flatten_with_path(theta)[0])
@@ -907,21 +945,9 @@ def streamed(scenes: tuple[Place, np.ndarray], batch: int, seed: int) -> Any:
     try:
         from gendiff.data import stream  # an extra
 
-        return stream.batches(Rows(scenes), batch, seed)
+        return stream.batches(range(len(scenes[1])), batch, seed, change=partial(rows_of, scenes))
     except (ImportError, ValueError) as error:
         raise ConfigError(f"--stream: {error}") from None
-
-
-class Rows(NamedTuple):
-    """Trees of arrays with a common leading axis, as a source of its rows."""
-
-    tree: Any
-
-    def __len__(self) -> int:
-        return len(jax.tree.leaves(self.tree)[0])
-
-    def __getitem__(self, index: Any) -> Any:
-        return rows_of(self.tree, index)
 
 
 def turned(quarters: Array, x: Sample, distance: Array) -> tuple[Sample, Array]:
@@ -984,6 +1010,8 @@ def populate(
         here = genneg.bound(setup, guided, place)
         plain, steered = genneg.denoiser(setup, Guided(here.theta)), genneg.denoiser(setup, here)
         twist = potential.stack(potential.log_probability(genneg.logit(setup)), here.classifiers)
+        if setup.within is not None:
+            twist = potential.limited(twist, setup.within)
         return smc.twisted(setup.process, plain, steered, twist, grid, key, setup.shape, particles)
 
     return distributed.chunked(one, (keys, given), 8, mesh)

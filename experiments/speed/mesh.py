@@ -62,36 +62,42 @@ class Trained(NamedTuple):
     settings: Settings
 
 
-def trainings(preset: str) -> dict[str, Trained]:
-    """The baselines of three experiments, at the sizes of a preset."""
-    size = "smoke" if preset == "smoke" else "default"
-    keys = jax.random.split(jax.random.key(0), 5)
-    board, images, roads = (each.PRESETS[size] for each in (checkerboard, mnist, traffic))
+def on_checkerboard(size: str) -> Trained:
+    """The checkerboard's baseline."""
+    board, keys = checkerboard.PRESETS[size], jax.random.split(jax.random.key(0))
     points = jnp.zeros((board.points, 2))
-    held = data = scenes.embedded("train")
+    theta = checkerboard.initialised(checkerboard.denoiser_network(board), keys[0])
+    context = points, points, jax.random.split(keys[1], len(points))
+    return Trained(checkerboard.base_task(board), theta, context, Settings(board.baseline_steps))
+
+
+def on_mnist(size: str) -> Trained:
+    """That of MNIST."""
+    images = mnist.PRESETS[size]
+    return Trained(
+        mnist.base_task(mnist.problem(images), images.base_batch),
+        mnist.initialised(mnist.unet_of(images), images, jax.random.key(0)),
+        jnp.zeros((256, images.size, images.size, 1)),
+        Settings(images.base_steps),
+    )
+
+
+def on_traffic(size: str) -> Trained:
+    """That of traffic scenes."""
+    roads, keys, data = traffic.PRESETS[size], jax.random.split(jax.random.key(0)), scenes.embedded("train")
     places = jax.tree.map(jnp.asarray, traffic.places(data))
-    every = (places, traffic.UNITS.normalised(jnp.asarray(held.vehicles), places.present))
-    place = traffic.rows_of(places, 0)
-    return {
-        "checkerboard": Trained(
-            checkerboard.base_task(board),
-            checkerboard.initialised(checkerboard.denoiser_network(board), keys[0]),
-            (points, points, jax.random.split(keys[1], len(points))),
-            Settings(board.baseline_steps),
-        ),
-        "mnist": Trained(
-            mnist.base_task(mnist.problem(images), images.base_batch),
-            mnist.initialised(mnist.unet_of(images), images, keys[2]),
-            jnp.zeros((256, images.size, images.size, 1)),
-            Settings(images.base_steps),
-        ),
-        "traffic": Trained(
-            traffic.base_task(traffic.problem(roads), roads.base_batch, roads.fewer),
-            jax.jit(traffic.denoiser_network(roads).init)(keys[3], place),
-            (every, every, jax.random.split(keys[4], len(data.world))),
-            Settings(roads.base_steps),
-        ),
-    }
+    every = (places, traffic.UNITS.normalised(jnp.asarray(data.vehicles), places.present))
+    theta = jax.jit(traffic.denoiser_network(roads).init)(keys[0], traffic.rows_of(places, 0))
+    task = traffic.base_task(traffic.problem(roads), roads.base_batch, roads.fewer)
+    return Trained(task, theta, (every, every, jax.random.split(keys[1], len(data.world))), Settings(roads.base_steps))
+
+
+TRAININGS: dict[str, Callable[[str], Trained]] = {
+    "checkerboard": on_checkerboard,
+    "mnist": on_mnist,
+    "traffic": on_traffic,
+}
+"""By the experiment's name: the preset, "smoke" or "default" -> its training."""
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -102,13 +108,7 @@ def plain_steps(
     loss, draw, _ = task(context)
     assert draw is not None
     one = training.make_drawn_step(training.make_step(loss, training.adam(settings), settings.decay), draw)
-
-    def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
-        moved, metrics = one(carry[0], None)
-        return moved, jax.tree.map(jnp.add, carry[1], metrics)
-
-    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state, None)[1])
-    return jax.lax.fori_loop(0, count, body, (state, none))
+    return training.repeated(lambda state: one(state, None), state, count)
 
 
 def sides(given: Trained) -> dict[str, Callable[[int], float]]:
@@ -157,7 +157,8 @@ def run(config: MeshConfig) -> Results:
     """Measures every training, and writes the table."""
     folder = Folder("speed.mesh", config)
     progress = Progress(folder)
-    rows = [Row(name, measure(config, name, given, progress)) for name, given in trainings(config.preset).items()]
+    size = "smoke" if config.preset == "smoke" else "default"
+    rows = [Row(name, measure(config, name, of(size), progress)) for name, of in TRAININGS.items()]
     return folder.finish(rows, COLUMNS, NOTES.format(repetitions=config.repetitions))
 
 

@@ -98,7 +98,7 @@ def classifier_of(config: TrafficConfig) -> SceneNetwork:
 
 def fields(net: SceneNetwork) -> dict[str, Any]:
     """What the rival needs of a network's fields."""
-    names = ("head", "width", "layers", "heads", "expansion", "hidden", "channels")
+    names = ("head", "width", "layers", "heads", "expansion", "hidden")
     return {name: getattr(net, name) for name in names}
 
 
@@ -127,7 +127,7 @@ def networks(config: TrafficConfig, seed: int) -> Guided:
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         kind = path[-1].key
-        inside = {"kernel": math.prod(leaf.shape[:-1]), "read": leaf.shape[-1]}.get(kind, 100)
+        inside = {"kernel": math.prod(leaf.shape[:-1]), "read": leaf.shape[-1]}.get(kind.split("_")[0], 100)
         return jnp.asarray(inside**-0.5 * rng.standard_normal(leaf.shape, np.float32) + (kind == "scale"))
 
     start = lambda net: jax.tree.map_with_path(draw, shapes(net))
@@ -149,11 +149,9 @@ def state_dict(params: Params) -> dict[str, np.ndarray]:
 
 def window(layer: str, kernel: np.ndarray) -> np.ndarray:
     """The kernel (*window, i, o) of the convolution that a layer of the map's part is in PyTorch."""
-    if layer == "squares0":  # three functions of the distance, each in squares of 4
+    if layer == "squares":  # three functions of the distance, each in squares of 4
         return np.moveaxis(kernel.reshape(3, 4, 4, -1), 0, 2)
-    if layer.startswith("squares"):
-        return kernel.reshape(2, 2, -1, kernel.shape[-1])
-    return kernel[None, None] if layer.startswith("mix") else kernel
+    return kernel[None, None] if layer == "mix" else kernel
 
 
 LEAVES = {"kernel": "weight", "scale": "weight", "Dense_1": "0", "Dense_0": "2"}
@@ -162,8 +160,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "Dense_1": "0", "Dense_0": "2"}
 
 def name(keys: list[str]) -> str:
     """The key of a leaf: scene, after_self1, Dense_0, kernel -> scene.layers.1.after_self.0.weight."""
-    group = {"map": "stages", "scene": "layers"}[keys[0]]
-    parts = [LEAVES.get(key, re.sub(r"^([a-z_]+)(\d+)$", rf"{group}.\2.\1", key)) for key in keys]
+    parts = [LEAVES.get(key, re.sub(r"^([a-z_]+)(\d+)$", r"layers.\2.\1", key)) for key in keys]
     return ".".join(parts)
 
 
@@ -225,7 +222,7 @@ def train(config: TrafficConfig, theta: Params, cells: int, batch: int, steps: i
     settings = Settings(config.base_steps, config.base_rate, warmup=min(500, config.base_steps // 5))
     task = traffic.base_task(traffic.problem(config), batch, config.fewer)
     context = every, held, key[None]
-    return ours.train(task, theta, context, settings, steps, key, distributed.training_mesh())
+    return ours.train(task, theta, context, settings, steps, key, distributed.training_mesh(batch))
 
 
 def sample(problem: Problem, guided: Guided, cells: int, n: int, key: PRNGKey) -> Callable[[], Any]:

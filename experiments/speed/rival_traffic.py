@@ -48,41 +48,26 @@ def waves(at: Tensor, octaves: int = 6) -> Tensor:
     return torch.cat([phase.sin(), phase.cos()], -1).flatten(-2)
 
 
-class Stage(nn.Module):
-    """Squares that do not overlap, and a residual layer."""
-
-    def __init__(self, inside: int, outside: int, side: int) -> None:
-        super().__init__()
-        self.squares, self.mix = nn.Conv2d(inside, outside, side, side), nn.Conv2d(outside, outside, 1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        h = functional.silu(self.squares(h))
-        return h + functional.silu(self.mix(h))
-
-
 class MapEncoder(nn.Module):
-    """Distances (n, c, c) -> keys and values."""
+    """Distances (n, c, c) -> keys and values of squares of 16 cells, of which one in 4 is looked at."""
 
-    def __init__(self, width: int, heads: int, channels: Sequence[int]) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        sizes = itertools.pairwise([3, *channels])
-        self.stages = nn.ModuleList(Stage(a, b, 2 if i else 4) for i, (a, b) in enumerate(sizes))
-        self.tokens = nn.Linear(channels[-1] + 24, width)
+        self.squares, self.mix = nn.Conv2d(3, width, 4, 4), nn.Conv2d(width, width, 1)
+        self.where = nn.Linear(24, width, bias=False)
         self.norm = nn.LayerNorm(width, 1e-6)
-        self.out = nn.Linear(width, 2 * width, bias=False)
+        self.keys, self.values = (nn.Linear(width, width, bias=False) for _ in range(2))
 
     def forward(self, distance: Tensor) -> Memory:
-        near = functional.avg_pool2d(distance[:, None], 2)
-        h = torch.cat([near / 20, near.tanh(), (near / 4).tanh()], 1)
-        for stage in self.stages:
-            h = stage(h)
+        near = distance[:, None, 2::4, 2::4]
+        h = functional.silu(self.squares(torch.cat([near / 20, near.tanh(), (near / 4).tanh()], 1)))
+        h = h + functional.silu(self.mix(h))
         side = h.shape[-1]
         centre = (torch.arange(side) + 0.5) / side * 2 - 1
         at = waves(torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1).flatten(0, 1))
-        h = torch.cat([h.flatten(2).transpose(1, 2), at.expand(len(h), -1, -1)], -1)
-        out = self.out(self.norm(self.tokens(h))).unflatten(-1, (2, self.heads, -1))
-        keys, values = out.permute(2, 0, 3, 1, 4)
+        tokens = self.norm(h.flatten(2).transpose(1, 2) + self.where(at))
+        keys, values = (net(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for net in (self.keys, self.values))
         return keys, values
 
 
@@ -153,22 +138,23 @@ class RelativeAttention(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.read = nn.Parameter(torch.zeros(3, heads, width // heads, hidden))
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        shape = heads, width // heads, hidden
+        self.read_q, self.read_k, self.read_v = (nn.Parameter(torch.zeros(shape)) for _ in range(3))
         self.out = nn.Linear(width, width)
 
     def forward(self, h: Tensor, r: Tensor, absent: Tensor) -> Tensor:
         n, k, d = h.shape
-        q, key, v = self.qkv(h).view(n, k, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        asked = torch.einsum("nhie,hef->nihf", q, self.read[0])
-        offered = torch.einsum("nhje,hef->njhf", key, self.read[1])
+        q, key, v = (net(h).view(n, k, self.heads, -1).transpose(1, 2) for net in (self.q, self.k, self.v))
+        asked = torch.einsum("nhie,hef->nihf", q, self.read_q)
+        offered = torch.einsum("nhje,hef->njhf", key, self.read_k)
         turned = r.transpose(-1, -2)
         logits = q @ key.transpose(-1, -2)
         logits = logits + (asked @ turned).transpose(1, 2) + (offered @ turned).permute(0, 2, 3, 1)
         logits = (logits * (d // self.heads) ** -0.5).masked_fill(absent, -1e9)
         share = logits.softmax(-1)
         mean = share.transpose(1, 2) @ r
-        mixed = (share @ v).transpose(1, 2) + torch.einsum("nihf,hef->nihe", mean, self.read[2])
+        mixed = (share @ v).transpose(1, 2) + torch.einsum("nihf,hef->nihe", mean, self.read_v)
         return self.out(mixed.reshape(n, k, d))
 
 
@@ -273,9 +259,9 @@ class SceneTransformer(nn.Module):
 class SceneNetwork(nn.Module):
     """Both parts; called without the map's keys and values it makes them."""
 
-    def __init__(self, units: Units, head: str, channels: Sequence[int], **sizes: int) -> None:
+    def __init__(self, units: Units, head: str, **sizes: int) -> None:
         super().__init__()
-        self.map = MapEncoder(sizes["width"], sizes["heads"], channels)
+        self.map = MapEncoder(sizes["width"], sizes["heads"])
         self.scene = SceneTransformer(units, head, **sizes)
 
     def forward(self, u: Tensor, c_noise: Tensor, places: Places, memory: Memory | None = None) -> Tensor:

@@ -54,8 +54,8 @@ class SpeedConfig(TimedConfig):
     """Times it is, in a call."""
     batch: Annotated[int, Between(1, 100_000)] = TrafficConfig.base_batch
     """Scenes of a training step."""
-    train_steps: Annotated[int, Between(1, 100_000)] = 5
-    """Steps timed together."""
+    train_steps: Annotated[int, Between(1, 100_000)] = 32
+    """Steps timed together: as many as `training.train` makes between two looks at the clock."""
     samples: Annotated[int, Between(1, 100_000)] = 256
     """Scenes drawn at a time."""
     sample_steps: Annotated[int, Between(1, 1000)] = 4

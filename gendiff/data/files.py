@@ -3,17 +3,30 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 
-def store(path: Path, put: Callable[[IO[bytes]], Any]) -> None:
-    """Writes what `put` writes, to a file that appears whole, by renaming; several processes may do so."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        put(file)
-    os.replace(part, path)
+def store(path: Path, put: Callable[[BinaryIO], Any]) -> None:
+    """Writes what `put` writes, to a file that appears whole, by renaming; several processes may do so.
+
+    Raises:
+      OSError: it could not be written; a file that was there is as it was.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("wb") as file:
+            put(file)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def store_text(path: Path, text: str) -> None:
+    """Writes a text, as `store` does."""
+    store(path, lambda file: file.write(text.encode()))
 
 
 def load(path: Path, what: str, *names: str) -> list[np.ndarray]:

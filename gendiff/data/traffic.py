@@ -238,10 +238,15 @@ class Recipe(NamedTuple):
     seed: int = 0
     kinds: tuple[sumo.Kind, ...] = ("junction", "junction", "roundabout")
     """Of maps 0, 1, .., over and over."""
-    seconds: float = 900.0
-    least_scenes: int = 30
+    seconds: float = 450.0
+    """Simulated on a map, with the warm-up; more make more scenes, which are more alike."""
+    least_scenes: int = 16
     """A map with fewer is left out: one of its arms is starved."""
     cut: Cut = Cut()
+
+
+LONG = Recipe(seconds=900.0, least_scenes=30)
+"""About a hundred scenes of a map: of the package's scenes, and of the data set of TFDS."""
 
 
 def of_map(recipe: Recipe, number: int) -> Scenes:
@@ -411,7 +416,7 @@ def embed(
       ValueError: the folder holds other scenes.
       sumo.SumoError: SUMO is not installed, or fails.
     """
-    write(folder, SMOKE, Recipe(), workers, report, SMOKE_MOST)
+    write(folder, SMOKE, LONG, workers, report, SMOKE_MOST)
     scenes = read(folder, scenes=SMOKE, most=SMOKE_MOST)
     steps = np.rint(halved(scenes.distance) / QUANTUM).astype(np.int8)
     scenes = scenes._replace(distance=_metres(steps), world=scenes.world.astype(np.int16))
@@ -444,6 +449,8 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", choices=get_args(sumo.Kind), default=Recipe().kinds, help="of the maps in turn"
     )
+    parser.add_argument("--seconds", type=float, default=Recipe().seconds, help="simulated on a map")
+    parser.add_argument("--least-scenes", type=int, default=Recipe().least_scenes, help="of a map that is kept")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--embed", type=Path, metavar="FILE", help="the package's small data set into FILE, no other")
     given = parser.parse_args()
@@ -453,7 +460,7 @@ def main() -> None:
             if given.embed:
                 made = f"{given.embed}: {embed(given.folder, given.embed, given.workers, report)} scenes"
             else:
-                recipe = Recipe(given.seed, tuple(given.kinds))
+                recipe = Recipe(given.seed, tuple(given.kinds), given.seconds, given.least_scenes)
                 made = f"{given.folder}: {write(given.folder, given.scenes, recipe, given.workers, report)} maps"
         except (ValueError, sumo.SumoError) as error:
             parser.error(str(error))

@@ -42,7 +42,7 @@ class Config(tfds.core.BuilderConfig):
     scenes: int
     most: int | None = None
     """Of one map at most, so that they are of more maps."""
-    recipe: Recipe = Recipe()  # noqa: RUF009 (immutable)
+    recipe: Recipe = traffic.LONG
 
 
 class Traffic(tfds.core.ShardBasedBuilder):

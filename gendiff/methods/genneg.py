@@ -59,6 +59,8 @@ class Problem(NamedTuple):
     and may answer with several labels a sample, (n, m); a sample is good if all of them are True."""
     bind_network: losses.Bind | None = None
     """The same for phi; the network may then give m logits."""
+    within: potential.Interval | None = None
+    """Where classifiers guide; None: at all noise levels."""
 
 
 class Guided(NamedTuple):
@@ -144,7 +146,7 @@ def denoiser(problem: Problem, guided: Guided, scale: float = 1.0) -> Denoiser:
     if guided.classifiers is None:
         return plain
     log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
-    return guidance.guide(problem.process, log_c, scale)(plain)
+    return guidance.guide(problem.process, log_c, scale, problem.within)(plain)
 
 
 def append(guided: Guided, classifier: Params) -> Guided:
@@ -652,9 +654,11 @@ def accepted(
     raise ValueError(f"genneg: expected {n} good samples within {settings.budget} draws, given {sum(map(len, kept))}")
 
 
-def host(archive: Archive, report: Report, phase: str, steps: int) -> training.Host:
+def host(
+    archive: Archive, report: Report, phase: str, steps: int, mesh: jax.sharding.Mesh | None = None
+) -> training.Host:
     """Where a phase of training keeps its checkpoints and whom it reports to."""
-    return training.Host(None, archive.steps(phase), lambda step, metrics: report(phase, step, steps, metrics))
+    return training.Host(mesh, archive.steps(phase), lambda step, metrics: report(phase, step, steps, metrics))
 
 
 def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic, tuple[np.ndarray, np.ndarray]]:

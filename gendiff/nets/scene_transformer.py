@@ -56,48 +56,55 @@ class Units(NamedTuple):
         return jnp.asarray(self.shift, jnp.float32).reshape(one), jnp.asarray(self.scale, jnp.float32).reshape(one)
 
 
+Memory: TypeAlias = tuple[Float[Array, "heads tokens each"], Float[Array, "heads tokens each"]]
+"""Keys and values of the attention to a map, the same for all layers."""
+
+
 class MapEncoder(nn.Module):
-    """A map -> the keys and values of the attention to it, (2, heads, width / heads, tokens), the same for all layers.
+    """A map -> the keys and values of the attention to it, a token for each square.
 
     They depend on neither the vehicles nor the noise: a sampler computes them once.
     """
 
     width: int
     heads: int
-    channels: tuple[int, ...] = (64, 128)
-    """Of squares of 8 x 8 cells, seen at half their resolution, and then of squares of 2 x 2 of those before."""
+    square: int = 16
+    """Cells along a square's side."""
+    every: int = 4
+    """Of these one in so many is looked at, in both directions: from one to the next, a distance changes by no more
+    than there is between them.  What matters to the metre, vehicles read at their own places (`roadside`)."""
 
     @nn.compact
-    def __call__(self, distance: Float[Array, "c c"]) -> Float[Array, "2 heads each tokens"]:
+    def __call__(self, distance: Float[Array, "c c"]) -> Memory:
         """Keys and values; raises ValueError for a map that is not square, or not a multiple of the squares."""
-        least = 8 * 2 ** (len(self.channels) - 1)
-        if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] % least:
+        if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] % self.square:
             raise ValueError(
-                f"MapEncoder: distance: expected square maps of a multiple of {least} cells, given {distance.shape}"
+                f"MapEncoder: distance: expected square maps of a multiple of {self.square} cells, "
+                f"given {distance.shape}"
             )
-        # What matters to the metre, vehicles read at their own places (`roadside`).
-        coarse = jnp.mean(squares(distance[..., None], 2).astype(jnp.float32), -1)
-        near = squares(coarse[..., None], 4)
+        seen = distance[self.every // 2 :: self.every, self.every // 2 :: self.every].astype(jnp.float32)
+        near = squares(seen, self.square // self.every)
         h = jnp.concatenate([near / 20, jnp.tanh(near), jnp.tanh(near / 4)], -1)
-        for i, channels in enumerate(self.channels):
-            h = nn.silu(nn.Dense(channels, name=f"squares{i}")(squares(h, 2) if i else h))
-            h = h + nn.silu(nn.Dense(channels, name=f"mix{i}")(h))
-        side = h.shape[0]
-        centre = (jnp.arange(side) + 0.5) / side * 2 - 1
-        y, x = (each.ravel() for each in jnp.meshgrid(centre, centre, indexing="ij"))
-        h = jnp.concatenate([h.reshape(side * side, -1), waves(jnp.stack([x, y], -1))], -1)
-        tokens = nn.Dense(self.width, name="tokens")(h)
+        h = nn.silu(nn.Dense(self.width, name="squares")(h))
+        h = h + nn.silu(nn.Dense(self.width, name="mix")(h))
+        centre = (np.arange(len(h)) + 0.5) / len(h) * 2 - 1
+        y, x = (each.ravel() for each in np.meshgrid(centre, centre, indexing="ij"))
+        where = waves(jnp.asarray(np.stack([x, y], -1), jnp.float32))
+        tokens = h.reshape(-1, self.width) + nn.Dense(self.width, use_bias=False, name="where")(where)
         tokens = nn.LayerNorm(name="norm")(tokens)
-        out = nn.Dense(2 * self.width, use_bias=False, name="out")(tokens)
-        # In the order in which both products of an attention read them.
-        return jnp.moveaxis(out.reshape(side * side, 2, self.heads, -1), 0, -1)
+        keys, values = (
+            nn.Dense(self.width, use_bias=False, name=name)(tokens).reshape(-1, self.heads, self.width // self.heads)
+            for name in ("keys", "values")
+        )
+        # In the order in which the products of an attention read them.
+        return jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
 
 
-def squares(x: Float[Array, "h w i"], side: int) -> Float[Array, "h/side w/side side*side*i"]:
+def squares(x: Float[Array, "h w"], side: int) -> Float[Array, "h/side w/side side*side"]:
     """Squares that do not overlap, each flattened: with a matrix they are a convolution whose window is its stride."""
-    h, w, i = x.shape
-    parts = x.reshape(h // side, side, w // side, side, i)
-    return jnp.moveaxis(parts, 2, 1).reshape(h // side, w // side, side * side * i)
+    h, w = x.shape
+    parts = x.reshape(h // side, side, w // side, side)
+    return jnp.moveaxis(parts, 2, 1).reshape(h // side, w // side, side * side)
 
 
 def waves(at: Float[Array, "*n i"], octaves: int = 6) -> Float[Array, "*n 2*octaves*i"]:
@@ -203,9 +210,7 @@ class SceneTransformer(nn.Module):
     """Width of the network of the relative encodings."""
 
     @nn.compact
-    def __call__(
-        self, u: Float[Array, "k 7"], c_noise: Scalar, place: Place, memory: Float[Array, "2 heads each tokens"]
-    ) -> Array:
+    def __call__(self, u: Float[Array, "k 7"], c_noise: Scalar, place: Place, memory: Memory) -> Array:
         """The head's output."""
         present = place.present
         vehicles = self.units.metres(u)
@@ -301,12 +306,13 @@ class CrossAttention(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, h: Float[Array, "k d"], memory: Float[Array, "2 heads each tokens"]) -> Float[Array, "k d"]:
+    def __call__(self, h: Float[Array, "k d"], memory: Memory) -> Float[Array, "k d"]:
         """The layer."""
         k, d = h.shape
         q = nn.Dense(d, use_bias=False, name="q")(h).reshape(k, self.heads, -1)
-        logits = jnp.einsum("ihe,hem->him", q, memory[0]) / q.shape[-1] ** 0.5
-        mixed = jnp.einsum("him,hem->ihe", jax.nn.softmax(logits, -1), memory[1])
+        keys, values = memory
+        logits = jnp.einsum("ihe,hme->him", q, keys) / q.shape[-1] ** 0.5
+        mixed = jnp.einsum("him,hme->ihe", jax.nn.softmax(logits, -1), values)
         small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         return nn.Dense(d, kernel_init=small, name="out")(mixed.reshape(k, d))
 
@@ -329,9 +335,9 @@ class RelativeAttention(nn.Module):
         """The layer; what is not present is not attended to."""
         k, d = h.shape
         each = d // self.heads
-        q, key, v = jnp.moveaxis(nn.Dense(3 * d, use_bias=False, name="qkv")(h).reshape(k, 3, self.heads, each), 1, 0)
-        read = self.param("read", nn.initializers.zeros, (3, self.heads, each, r.shape[-1]))
-        asked, offered = jnp.einsum("sihe,shef->sihf", jnp.stack([q, key]), read[:2])
+        q, key, v = (nn.Dense(d, use_bias=False, name=name)(h).reshape(k, self.heads, each) for name in ("q", "k", "v"))
+        read = [self.param(f"read_{name}", nn.initializers.zeros, (self.heads, each, r.shape[-1])) for name in "qkv"]
+        asked, offered = (jnp.einsum("ihe,hef->ihf", *pair) for pair in ((q, read[0]), (key, read[1])))
         logits = jnp.einsum("ihe,jhe->hij", q, key)
         logits += jnp.einsum("ihf,ijf->hij", asked, r) + jnp.einsum("jhf,jif->hij", offered, r)
         logits = jnp.where(present[None, None], logits / each**0.5, -1e9)
@@ -352,12 +358,11 @@ class SceneNetwork(NamedTuple):
     heads: int = 8
     expansion: int = 2
     hidden: int = 32
-    channels: tuple[int, ...] = (64, 128)
 
     @property
     def encoder(self) -> MapEncoder:
         """The map's part."""
-        return MapEncoder(self.width, self.heads, self.channels)
+        return MapEncoder(self.width, self.heads)
 
     @property
     def trunk(self) -> SceneTransformer:

@@ -309,7 +309,7 @@ def test_the_embedded_scenes_are_simulated_again_the_same():
     if metadata.version("libsumo") != version:
         pytest.skip(f"made by SUMO {version}")
     given = traffic.take(traffic.embedded(), traffic.embedded().world == 0)
-    again = traffic.spread(traffic.of_map(Recipe(), 0), traffic.SMOKE_MOST)
+    again = traffic.spread(traffic.of_map(traffic.LONG, 0), traffic.SMOKE_MOST)
     rows = [np.flatnonzero((again.vehicles == each).all((1, 2))) for each in given.vehicles]
     assert all(len(row) == 1 for row in rows)
     again = traffic.take(again, np.concatenate(rows))

@@ -16,6 +16,7 @@ from experiments.contract import ConfigError, parse
 from experiments.genneg import traffic
 from gendiff.data import traffic as data
 from gendiff.methods import genneg
+from gendiff.methods.genneg import Guided
 from gendiff.oracles import traffic as oracle
 
 ROOT = Path(__file__).parents[2]
@@ -125,19 +126,37 @@ def test_classifiers_do_not_guide_in_noise(scenes):
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
     phi = traffic.classifier_network(SMOKE, "agent").init(jax.random.key(0), place)
     phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
-    bound, u = setup.bind_network(phi, place), jax.random.normal(jax.random.key(1), (12, 7))
-    for t in (1, 400, 600, 1000):
-        slope = jax.grad(lambda x, t=t: jnp.sum(setup.network(bound, x, jnp.asarray(t))))(u)
-        assert (np.abs(slope).max() > 0) == (float(setup.process.alpha(t)) >= SMOKE.least_signal)
+    theta = traffic.denoiser_network(SMOKE).init(jax.random.key(1), place)
+    guided = genneg.append(Guided(theta), {"net": phi, "shift": jnp.zeros(())})
+    plain, steered = (genneg.denoiser(setup, genneg.bound(setup, each, place)) for each in (Guided(theta), guided))
+    u, seen = jax.random.normal(jax.random.key(2), (12, 7)), set()
+    for t in map(jnp.asarray, (1, 50, 200, 400, 1000)):
+        alpha, sigma = setup.process.alpha(t), setup.process.sigma(t)
+        guides = float(alpha / jnp.sqrt(alpha**2 + sigma**2)) >= SMOKE.least_signal
+        assert bool((plain(u, t) != steered(u, t)).any()) == guides
+        seen.add(guides)
+    assert seen == {True, False}
 
 
-def test_times_of_classifiers_are_those_of_the_sampler(scenes):
-    """T u^2: half of them below T / 4; a false alarm has a probability below 1e-6 (2,000 draws, five deviations)."""
-    draw = jax.vmap(traffic.problem(SMOKE).classifier_time)
-    times = np.asarray(draw(jax.random.split(jax.random.key(0), 2000)))
+@pytest.mark.parametrize("signal", [0.0, 0.95])
+def test_times_of_classifiers_are_those_of_the_sampler_where_they_guide(signal):
+    """L u^2: half of them up to L / 4; a false alarm has a probability below 1e-6 (2,000 draws, five deviations)."""
+    config = dataclasses.replace(SMOKE, least_signal=signal)
+    setup, last = traffic.problem(config), traffic.last_guided(config)
+    if signal:
+        within = [bool(setup.within(t)) for t in (last, last + 1)]
+        assert within == [True, False]
+    else:
+        assert last == SMOKE.steps
+        assert setup.within is None
+    keys = jax.random.split(jax.random.key(0), 2000)
+    times = np.asarray(jax.vmap(setup.classifier_time)(keys))
     assert times.min() >= 1
-    assert times.max() <= SMOKE.steps
-    assert abs((times <= SMOKE.steps / 4).mean() - 0.5) < 5 * 0.5 / 2000**0.5
+    assert times.max() <= last
+    assert abs((times <= last / 4).mean() - 0.5) < 5 * 0.5 / 2000**0.5
+    taught = np.asarray(jax.vmap(traffic.teaching(config).classifier_time)(jax.random.split(jax.random.key(1), 2000)))
+    beyond = 0.25 * (1 - (last / SMOKE.steps) ** 0.5)
+    assert abs((taught > last).mean() - beyond) < 5 * 0.5 / 2000**0.5
 
 
 def test_the_oracle_of_samples_is_that_of_scenes(scenes):

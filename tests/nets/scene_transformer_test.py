@@ -27,7 +27,7 @@ K = 5
 
 
 def network(head: str) -> SceneNetwork:
-    return SceneNetwork(UNITS, head, width=16, layers=2, heads=2, hidden=4, channels=(4, 6))
+    return SceneNetwork(UNITS, head, width=16, layers=2, heads=2, hidden=4)
 
 
 def scene(seed: int = 0) -> tuple[jax.Array, Place]:
@@ -179,9 +179,8 @@ def test_relative_attention_is_wu_s_formula():
 
     p = jax.tree.map(np.asarray, params["params"])
     each = d // heads
-    qkv = (np.asarray(h) @ p["qkv"]["kernel"]).reshape(K, 3, heads, each)
-    q, key, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
-    r_q, r_k, r_v = (np.einsum("hef,ijf->ijhe", p["read"][m], np.asarray(r)) for m in (1, 0, 2))
+    q, key, v = ((np.asarray(h) @ p[name]["kernel"]).reshape(K, heads, each) for name in "qkv")
+    r_k, r_q, r_v = (np.einsum("hef,ijf->ijhe", p[f"read_{name}"], np.asarray(r)) for name in "qkv")
     logits = np.einsum("ihe,jhe->hij", q, key) + np.einsum("ihe,ijhe->hij", q, r_k)
     logits = (logits + np.einsum("jhe,jihe->hij", key, r_q)) / each**0.5
     logits = np.where(np.asarray(there), logits, -np.inf)
@@ -200,10 +199,10 @@ def test_units_go_there_and_back():
 
 def test_squares_are_a_convolution_whose_window_is_its_stride():
     rng = np.random.default_rng(8)
-    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 12, 3), (4, 4, 3, 5)))
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 12), (4, 4, 1, 5)))
     names = ("NHWC", "HWIO", "NHWC")
-    expected = jax.lax.conv_general_dilated(x[None], w, (4, 4), "VALID", dimension_numbers=names)[0]
-    np.testing.assert_allclose(squares(x, 4) @ w.reshape(48, 5), expected, atol=1e-4)
+    expected = jax.lax.conv_general_dilated(x[None, ..., None], w, (4, 4), "VALID", dimension_numbers=names)[0]
+    np.testing.assert_allclose(squares(x, 4) @ w.reshape(16, 5), expected, atol=1e-4)
 
 
 def test_waves_tell_places_apart():
