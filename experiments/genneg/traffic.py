@@ -98,9 +98,9 @@ class TrafficConfig(Config):
     patience: Annotated[int, Between(10, 100_000_000)] = 2000
     """Stop the baseline when the held-out loss has not improved for so many steps."""
 
-    per_class: Annotated[int, Between(10, 100_000_000)] = 3000
+    per_class: Annotated[int, Between(10, 100_000_000)] = 6000
     """Scenes of each class that a round wants."""
-    draw_budget: Annotated[int, Between(100, 1_000_000_000)] = 8192
+    draw_budget: Annotated[int, Between(100, 1_000_000_000)] = 16_384
     """The most scenes that a round draws for them."""
     draw_batch: Annotated[int, Between(16, 1_000_000)] = 512
     """Scenes drawn at a time."""
@@ -122,11 +122,11 @@ class TrafficConfig(Config):
     """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
     stronger: Annotated[float, Between(0.0, 100.0)] = 2.0
     """Scale of guidance of the row `by-pair-stronger`; in all others it is 1."""
-    student_steps: Annotated[int, Between(10, 10_000_000)] = 2000
+    student_steps: Annotated[int, Between(10, 10_000_000)] = 4000
     """Training steps of a distilled or refitted model."""
     student_batch: Annotated[int, Between(1, 1_000_000)] = 64
     """Scenes of one."""
-    stored: Annotated[int, Between(1, 1_000_000_000)] = 2**15
+    stored: Annotated[int, Between(1, 1_000_000_000)] = 2**16
     """Answers of the teacher that a student learns from."""
 
     samples: Annotated[int, Between(16, 1_000_000_000)] = 2048
