@@ -252,7 +252,7 @@ def training_mesh(batch: int | None = None) -> jax.sharding.Mesh:
 
     Args:
       batch: told by networks of operations so small that cores cannot share them: all CPU devices, where they divide it
-        (1.2 times as fast for `gendiff.nets.scene_transformer` on two cores).
+        (1.2 times as fast for `gendiff.nets.scene_transformer` on two cores).  Each of them then holds the examples.
     """
     devices = jax.devices()
     if devices[0].platform != "cpu" or (batch and batch % len(devices) == 0):

@@ -75,7 +75,7 @@ def steer(potential: Potential, strength: Strength, within: Interval | None = No
         shift = lambda: strength(t) * gradient(x, t)
         if within is None:
             return denoiser(x, t) + shift()
-        return denoiser(x, t) + jax.lax.cond(within(t), shift, lambda: jnp.zeros_like(x))
+        return denoiser(x, t) + jax.lax.cond(within(t), shift, lambda: jnp.zeros_like(x, jax.eval_shape(shift).dtype))
 
     return lambda denoiser: lambda x, t: shifted(denoiser, x, t)
 

@@ -30,7 +30,12 @@ def log_probability(logit: Logit) -> Logit:
 
 def limited(potential: Potential, within: Interval) -> Potential:
     """log r where `within(t)` holds, 0 elsewhere; there, with one t for all samples, it is not evaluated."""
-    return lambda x, t: jax.lax.cond(within(t), lambda: potential(x, t), lambda: jnp.zeros(()))
+
+    def value(x: Sample, t: Time) -> Scalar:
+        there = lambda: potential(x, t)
+        return jax.lax.cond(within(t), there, lambda: jnp.zeros((), jax.eval_shape(there).dtype))
+
+    return value
 
 
 def stack(potential: Logit, params: Params) -> Potential:

@@ -64,13 +64,14 @@ def train(
     if len(stands) > 1:
         raise ValueError(f"replicas: expected runs that stand at one step, given {sorted(stands)}")
     (done,) = stands
+    some_end = bool(settings.patience) or not going.all()
     state, own = together.spread(mesh, (state, own))
     context = distributed.replicate(mesh, context)
     host.report(done, {})
     report_each(done, [{}] * runs)
     while going.any():
         size = min(settings.every, settings.steps - done)
-        state, metrics = _block(task, settings, size, mesh, state, context, own)
+        state, metrics = _block(task, settings, size, some_end, mesh, state, context, own)
         done += size
         values = {name: distributed.gather(each)[:runs] for name, each in metrics.items()}
         for name, each in values.items():
@@ -111,11 +112,12 @@ def _begin(settings: Settings, keys: PRNGKey, params: Params) -> State:
     return jax.vmap(lambda key, params: training.init(key, params, training.adam(settings)))(keys, params)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=5)
 def _block(
     task: Callable[[Any, Any], Task],
     settings: Settings,
     size: int,
+    some_end: bool,
     mesh: jax.sharding.Mesh,
     state: State,
     context: Any,
@@ -127,7 +129,7 @@ def _block(
             raise ValueError("replicas: task.draw: expected a function of a key, given None")
         step = training.make_step(loss, training.adam(settings), settings.decay)
         block = training.make_block(step, draw, size, validate)
-        if not settings.patience:
+        if not some_end:
             return block(run[0])
         # What has ended stays as it is.
         none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block, run[0])[1])

@@ -76,6 +76,11 @@ def test_cpu_trains_on_one_device():
     assert distributed.training_mesh().size == 1
 
 
+@pytest.mark.parametrize(("batch", "devices"), [(16, 8), (9, 1)])
+def test_cores_share_a_batch_that_they_divide(batch, devices):
+    assert distributed.training_mesh(batch).size == devices
+
+
 def test_chunked_splits_the_work():
     # The count of operations counts the loop's body once, and that has `chunk` examples a device on any number of
     # devices.  Without a split each of 8 devices would work on 8 chunks.

@@ -214,7 +214,6 @@ def test_guided_samples_follow_the_conditional(p, kernel, steps, mixture):
 
 def test_guidance_in_an_interval_is_guidance_there_and_nothing_elsewhere():
     within = lambda t: t <= 300
-    # What is not a number is not even looked at.
     broken = lambda x, t: jnp.where(t <= 300, 1.0, jnp.nan) * bump(x, t)
     limited = guidance.guide(DDPM, broken, 1.7, within)(plain)
     everywhere = guidance.guide(DDPM, bump, 1.7)(plain)
@@ -224,5 +223,9 @@ def test_guidance_in_an_interval_is_guidance_there_and_nothing_elsewhere():
         np.testing.assert_allclose(jax.jit(limited)(x, t), expected(x, t), rtol=1e-6)
         inside = potential.limited(broken, within)(x, t)
         np.testing.assert_allclose(inside, bump(x, t) if t <= 300 else 0.0, rtol=1e-6)
+    # Elsewhere it is not evaluated, if the time is the same for all samples.
+    program = str(jax.make_jaxpr(jax.vmap(limited, (0, None)))(POINTS, 900))
+    assert "cond[" in program
+    assert "cos" not in program[: program.index("cond[")]
     at_once = jax.vmap(limited, (None, 0))(x, times)
     np.testing.assert_allclose(at_once, jnp.stack([limited(x, t) for t in times]), rtol=1e-6)

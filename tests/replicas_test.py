@@ -52,7 +52,9 @@ def test_the_program_has_no_collective():
     state = replicas._begin(SETTINGS, keys, cut(START))
     place = lambda tree: jax.device_put(tree, jax.NamedSharding(mesh, jax.P("replica")))
     text = (
-        replicas._block.lower(regression, SETTINGS, 5, mesh, place(state), POINTS, place(cut(OWN))).compile().as_text()
+        replicas._block.lower(regression, SETTINGS, 5, False, mesh, place(state), POINTS, place(cut(OWN)))
+        .compile()
+        .as_text()
     )
     assert "all-reduce" not in text
     assert "all-gather" not in text
@@ -119,7 +121,8 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_runs_that_ended_before_do_not_tell_where_the_others_stand():
+@pytest.mark.parametrize("patience", [None, 1000])
+def test_runs_that_ended_before_stay_and_do_not_tell_where_the_others_stand(patience):
     saved = {}
 
     class Kept:
@@ -138,7 +141,7 @@ def test_runs_that_ended_before_do_not_tell_where_the_others_stand():
         def close(self):
             pass
 
-    settings, seen = SETTINGS._replace(patience=1000), []
+    settings, seen = SETTINGS._replace(patience=patience), []
     whole = trained(Host(checkpoints=Kept()), settings)
     resumed = trained(Host(checkpoints=Kept(), report=lambda step, metrics: seen.append(step)), settings)
     assert seen == [20, 40, 60]

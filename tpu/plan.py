@@ -212,7 +212,7 @@ class SideBySide(NamedTuple):
         state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
         state, own = shaped((state, many(self.own, padded)), each)
         context = shaped(self.context, distributed.replicated(mesh))
-        return replicas._block.lower(self.task, self.settings, self.settings.every, mesh, state, context, own)
+        return replicas._block.lower(self.task, self.settings, self.settings.every, False, mesh, state, context, own)
 
     def step(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
         """One step of all runs on given batches."""

@@ -26,7 +26,7 @@ from gendiff import denoiser, distributed, losses, potential, process, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
 from gendiff.convert import state_dict
-from gendiff.data import drawn_sevens, mnist
+from gendiff.data import drawn_sevens, files, mnist
 from gendiff.feedback import ask, labels
 from gendiff.methods import censoring
 from gendiff.methods.censoring import Censoring, Labelled
@@ -693,9 +693,7 @@ def keep(theta: Params, config: MnistConfig) -> None:
     if other := unlike(config):
         raise ValueError(f"--keep: expected the default preset, given another {', '.join(other)}")
     arrays = {f"{i:04d}": np.asarray(leaf, np.float16) for i, leaf in enumerate(jax.tree.leaves(theta))}
-    part = KEPT.with_suffix(".part.npz")
-    np.savez_compressed(part, **arrays)  # type: ignore[arg-type]
-    part.replace(KEPT)
+    files.store(KEPT, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def run(config: MnistConfig) -> Results:

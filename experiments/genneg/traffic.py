@@ -223,11 +223,12 @@ are of other maps. degenerate: vehicles without positive extents or a heading, w
 `time-independent` learned from scenes with the sampler's least noise alone, and its gradient is taken at noisy ones (by
 agent); the others are told the noise. Classifiers guide where the signal is at least --least-signal. `distilled-1`
 learned from `by-agent`, `distilled-2` from `by-agent-stacked`, both at the scenes drawn for round 2, three quarters of
-them good, and three quarters of the times those of classifiers. `rejection` has the baseline's good scenes, `refit` was
-trained on those of round 1. `by-pair-stronger` is `by-pair` with its guidance scaled (--stronger): `by-agent` counts a
-collision twice, once for each vehicle. `smc` has `by-pair` for its twist, ancestral steps, and the oracle at the end;
-its rates and distances are of one scene of each population that has a good one, its cost is by effective number of good
-particles. `recorded-*`: on maps of recorded scenes (CommonRoad), with as many vehicles as were there, 4 to 12."""
+them good, and three quarters of the times those of classifiers (all, for EDM). `rejection` has the baseline's good
+scenes, `refit` was trained on those of round 1. `by-pair-stronger` is `by-pair` with its guidance scaled (--stronger):
+`by-agent` counts a collision twice, once for each vehicle. `smc` has `by-pair` for its twist, ancestral steps, and the
+oracle at the end; its rates and distances are of one scene of each population that has a good one, its cost is by
+effective number of good particles. `recorded-*`: on maps of recorded scenes (CommonRoad), with as many vehicles as were
+there, 4 to 12."""
 
 
 # The model.
@@ -384,11 +385,13 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         except ValueError as error:
             raise ConfigError(f"--data: {error}") from None
     else:
-        # A folder of more scenes of the same recipe serves.
+        # A folder of more scenes serves.
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gendiff" / "traffic"
         recipe, wanted = data.Recipe(config.data_seed), config.scenes
         folder = config.data or cache / f"{config.data_seed}-{recipe.seconds:g}"
         try:
+            if config.data is not None:
+                recipe = (data.recipe_of(folder) or recipe)._replace(seed=config.data_seed)
             with tqdm(total=wanted, desc="scenes", unit=" scenes") as bar:
                 report = lambda have: bar.update(min(have, wanted) - bar.n)
                 distributed.first(lambda: data.write(folder, wanted, recipe, report=report, most=config.of_map))
@@ -698,7 +701,7 @@ class Run:
         if config.from_denoiser:
             start = begun_from(theta, start)
         train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))
-        host = self.host(name, steps, config.classifier_batch)
+        host = self.host(name, steps, 2 * (config.classifier_batch // 2))
         key = jax.random.fold_in(self.fold(CLASSIFIER), 1)
         fit = lambda: genneg.fit_classifier(setup, train, held_out, start, how, key, host, conditions=self.train_places)
         return self.archive.once(name, fit)
@@ -1019,6 +1022,11 @@ def populate(
 
 def run(config: TrafficConfig) -> Results:
     """Runs what the folder does not hold yet, and writes the table and the figures."""
+    if not steered(config):
+        raise ConfigError(
+            f"--sampler-steps: expected some at which the signal is at least --least-signal {config.least_signal:g}, "
+            f"given none of {config.sampler_steps}"
+        )
     scenes = load(config)
     others = recorded(config, scenes["train"].distance.shape[-1])
     folder = Folder("genneg.traffic", config)

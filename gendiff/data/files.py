@@ -1,6 +1,7 @@
 """Arrays in files: written whole or not at all, and no code when read."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,14 +15,15 @@ def store(path: Path, put: Callable[[BinaryIO], Any]) -> None:
     Raises:
       OSError: it could not be written; a file that was there is as it was.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with part.open("wb") as file:
             put(file)
         os.replace(part, path)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def store_text(path: Path, text: str) -> None:

@@ -79,7 +79,7 @@ class SumoError(RuntimeError):
     """SUMO is not installed, or one of its programs failed."""
 
 
-def simulate(kind: Kind, seed: int, seconds: float = 900.0, warm_up: float = 240.0, every: float = 5.0) -> World:
+def simulate(kind: Kind, seed: int, seconds: float = 450.0, warm_up: float = 240.0, every: float = 5.0) -> World:
     """A place, random where it is no real one, and its traffic every `every` seconds after the warm-up.
 
     The same arguments give the same traffic, with the same version of SUMO.

@@ -288,15 +288,14 @@ def write(
       Number of maps.
 
     Raises:
-      ValueError: the folder holds other scenes.
+      ValueError: the folder holds other scenes, or maps are left out one after the other.
       sumo.SumoError: SUMO is not installed, or fails.
     """
     for name, number in (("scenes", scenes), ("most", most)):
         if number is not None and number < 1:
             raise ValueError(f"traffic: {name}: expected 1 or more, given {number}")
     folder.mkdir(parents=True, exist_ok=True)
-    told = json.loads(json.dumps(recipe._asdict() | {"cut": recipe.cut._asdict()}))
-    path = folder / "recipe.json"
+    told, path = _told(recipe), folder / RECIPE
     if path.exists():
         given = json.loads(path.read_text())
         if given != told:
@@ -305,7 +304,7 @@ def write(
     else:
         files.store(path, lambda file: file.write(json.dumps(told, indent=1).encode()))
     workers = workers or os.cpu_count() or 1
-    have = maps = 0
+    have = maps = barren = 0
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         pending: dict[int, Future] = {}
         try:
@@ -316,14 +315,45 @@ def write(
                             pending[ahead] = pool.submit(_make, folder, recipe, ahead)
                 if number in pending:
                     pending.pop(number).result()
-                have, maps = have + counted(folder, number, most), number + 1
+                found = counted(folder, number, most)
+                have, maps, barren = have + found, number + 1, 0 if found else barren + 1
                 report(have)
                 if have >= scenes:
                     return maps
+                if barren == BARREN:
+                    raise ValueError(
+                        f"traffic: expected maps with {recipe.least_scenes} scenes or more in {recipe.seconds:g} s, "
+                        f"given {BARREN} in a row with fewer: simulate longer"
+                    )
         finally:
             for future in pending.values():
                 future.cancel()
     return maps
+
+
+RECIPE = "recipe.json"
+BARREN = 60
+"""So many maps are never left out in a row, unless all are: of 682 it was 180, 4 in a row at most."""
+
+
+def _told(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(recipe._asdict() | {"cut": recipe.cut._asdict()}))
+
+
+def recipe_of(folder: Path) -> Recipe | None:
+    """The recipe of the scenes in a folder, or None where there is none.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    path = folder / RECIPE
+    if not path.exists():
+        return None
+    try:
+        told = json.loads(path.read_text())
+        return Recipe(**told | {"kinds": tuple(told["kinds"]), "cut": Cut(**told["cut"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected a recipe of scenes, given a damaged file ({error!r})") from None
 
 
 def _make(folder: Path, recipe: Recipe, number: int) -> None:
@@ -451,6 +481,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=Recipe().seconds, help="simulated on a map")
     parser.add_argument("--least-scenes", type=int, default=Recipe().least_scenes, help="of a map that is kept")
+    parser.add_argument("--most", type=int, help="scenes of a map that count; its file holds all; default: all")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     parser.add_argument("--embed", type=Path, metavar="FILE", help="the package's small data set into FILE, no other")
     given = parser.parse_args()
@@ -461,8 +492,9 @@ def main() -> None:
                 made = f"{given.embed}: {embed(given.folder, given.embed, given.workers, report)} scenes"
             else:
                 recipe = Recipe(given.seed, tuple(given.kinds), given.seconds, given.least_scenes)
-                made = f"{given.folder}: {write(given.folder, given.scenes, recipe, given.workers, report)} maps"
-        except (ValueError, sumo.SumoError) as error:
+                maps = write(given.folder, given.scenes, recipe, given.workers, report, given.most)
+                made = f"{given.folder}: {maps} maps"
+        except (ValueError, OSError, sumo.SumoError) as error:
             parser.error(str(error))
     print(made)
 

@@ -501,7 +501,7 @@ def teach(
 ) -> tuple[Samples, Array, Samples]:
     """An example (x_t, t, guided denoiser at x_t) for each x_0.
 
-    At the classifiers' times, not the denoiser's: that is where the teacher differs from theta.
+    At the problem's `classifier_time`, not the denoiser's: that is where the teacher differs from theta.
     """
     process = problem.process._replace(sample_time=problem.classifier_time)
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from gendiff.data import sumo, traffic
+from gendiff.data import files, sumo, traffic
 from gendiff.data.traffic import Cut, Recipe
 from gendiff.oracles import drivable
 
@@ -141,6 +141,21 @@ def test_a_folder_of_other_scenes_is_refused(folder, tmp_path):
     (tmp_path / "map-000000.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="damaged"):
         traffic.read(tmp_path)
+
+
+def test_maps_that_are_left_out_one_after_the_other_are_an_error(tmp_path, monkeypatch):
+    """Simulations that end before the first scene would go on for ever."""
+    monkeypatch.setattr(traffic, "BARREN", 3)
+    none = traffic.empty(Cut())._asdict()
+    for number in range(3):
+        files.store(traffic._file(tmp_path, number), lambda file: np.savez_compressed(file, **none))
+    with pytest.raises(ValueError, match="16 scenes or more in 200 s, given 3 in a row with fewer: simulate longer"):
+        traffic.write(tmp_path, 1, Recipe(seconds=200.0))
+    assert traffic.recipe_of(tmp_path) == Recipe(seconds=200.0)
+    assert traffic.recipe_of(tmp_path / "none") is None
+    (tmp_path / traffic.RECIPE).write_text('{"seed": 0}')
+    with pytest.raises(ValueError, match=r"recipe\.json: expected a recipe of scenes, given a damaged file"):
+        traffic.recipe_of(tmp_path)
 
 
 def test_without_sumo_the_error_names_the_extra(monkeypatch):

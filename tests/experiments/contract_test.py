@@ -108,7 +108,7 @@ def test_one_seed_keeps_its_interval_and_several_give_student_s() -> None:
 def test_damaged_folders_are_named(tmp_path):
     config = TinyConfig(output=tmp_path / "run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.json.tmp").write_text("{")  # killed while it was written
+    (tmp_path / "run" / ".config.json.0123.tmp").write_text("{")  # killed while it was written
     folder = Folder("test", config)
     for text in ("", "[]"):
         (folder.path / "config.json").write_text(text)
