@@ -224,8 +224,8 @@ def test_guidance_in_an_interval_is_guidance_there_and_nothing_elsewhere():
         inside = potential.limited(broken, within)(x, t)
         np.testing.assert_allclose(inside, bump(x, t) if t <= 300 else 0.0, rtol=1e-6)
     # Elsewhere it is not evaluated, if the time is the same for all samples.
-    program = str(jax.make_jaxpr(jax.vmap(limited, (0, None)))(POINTS, 900))
-    assert "cond[" in program
-    assert "cos" not in program[: program.index("cond[")]
+    done = [step.primitive.name for step in jax.make_jaxpr(jax.vmap(limited, (0, None)))(POINTS, 900).eqns]
+    assert "cond" in done
+    assert "cos" not in done
     at_once = jax.vmap(limited, (None, 0))(x, times)
     np.testing.assert_allclose(at_once, jnp.stack([limited(x, t) for t in times]), rtol=1e-6)
