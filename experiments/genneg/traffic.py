@@ -20,7 +20,19 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main, of_program
+from experiments.contract import (
+    Between,
+    Column,
+    Config,
+    ConfigError,
+    Folder,
+    Progress,
+    Results,
+    Row,
+    main,
+    markdown,
+    of_program,
+)
 from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, training
 from gendiff.checkpoint import Archive
 from gendiff.data import commonroad
@@ -229,6 +241,20 @@ scenes, `refit` was trained on those of round 1. `by-pair-stronger` is `by-pair`
 oracle at the end; its rates and distances are of one scene of each population that has a good one, its cost is by
 effective number of good particles. `recorded-*`: on maps of recorded scenes (CommonRoad), with as many vehicles as were
 there, 4 to 12."""
+
+
+PAIRED = "Differences between rows, paired (same maps and start noise, same scenes and noise), 95 % intervals as above:"
+COMPARED = (
+    ("by-scene", "baseline"),
+    ("by-agent", "by-scene"),
+    ("by-agent-stacked", "by-agent"),
+    ("by-scene-unweighted", "by-scene"),
+    ("by-agent-unweighted", "by-agent"),
+    ("distilled-1", "by-agent"),
+    ("distilled-2", "by-agent-stacked"),
+    ("by-pair-stronger", "by-agent"),
+)
+"""What the paper's claims are about."""
 
 
 # The model.
@@ -576,6 +602,16 @@ class Run:
             "r_elbo_per_dim_step": rates.scaled(bound, 1 / (steps * numbers)),
         }
 
+    def compared(self) -> str:
+        """A table of differences between rows."""
+        body = []
+        for name, other in COMPARED:
+            one, two = self.evaluations[name], self.evaluations[other]
+            broken = (~one.holds.all(1)).astype(float) - ~two.holds.all(1)
+            rate = rates.scaled(rates.clustered(broken, self.test_maps(len(broken))), 100)
+            body.append([f"`{name}` - `{other}`", *map(_signed, (rate, rates.mean(one.elbo - two.elbo)))])
+        return markdown(["rows", "infraction, points", "r-ELBO"], body)
+
     def realism(self, vehicles: np.ndarray, rows: np.ndarray) -> dict[str, rates.Estimate]:
         """How far the marginals are from those of test scenes; `rows` are the scenes whose maps they are on."""
         rows, vehicles = (each[np.isfinite(vehicles).all((1, 2))] for each in (rows, vehicles))
@@ -890,6 +926,10 @@ def begun_from(theta: Params, fresh: Params) -> Params:
 
 
 @of_program
+def _signed(estimate: rates.Estimate) -> str:
+    return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
+
+
 def _size(config: TrafficConfig, head: Head) -> int:
     """Parameters of the part of a network that is evaluated in every step."""
     network = denoiser_network(config) if head == "denoise" else classifier_network(config, head)
@@ -1035,7 +1075,8 @@ def run(config: TrafficConfig) -> Results:
     each.all()
     progress.close()
     draw_figures(folder.path, each)
-    return folder.finish(each.rows, COLUMNS, f"{NOTES}\n\n" + " ".join(each.remarks))
+    remarks = " ".join(each.remarks)
+    return folder.finish(each.rows, COLUMNS, f"{NOTES}\n\n{remarks}\n\n{PAIRED}\n\n{each.compared()}")
 
 
 FIGURE_ROWS = ("baseline", "by-scene", "by-agent", "by-pair", "distilled-2")
