@@ -63,6 +63,10 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     return tree, {name: value for name, value in stored.items() if name not in ("format", "checksums", "empty")}
 
 
+_UNDER_WAY: list["Checkpoints"] = []
+"""Of several processes: what was last begun to be written."""
+
+
 class Checkpoints:
     """The checkpoints of one training run, by step, written in the background.
 
@@ -85,6 +89,12 @@ class Checkpoints:
         whole = jax.tree.map(np.array, distributed.gather(_without_keys(state)))
         position = data.get_state() if hasattr(data, "get_state") else None
         self._finish()
+        if jax.process_count() > 1:
+            # Orbax numbers its barriers by the newest operation of a process: of two writes under way, those of the
+            # older one would have other names on each process, and never meet.
+            for other in _UNDER_WAY:
+                other._finish()
+            _UNDER_WAY[:] = [self]
         metadata = {"format": FORMAT, "checksums": _checksums(whole), "data": position}
         try:
             _check_room(self.folder)
