@@ -159,6 +159,17 @@ def test_times_of_classifiers_are_those_of_the_sampler_where_they_guide(signal):
     assert abs((taught > last).mean() - beyond) < 5 * 0.5 / 2000**0.5
 
 
+def test_classifiers_cost_nothing_where_they_do_not_guide():
+    alphas = np.cumprod(1 - np.linspace(1e-4, 0.02, SMOKE.steps)) ** 0.5
+    times = np.round(SMOKE.steps * (np.arange(1, SMOKE.sampler_steps + 1) / SMOKE.sampler_steps) ** 2).astype(int)
+    share = (alphas[times - 1] >= SMOKE.least_signal).mean()
+    assert 0 < share < 1
+    assert traffic.steered(SMOKE) == pytest.approx(share)
+    assert traffic.steered(dataclasses.replace(SMOKE, least_signal=0.0)) == 1
+    with pytest.raises(ConfigError, match=r"--sampler-steps: expected some .* least-signal 0\.95, given none of 2"):
+        traffic.run(dataclasses.replace(SMOKE, sampler_steps=2))
+
+
 def test_the_oracle_of_samples_is_that_of_scenes(scenes):
     rng = np.random.default_rng(0)
     u = rng.normal(size=(8, 12, 7)).astype(np.float32)
