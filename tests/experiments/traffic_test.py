@@ -166,7 +166,7 @@ def test_classifiers_cost_nothing_where_they_do_not_guide():
     assert 0 < share < 1
     assert traffic.steered(SMOKE) == pytest.approx(share)
     assert traffic.steered(dataclasses.replace(SMOKE, least_signal=0.0)) == 1
-    with pytest.raises(ConfigError, match=r"--sampler-steps: expected some .* least-signal 0\.95, given none of 2"):
+    with pytest.raises(ConfigError, match=r"--sampler-steps: expected some .*--least-signal 0\.95, given none of 2"):
         traffic.run(dataclasses.replace(SMOKE, sampler_steps=2))
 
 
