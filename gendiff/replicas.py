@@ -80,7 +80,7 @@ def train(
                 raise NotFinite(f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}")
         stop = distributed.preempted()
         if host.checkpoints is not None:
-            host.checkpoints.save(done, _first(state, runs))
+            host.checkpoints.save(done, _first(mesh, runs, state))
         host.report(done, {name: float(each[going].mean()) for name, each in values.items()})
         of_run = lambda k: {name: float(each[k]) for name, each in values.items()}  # noqa: B023 (used at once)
         report_each(done, [of_run(k) if going[k] else None for k in range(runs)])
@@ -93,7 +93,7 @@ def train(
         host.checkpoints.close()
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
-    return distributed.local(distributed.place(mesh, _first(state, runs)))
+    return distributed.local(_first(mesh, runs, state))
 
 
 def _going(state: State, settings: Settings) -> np.ndarray:
@@ -102,9 +102,14 @@ def _going(state: State, settings: Settings) -> np.ndarray:
     return ~training.finished(step, best_step, settings)
 
 
-def _first(state: State, runs: int) -> State:
-    """Without the copies that fill up the devices; as a copy, since the state's keys are still to be used."""
-    return jax.tree.map(lambda a: a[:runs], state._replace(key=jax.random.clone(state.key)))
+@partial(jax.jit, static_argnums=(0, 1))
+def _first(mesh: jax.sharding.Mesh, runs: int, state: State) -> State:
+    """Without the copies that fill up the devices, on every device; a copy: the state's keys are still to be used.
+
+    One program: of several processes, one for each array would be under way together and block each other.
+    """
+    first = jax.tree.map(lambda a: a[:runs], state._replace(key=jax.random.clone(state.key)))
+    return jax.lax.with_sharding_constraint(first, distributed.replicated(mesh))
 
 
 @partial(jax.jit, static_argnums=0)
