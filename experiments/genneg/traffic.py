@@ -1089,7 +1089,7 @@ def draw_figures(path: Path, done: Run) -> None:
     test = done.scenes["test"]
     count = len(test.world)
     # Of the last two maps, two on which the baseline fails: its first sample of a map is row i.
-    first = done.evaluations["baseline"].holds[:count].all(1)
+    first = np.asarray(done.evaluations["baseline"].holds[:count].all(1))
     failed = np.flatnonzero(~first) if len(first) == count and not first.all() else np.arange(count)
     shown = np.array([0, count - 1, failed[len(failed) // 3], failed[2 * len(failed) // 3]])
     half = data.HALF
