@@ -345,9 +345,13 @@ def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
 
 
-def gather(tree: Any) -> Any:
-    """All arrays whole, as NumPy's, on every process."""
-    return jax.tree.map(_gather, tree)
+def gather(tree: Any, n: int | None = None) -> Any:
+    """All arrays whole, as NumPy's, on every process.
+
+    Args:
+      n: rows of them, where `chunked` left more.
+    """
+    return jax.tree.map(lambda leaf: _gather(leaf)[:n] if n is not None else _gather(leaf), tree)
 
 
 def _gather(leaf: Any) -> np.ndarray:
@@ -394,16 +398,23 @@ def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
 
 
 def chunked(
-    function: Callable[[Any], Any], inputs: Any, chunk: int = 1024, mesh: jax.sharding.Mesh | None = None
+    function: Callable[[Any], Any],
+    inputs: Any,
+    chunk: int = 1024,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    cut: bool = True,
 ) -> Any:
     """`vmap(function)(inputs)`, in chunks that stay in the cache (or in memory), split over the devices of a mesh.
 
-    Without a collective where the devices divide the examples.
+    Without a collective where the devices divide the examples, or the results are not cut.
 
     Args:
       function: of one example.
       inputs: a pytree of arrays with a common leading axis of n examples; results do not depend on chunks or devices.
       chunk: most examples at a time and device; n is padded to equal chunks with copies of the last example.
+      cut: False leaves the results of these copies at the end: rows that the devices do not divide could not stay where
+        they are.  `gather(results, n)` cuts them off outside of the program.
     """
     n = jax.tree.leaves(inputs)[0].shape[0]
     if n < 1:
@@ -424,4 +435,4 @@ def chunked(
         each = jax.P(EVERY_DEVICE)
         here = jax.shard_map(here, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
     outputs = here(inputs)
-    return outputs if total == n else jax.tree.map(lambda a: a[:n], outputs)
+    return jax.tree.map(lambda a: a[:n], outputs) if cut and total != n else outputs

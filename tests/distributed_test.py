@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,11 @@ def test_chunked_is_vmap(n, chunk, devices):
     run = lambda mesh: jax.jit(lambda inputs: distributed.chunked(function, inputs, chunk, mesh))(inputs)
     expected = jax.vmap(function)(inputs | {"key": jax.random.clone(inputs["key"])})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), run(mesh_of(devices)), expected)
+    again = inputs | {"key": jax.random.clone(inputs["key"])}
+    uncut = jax.jit(partial(distributed.chunked, function, chunk=chunk, mesh=mesh_of(devices), cut=False))(again)
+    assert len(uncut["sum"]) % devices == 0
+    cut = distributed.gather(uncut, n)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), cut, expected)
 
 
 @MESHES

@@ -334,7 +334,7 @@ def traffic_programs() -> dict[str, Program]:
                 bound = genneg.bound(setup, guided, each)
                 return bound.theta["memory"], bound.classifiers["net"]["memory"]
 
-            return distributed.chunked(one, places, setup.chunk, mesh)
+            return distributed.chunked(one, places, setup.chunk, mesh, cut=False)
 
         return jax.jit(encoded).lower(*shaped((guided, many(place, n)), distributed.replicated(mesh)))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from experiments import figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown, of_program
-from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, together, training
+from gendiff import denoiser, distributed, likelihood, losses, process, sampling, smc, together, training
 from gendiff.checkpoint import Archive
 from gendiff.data import checkerboard as data
 from gendiff.methods import genneg
@@ -296,14 +296,16 @@ class Run:
         self.progress(f"evaluate {name}", 0, config.samples, {})
         for first in range(0, config.samples, batch):
             key = jax.random.fold_in(self.fold(SAMPLES), first)
-            points = distributed.gather(genneg.draw(setup, guided, key, batch, self.mesh))
+            points = np.asarray(genneg.draw(setup, guided, key, batch, self.mesh))
             kept.append(points[: config.samples - first])
             self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
         points = np.concatenate(kept)
         good = label(setup.oracle, points)
         test = self.board(TEST, config.elbo_points)
         elbo = together.call(elbos, (setup, config.elbo_levels), self.mesh, (guided, test, self.fold(ELBO)))
-        return Evaluation(points[:10_000], points[good][:100_000], tally(config, points), elbo)
+        return Evaluation(
+            points[:10_000], points[good][:100_000], tally(config, points), distributed.gather(elbo, len(test))
+        )
 
     # The rows.
 
@@ -482,7 +484,7 @@ class Run:
         keys = jax.random.split(self.fold(SMC), config.smc_populations)
         given = distributed.place(self.mesh, (guided, keys))
         populations = distributed.gather(
-            populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given)
+            populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given), len(keys)
         )
         pooled = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), populations._replace(resampled=jnp.zeros((1, 1))))
         good = jnp.asarray(label(self.problem.oracle, np.asarray(pooled.particles)))
@@ -525,18 +527,18 @@ def elbos(problem: genneg.Problem, levels: int, mesh: Any, guided: Guided, point
     """ELBO of each point (n, 2); the same key gives the same noise for every model."""
     model = genneg.denoiser(problem, guided)
     keys = jax.random.split(key, len(points))
-    return distributed.chunked(lambda at: likelihood.elbo(model, at[0], at[1], levels), (keys, points), 1024, mesh)
+    one = lambda given: likelihood.elbo(model, given[0], given[1], levels)
+    return distributed.chunked(one, (keys, points), 1024, mesh, cut=False)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def populate(problem: genneg.Problem, steps: int, particles: int, mesh: Any, guided: Guided, keys: Array) -> Any:
     """One SMC population for each key."""
     plain = genneg.denoiser(problem, Guided(guided.theta))
-    steered = genneg.denoiser(problem, guided)
-    twist = potential.stack(potential.log_probability(genneg.logit(problem)), guided.classifiers)
+    steered, twist = genneg.denoiser(problem, guided), genneg.twist(problem, guided)
     grid = problem.process.grid(steps)
     one = lambda key: smc.twisted(problem.process, plain, steered, twist, grid, key, problem.shape, particles)
-    return distributed.chunked(one, keys, 1, mesh)
+    return distributed.chunked(one, keys, 1, mesh, cut=False)
 
 
 def tally(config: CheckerboardConfig, points: np.ndarray) -> np.ndarray:

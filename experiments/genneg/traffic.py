@@ -9,6 +9,7 @@ import dataclasses
 import os
 import time
 import zlib
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -33,7 +34,7 @@ from experiments.contract import (
     markdown,
     of_program,
 )
-from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, training
+from gendiff import denoiser, distributed, likelihood, losses, process, sampling, smc, training
 from gendiff.checkpoint import Archive
 from gendiff.data import commonroad
 from gendiff.data import traffic as data
@@ -242,7 +243,6 @@ oracle at the end; its rates and distances are of one scene of each population t
 effective number of good particles. `recorded-*`: on maps of recorded scenes (CommonRoad), with as many vehicles as were
 there, 4 to 12. scenes.png: on the last two maps the baseline has an infraction, and they were chosen for that."""
 
-
 PAIRED = "Differences between rows, paired (same maps and start noise, same scenes and noise), 95 % intervals as above:"
 COMPARED = (
     ("by-scene", "baseline"),
@@ -301,13 +301,13 @@ def teaching(config: TrafficConfig) -> genneg.Problem:
     setup = problem(config)
     if config.chain == "edm":
         return setup
+    last = last_guided(config)
 
     def times(key: Array) -> Time:
         which_key, key = jax.random.split(key)
         limit = jnp.where(jax.random.bernoulli(which_key, 0.25), config.steps, last)
         return times_of(limit, 2.0, key)
 
-    last = last_guided(config)
     return setup._replace(classifier_time=times)
 
 
@@ -344,9 +344,16 @@ def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Proble
         size = jnp.sqrt(steps.alpha(t) ** 2 + steps.sigma(t) ** 2)
         return classifier.apply(bound, x / size, noise_level(steps, least if timeless else t))
 
+    # Where good and bad scenes look alike the slope of a trained network is a random push: it mends nothing, and costs
+    # likelihood.
     within = partial(clear, steps, config.least_signal) if config.least_signal else None
-    # As the sampler's grid: a uniform choice would hardly see where infractions are decided.
-    times = (lambda key: least) if timeless else partial(times_of, last_guided(config), 2.0)
+    times: Callable[[Array], Time]
+    if timeless:
+        times = lambda key: least
+    elif edm:
+        times = process.classifier_time()
+    else:  # as the sampler's grid: a uniform choice would hardly see where infractions are decided
+        times = partial(times_of, last_guided(config), 2.0)
     kernel = sampling.heun if edm else partial(sampling.ddim, eta=1.0 if config.eta is None else config.eta)
     return genneg.Problem(
         process=steps,
@@ -357,12 +364,10 @@ def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Proble
         kernel=kernel,
         steps=config.sampler_steps,
         weight=losses.edm_weight(DATA_STD) if edm else losses.epsilon_weight(steps),
-        classifier_time=process.classifier_time() if edm and not timeless else times,
+        classifier_time=times,
         chunk=64 if jax.default_backend() == "cpu" else 1024,
         bind=net.bind,
         bind_network=classifier.bind,
-        # Where good and bad scenes look alike the slope of a trained network is a random push: it mends nothing, and
-        # costs likelihood.
         within=within,
     )
 
@@ -575,9 +580,8 @@ class Run:
         rows, maps = self.test_rows(len(evaluation.holds)), self.test_maps(len(evaluation.holds))
         broken, before = (~each.holds.all(1) for each in (evaluation, self.evaluations["baseline"]))
         metrics = infraction_rates(evaluation, maps)
-        fewer = before.astype(float) - broken
-        itself = evaluation is self.evaluations["baseline"]
-        metrics["infraction_gain"] = rates.exact(0.0, len(fewer)) if itself else rates.clustered(fewer, maps)
+        if evaluation is not self.evaluations["baseline"]:
+            metrics["infraction_gain"] = rates.paired(before, broken, maps)
         metrics |= per_valid(metrics["infraction_rate"], cost, float(evaluation.seconds))
         if len(evaluation.elbo):
             metrics |= self.likelihoods(evaluation)
@@ -609,8 +613,8 @@ class Run:
         body = []
         for name, other in COMPARED:
             one, two = self.evaluations[name], self.evaluations[other]
-            broken = (~one.holds.all(1)).astype(float) - ~two.holds.all(1)
-            rate = rates.scaled(rates.clustered(broken, self.test_maps(len(broken))), 100)
+            broken = [~each.holds.all(1) for each in (one, two)]
+            rate = rates.scaled(rates.paired(broken[0], broken[1], self.test_maps(len(one.holds))), 100)
             body.append([f"`{name}` - `{other}`", *map(_signed, (rate, rates.mean(one.elbo - two.elbo)))])
         return markdown(["rows", "infraction, points", "r-ELBO"], body)
 
@@ -646,8 +650,7 @@ class Run:
             conditions = rows_of(given, rows[np.arange(first, first + size) % n])
             begun = time.perf_counter()
             draw_key = jax.random.fold_in(key, first)
-            drawn = genneg.draw(setup, guided, draw_key, size, self.mesh, scale, conditions)
-            kept.append(distributed.gather(drawn))
+            kept.append(np.asarray(genneg.draw(setup, guided, draw_key, size, self.mesh, scale, conditions)))
             seconds.append(time.perf_counter() - begun)
             self.progress(phase, min(first + size, n), n, {})
         samples = np.concatenate(kept)[:n]
@@ -662,7 +665,7 @@ class Run:
         scenes = data.take(self.scenes["test"], rows)
         given = (guided, jnp.asarray(self.normalised(scenes)), places(scenes), self.fold(ELBO), scale)
         found = elbos(setup, self.config.elbo_levels, self.mesh, *distributed.place(self.mesh, given))
-        return distributed.gather(found)
+        return distributed.gather(found, len(rows))
 
     # The rows.
 
@@ -841,7 +844,7 @@ class Run:
             keys = jax.random.split(jax.random.fold_in(key, first), part)
             begun = time.perf_counter()
             placed = distributed.place(self.mesh, (guided, keys, given))
-            drawn = distributed.gather(populate(setup, size, self.mesh, *placed))
+            drawn = distributed.gather(populate(setup, size, self.mesh, *placed), part)
             seconds.append(time.perf_counter() - begun)
             if len(seconds) * part > n + part - 1:  # drawn again for the time alone
                 break
@@ -904,6 +907,7 @@ def evaluations(config: TrafficConfig) -> int:
     return 2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps
 
 
+@of_program
 def steered(config: TrafficConfig) -> float:
     """The share of the sampler's steps that classifiers guide."""
     setup = problem(config)
@@ -1040,7 +1044,7 @@ def elbos(
         loss = losses.denoising(setup.process, lambda _, x, t: model(x, t), setup.weight)
         return -jnp.mean(jax.lax.map(lambda key: loss(None, key, x0), jax.random.split(key, levels)))
 
-    return distributed.chunked(one, (jax.random.split(key, len(scenes)), scenes, given), setup.chunk, mesh)
+    return distributed.chunked(one, (jax.random.split(key, len(scenes)), scenes, given), setup.chunk, mesh, cut=False)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -1053,13 +1057,11 @@ def populate(
     def one(each: tuple[Array, Place]) -> smc.Population:
         key, place = each
         here = genneg.bound(setup, guided, place)
-        plain, steered = genneg.denoiser(setup, Guided(here.theta)), genneg.denoiser(setup, here)
-        twist = potential.stack(potential.log_probability(genneg.logit(setup)), here.classifiers)
-        if setup.within is not None:
-            twist = potential.limited(twist, setup.within)
-        return smc.twisted(setup.process, plain, steered, twist, grid, key, setup.shape, particles)
+        plain, guided_by = genneg.denoiser(setup, Guided(here.theta)), genneg.denoiser(setup, here)
+        twist = genneg.twist(setup, here)
+        return smc.twisted(setup.process, plain, guided_by, twist, grid, key, setup.shape, particles)
 
-    return distributed.chunked(one, (keys, given), 8, mesh)
+    return distributed.chunked(one, (keys, given), 8, mesh, cut=False)
 
 
 def run(config: TrafficConfig) -> Results:

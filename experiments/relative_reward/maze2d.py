@@ -578,7 +578,8 @@ class Maze:
                 self.process, model(config), problem.network, family.switches, self.mesh,
                 *place((known, theta, phi, scale, from_there[goal], self.fold(PLANS, 100 + goal))),
             )  # fmt: skip
-            drawn = self.archive.once(f"plans/{name}-{goal + 1}", lambda: {"plans": draw()})["plans"]
+            plans = lambda: {"plans": distributed.gather(draw(), config.plans)}
+            drawn = self.archive.once(f"plans/{name}-{goal + 1}", plans)["plans"]
             self.progress(f"{self.name}/plans/{name}", goal + 1, GOALS, {})
             places = episodes.unnormalise(units, np.asarray(drawn))[..., PLACE]
             self.plans.setdefault(name, []).append(places)
@@ -681,7 +682,7 @@ def _plans(
     kernel = _kernel(process, model, network, switches, known, theta, phi, scale)
     grid = process.grid(process.steps or 100)
     one = lambda pair: sampling.sample(process, kernel(pair[1]), grid, pair[0], pair[1].shape)
-    return distributed.chunked(one, (jax.random.split(key, len(starts)), starts), 64, mesh)
+    return distributed.chunked(one, (jax.random.split(key, len(starts)), starts), 64, mesh, cut=False)
 
 
 def _kernel(

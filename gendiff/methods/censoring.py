@@ -186,7 +186,7 @@ def draw(
     # Scale and recurrence are arguments, so that all of them share one program.
     given = (theta, rewards, key, float(settings.scale), settings.recurrence)
     program = settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
-    samples, finite = distributed.gather(together.call(_draw, (problem, program, n), mesh, given))
+    samples, finite = distributed.gather(together.call(_draw, (problem, program, n), mesh, given), n)
     if finite.min() < problem.steps:
         raise Diverged(
             f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {n} samples, first in step "
@@ -223,7 +223,7 @@ def _draw(
     step = kernel(problem, theta, rewards, settings._replace(scale=scale, recurrence=recurrence))
     grid = problem.process.grid(problem.steps)
     one = lambda key: sampling.watched(problem.process, step, grid, key, problem.shape)
-    return distributed.chunked(one, jax.random.split(key, n), problem.chunk, mesh)
+    return distributed.chunked(one, jax.random.split(key, n), problem.chunk, mesh, cut=False)
 
 
 def evaluations(problem: Problem, settings: Censoring, members: int) -> int:

@@ -25,7 +25,7 @@ from gendiff.checkpoint import Archive
 from gendiff.denoiser import Denoiser, Model
 from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.oracles.oracle import Oracle, label
-from gendiff.potential import Logit
+from gendiff.potential import Logit, Potential
 from gendiff.process import Process
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
@@ -149,6 +149,12 @@ def denoiser(problem: Problem, guided: Guided, scale: float = 1.0) -> Denoiser:
     return guidance.guide(problem.process, log_c, scale, problem.within)(plain)
 
 
+def twist(problem: Problem, guided: Guided) -> Potential:
+    """sum_k log C_k(x, t) where classifiers guide, 0 elsewhere: for `gendiff.smc`."""
+    log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
+    return log_c if problem.within is None else potential.limited(log_c, problem.within)
+
+
 def append(guided: Guided, classifier: Params) -> Guided:
     """The model with one more classifier."""
     if guided.classifiers is None:
@@ -170,8 +176,8 @@ def draw(
     scale: float = 1.0,
     conditions: Any = None,
 ) -> Samples:
-    """n samples of a model; `conditions`, a pytree with n rows, one for each."""
-    return together.call(_draw, (problem, n), mesh, (guided, key, scale, conditions))
+    """n samples of a model, whole on every process; `conditions`, a pytree with n rows, one for each."""
+    return distributed.gather(together.call(_draw, (problem, n), mesh, (guided, key, scale, conditions)), n)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -183,7 +189,7 @@ def _draw(problem: Problem, n: int, mesh: Any, guided: Guided, key: PRNGKey, sca
         kernel = problem.kernel(problem.process, denoiser(problem, bound(problem, guided, condition), scale))
         return sampling.sample(problem.process, kernel, grid, key, problem.shape)
 
-    return distributed.chunked(one, (jax.random.split(key, n), conditions), problem.chunk, mesh)
+    return distributed.chunked(one, (jax.random.split(key, n), conditions), problem.chunk, mesh, cut=False)
 
 
 def collect(
@@ -237,7 +243,7 @@ def _labelled(
         choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         rows = choice.integers(0, len(jax.tree.leaves(conditions)[0]), n)
         given = jax.tree.map(lambda a: a[rows], conditions)
-    samples = distributed.gather(draw(problem, guided, key, n, mesh, conditions=given))
+    samples = np.asarray(draw(problem, guided, key, n, mesh, conditions=given))
     if not np.isfinite(samples).all():
         raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
     labels = distributed.by_process(
@@ -645,7 +651,7 @@ def accepted(
     """At least n samples of a model that the oracle calls good: rejection sampling."""
     kept: list[np.ndarray] = []
     for i in range(-(-settings.budget // settings.batch)):
-        samples = distributed.gather(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
+        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
         if not np.isfinite(samples).all():
             raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
         kept.append(samples[label(problem.oracle, samples)])

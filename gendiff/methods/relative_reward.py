@@ -268,7 +268,7 @@ def pool(
     for i in range(0, len(x0), piece):
         rows = np.minimum(np.arange(i, i + piece), len(x0) - 1)
         given = distributed.place(mesh, (theta, thetas, known, keys[rows], x0[rows]))
-        made.append(distributed.gather(_pool(process, model, switches, mesh, *given)))
+        made.append(distributed.gather(_pool(process, model, switches, mesh, *given), piece))
         report(min(i + piece, len(x0)))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(x0)], *made)
 
@@ -287,7 +287,7 @@ def _pool(
 ) -> Aligned:
     experts = lambda x, t: potential.over_members(lambda phi: model(phi, x, t), thetas)
     example = examples(process, partial(model, theta), experts, switches, known)
-    return distributed.chunked(lambda pair: example(*pair), (keys, x0), 64, mesh)
+    return distributed.chunked(lambda pair: example(*pair), (keys, x0), 64, mesh, cut=False)
 
 
 # Rewards.

@@ -18,6 +18,8 @@ from gendiff.training import Settings
 
 NAMES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 SETTINGS = Settings(16, 1e-3, every=8)
+UNEVEN = 13
+"""Samples, which the devices do not divide."""
 
 
 def collectives(text: str) -> Counter:
@@ -64,7 +66,7 @@ def of_mnist():
     images = np.zeros((64, config.size, config.size, 1), np.float32)
     rewards = jax.tree.map(lambda a: a[None], mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
     how = censoring.Censoring(scale=0.0, recurrence=1)
-    static, given = (setup, how, 16), (theta, rewards, jax.random.key(2), 1.0, 2)
+    static, given = (setup, how, UNEVEN), (theta, rewards, jax.random.key(2), 1.0, 2)
     trainings = [partial(steps_text, mnist.base_task(setup, 16), theta, images)]
     return trainings, partial(samples_text, censoring._draw, static, given)
 
@@ -80,7 +82,7 @@ def of_traffic():
     guided = genneg.append(genneg.Guided(theta), {"net": phi, "shift": jnp.zeros(())})
     x = traffic.UNITS.normalised(jnp.asarray(held.vehicles), given.present)
     context = ((given, x), (given, x), jax.random.split(jax.random.key(2), 16))
-    static, asked = (setup, 16), (guided, jax.random.key(3), 1.0, given)
+    static, asked = (setup, UNEVEN), (guided, jax.random.key(3), 1.0, jax.tree.map(lambda a: a[:UNEVEN], given))
     pool = {"x": np.asarray(x), "row": np.arange(16), "labels": np.ones((16, 12), bool)}
     synthetic = genneg.Synthetic(pool, pool | {"labels": ~pool["labels"]}, 16, 16)
     trainings = [
@@ -98,7 +100,7 @@ def of_checkerboard():
     guided = genneg.append(genneg.Guided(theta), {"net": net, "shift": jnp.zeros(())})
     points = jnp.zeros((64, 2))
     context = (points, points, jax.random.split(jax.random.key(2), 64))
-    static, asked = (setup, 64), (guided, jax.random.key(3), 1.0, None)
+    static, asked = (setup, UNEVEN), (guided, jax.random.key(3), 1.0, None)
     drawn = np.zeros((16, 2), np.float32)
     trainings = [
         partial(steps_text, checkerboard.base_task(config), theta, context),

@@ -118,7 +118,7 @@ def samples() -> dict[str, Any]:
         "ddim": draw(sampling.ddim(DDPM, plain), DDPM, 10, 32),
         "ancestral": draw(sampling.ancestral(DDPM, plain), DDPM, 10, 32),
         "recurrent": draw(sampling.recurrent(DDPM, sampling.ancestral(DDPM, plain), 2), DDPM, 10, 16),
-        "genneg": distributed.gather(genneg.draw(problem(), guided, key, 29, mesh)),
+        "genneg": genneg.draw(problem(), guided, key, 29, mesh),
         "collected": synthetic.positives,
         "counts": np.asarray([synthetic.good, synthetic.bad]),
         "censored": censoring.draw(censored(), theta, phi, censoring.Censoring(recurrence=2), key, 32, mesh),
