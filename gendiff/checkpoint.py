@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
@@ -63,16 +63,15 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     return tree, {name: value for name, value in stored.items() if name not in ("format", "checksums", "empty")}
 
 
-_UNDER_WAY: list["Checkpoints"] = []
-"""Of several processes: what was last begun to be written."""
-
-
 class Checkpoints:
     """The checkpoints of one training run, by step, written in the background.
 
     Args:
       keep: how many of the newest are kept.
     """
+
+    _newest: ClassVar["Checkpoints | None"] = None
+    """Of a process among several: what was last begun to be written."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
@@ -92,9 +91,9 @@ class Checkpoints:
         if jax.process_count() > 1:
             # Orbax numbers its barriers by the newest operation of a process: of two writes under way, those of the
             # older one would have other names on each process, and never meet.
-            for other in _UNDER_WAY:
-                other._finish()
-            _UNDER_WAY[:] = [self]
+            if Checkpoints._newest is not None:
+                Checkpoints._newest._finish()
+            Checkpoints._newest = self
         metadata = {"format": FORMAT, "checksums": _checksums(whole), "data": position}
         try:
             _check_room(self.folder)

@@ -120,7 +120,7 @@ def write(
     configuration = json.loads(json.dumps({**configuration, "transitions": transitions, "shard": shard}))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "info.json").exists() and not _shards(folder):
-        files.store(folder / "info.json", lambda file: file.write(_json(configuration, None)))
+        files.store_text(folder / "info.json", _json(configuration, None))
     found = _info(folder)["configuration"]
     if others := [name for name in {**configuration, **found} if configuration.get(name) != found.get(name)]:
         wanted, given = ({name: each.get(name) for name in others} for each in (configuration, found))
@@ -137,7 +137,7 @@ def write(
             save = lambda file, made=made, tried=tried: np.savez(file, attempts=tried, **made._asdict())
             files.store(folder / f"shard-{holds.shards:05d}.npz", save)
             holds = _plus(holds, made.lengths, tried)
-    files.store(folder / "info.json", lambda file: file.write(_json(configuration, holds)))
+    files.store_text(folder / "info.json", _json(configuration, holds))
     return holds
 
 
@@ -162,8 +162,8 @@ def _plus(holds: Holds, lengths: np.ndarray, attempts: Any) -> Holds:
     return Holds(*map(sum, zip(holds, more, strict=True)))
 
 
-def _json(configuration: Any, holds: Holds | None) -> bytes:
-    return json.dumps({"configuration": configuration, "holds": holds and holds._asdict()}, indent=1).encode()
+def _json(configuration: Any, holds: Holds | None) -> str:
+    return json.dumps({"configuration": configuration, "holds": holds and holds._asdict()}, indent=1)
 
 
 def _info(folder: Path) -> dict[str, Any]:

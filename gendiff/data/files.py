@@ -1,4 +1,4 @@
-"""Arrays in files: written whole or not at all, and no code when read."""
+"""Files that are written whole or not at all; arrays in them, without code."""
 
 import os
 import secrets

@@ -295,14 +295,11 @@ def write(
         if number is not None and number < 1:
             raise ValueError(f"traffic: {name}: expected 1 or more, given {number}")
     folder.mkdir(parents=True, exist_ok=True)
-    told, path = _told(recipe), folder / RECIPE
-    if path.exists():
-        given = json.loads(path.read_text())
-        if given != told:
-            differ = {key: given.get(key) for key in told if given.get(key) != told[key]}
-            raise ValueError(f"traffic: {folder}: expected scenes of {told}, given a folder with {differ}")
-    else:
-        files.store(path, lambda file: file.write(json.dumps(told, indent=1).encode()))
+    wanted, there = _told(recipe), recipe_of(folder)
+    if there is None:
+        files.store_text(folder / RECIPE, json.dumps(wanted, indent=1))
+    elif differ := {key: value for key, value in _told(there).items() if value != wanted[key]}:
+        raise ValueError(f"traffic: {folder}: expected scenes of {wanted}, given a folder with {differ}")
     workers = workers or os.cpu_count() or 1
     have = maps = barren = 0
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:

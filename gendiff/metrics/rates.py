@@ -60,6 +60,21 @@ def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed:
     return Estimate(value, float(low), float(high), len(values))
 
 
+def paired(one: ArrayLike, two: ArrayLike, groups: ArrayLike) -> Estimate:
+    """Share of the trials of which `one` holds minus that of `two`, in [-1, 1]; the trials come in groups, as above.
+
+    Where they agree in every trial, no group is known to differ: the interval is Wilson's bound of that, to both sides.
+    """
+    difference = np.asarray(one, np.float64) - np.asarray(two, np.float64)
+    if not difference.any():
+        same = clustered(difference, groups)
+        return same._replace(low=-same.high)
+    if difference.mean() >= 0:
+        return clustered(difference, groups)
+    more = clustered(-difference, groups)
+    return Estimate(-more.value, -more.high, -more.low, more.n)
+
+
 def exact(value: float, n: int = 1) -> Estimate:
     """A count or a measured time: no interval."""
     return Estimate(float(value), float(value), float(value), n)

@@ -120,8 +120,8 @@ def test_generated_scenes_are_valid_and_go_on_after_a_kill(folder):
     assert traffic.valid(scenes).all()
     assert scenes.present.all()
     assert (np.abs(np.linalg.norm(scenes.vehicles[..., 4:6], axis=-1) - 1) < 1e-5).all()
-    files = sorted(folder.glob("map-*.npz"))
-    files[0].unlink()  # as if killed before it
+    maps = sorted(folder.glob("map-*.npz"))
+    maps[0].unlink()  # as if killed before it
     seen = []
     assert traffic.write(folder, 40, RECIPE, workers=1, report=seen.append) >= 1
     again = traffic.read(folder, scenes=40)

@@ -125,3 +125,23 @@ def test_clustered_knows_what_it_does_not_know():
         rates.clustered(np.zeros(4), np.zeros(3))
     with pytest.raises(ValueError, match="expected a group for each value"):
         rates.clustered(np.zeros(0), np.zeros(0))
+
+
+def test_paired_shares_that_agree_may_still_differ():
+    groups, held = np.arange(40) % 10, np.arange(40) % 3 == 0
+    same = rates.paired(held, held, groups)
+    bound = rates.rate(0, 10).high
+    assert same == (0.0, -bound, bound, 40)
+    # All of one and none of the other: no group is known to be otherwise.
+    assert rates.paired(np.ones(40), np.zeros(40), groups)[:3] == rates.rate(10, 10)[:3]
+    assert rates.paired(np.zeros(40), np.ones(40), groups)[:3] == tuple(-np.array(rates.rate(10, 10))[[0, 2, 1]])
+
+
+@given(seed=st.integers(0, 1000), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_paired_shares_are_antisymmetric(seed, shares):
+    rng = np.random.default_rng(seed)
+    one, two = (rng.random(30) < share for share in shares)
+    groups = rng.integers(0, 6, 30)
+    there, back = rates.paired(one, two, groups), rates.paired(two, one, groups)
+    assert there.low <= there.value <= there.high
+    np.testing.assert_allclose([there.value, there.low, there.high], [-back.value, -back.high, -back.low], atol=1e-12)
