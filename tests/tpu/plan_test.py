@@ -130,6 +130,10 @@ def test_unexpected_collectives():
     assert plan.unexpected("training", (), 1) == ""
     assert plan.unexpected("training", (), 8) == "expected one all-reduce, given none"
     assert plan.unexpected("training", (reduce, reduce), 8) == "expected one all-reduce, given 2 all-reduce (16 B)"
+    pieces = [Collective("all-reduce", size * 10**6) for size in (96, 114, 5)]
+    assert plan.unexpected("training", tuple(pieces[:2]), 8) == ""
+    assert "given 3 all-reduce (215 MB)" in plan.unexpected("training", tuple(pieces), 8)
+    assert "given 1 all-gather" in plan.unexpected("training", (gather,), 8)
     assert plan.unexpected("sharded", (gather, scatter, reduce), 8) == ""
     assert "given 1 all-reduce" in plan.unexpected("sharded", (reduce,), 8)
     assert plan.unexpected("replicas", (gather,), 8) == "expected no collective, given 1 all-gather (8 B)"
