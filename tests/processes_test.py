@@ -224,3 +224,13 @@ def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
         assert job.wait(900) == [0] * processes, job.log(0).read_text()[-3000:]
     for seed in (0, 1):
         same_figures(*(tmp_path / str(processes) / f"seed-{seed}" for processes in (1, 2)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["censoring.mnist", "genneg.traffic", "relative_reward.maze2d"])
+def test_a_table_of_two_processes_is_that_of_one(module, tmp_path):
+    folders = {processes: tmp_path / f"of-{processes}" for processes in (1, 2)}
+    for processes, folder in folders.items():
+        job = experiment(processes, folder, tmp_path / f"logs-{processes}", f"experiments.{module}")
+        assert job.wait(1800) == [0] * processes, job.log(0).read_text()[-3000:]
+    same_figures(*folders.values())

@@ -81,6 +81,8 @@ class MnistConfig(Config):
     """How it falls."""
     base_decay: Annotated[float, Between(0.0, 0.99999)] = 0.995
     """Decay of the averaged weights that are sampled from."""
+    fully_sharded: bool = False
+    """Train base models with only a part of the state on each device (FSDP), for networks too large for one."""
     second_steps: Annotated[int, Between(1, 10_000_000)] = 700
     """Training steps of the second base model, which goes on from the first."""
 
@@ -377,7 +379,8 @@ class Run:
             steps, config.base_rate, config.base_decay, every, min(100, steps // 5), config.base_schedule
         )
         task = base_task(self.problem, config.base_batch)
-        host = training.Host(self.mesh, self.archive.steps(phase), lambda step, m: self.progress(phase, step, steps, m))
+        report = lambda step, metrics: self.progress(phase, step, steps, metrics)
+        host = training.Host(self.mesh, self.archive.steps(phase), report, config.fully_sharded)
         key = jax.random.fold_in(jax.random.key(config.data_seed), 100 + purpose)
         return training.train(key, start, task, jnp.asarray(self.images(share)), settings, host).best
 
