@@ -57,7 +57,10 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     for members in setup["members"]:
         guided = stack(theta, classifiers[:members])
         programs[f"sample-k{members}/gendiff"] = sample(problem, guided, setup["samples"], jax.random.fold_in(key, 3))
-    inputs, answers = questions(problem, theta, classifiers, jax.random.fold_in(key, 4))
+    asked = jax.random.fold_in(key, 4)
+    inputs, answers = questions(problem, theta, classifiers, asked)
+    # Not below `questions`, which is compiled: samples are whole, as NumPy's.
+    answers["samples"] = genneg.draw(problem, stack(theta, classifiers), jax.random.fold_in(asked, 0), PARITY)
     told = {"theta": theta, "classifiers": classifiers, "points": points, "inputs": inputs, "answers": answers}
     return programs, jax.tree.map(np.asarray, told) | {"shapes": shapes(config)}
 
@@ -143,7 +146,7 @@ def questions(
     Returns:
       Inputs: "x" (levels, n, 2) noisy points at "levels"; "noise" (n, 2), the sampler's first noise; "times"; "x0",
       "noisy" and "sigma" of a training batch.
-      Answers: "denoised", "guidance" and "guided" (levels, n, 2), "samples" (n, 2), "loss" and "gradient_norm" ().
+      Answers: "denoised", "guidance" and "guided" (levels, n, 2), "loss" and "gradient_norm" ().
     """
     guided = stack(theta, classifiers)
     plain, steered = partial(problem.model, theta), genneg.denoiser(problem, guided)
@@ -160,7 +163,6 @@ def questions(
     answers: dict[str, Any] = {}
     at_levels = lambda function: jax.vmap(jax.vmap(function, (0, None)))(x, levels)
     answers["denoised"], answers["guided"] = at_levels(plain), at_levels(steered)
-    answers["samples"] = genneg.draw(problem, guided, jax.random.fold_in(key, 0), PARITY)
     if classifiers:
         log_c = potential.stack(potential.log_probability(genneg.logit(problem)), guided.classifiers)
         answers["guidance"] = at_levels(jax.grad(log_c))
