@@ -13,9 +13,11 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -61,6 +63,7 @@ class Config:
     results/<experiment>/<preset>-<seed>."""
 
     def __post_init__(self) -> None:
+        check_local("--output", self.output)
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             if get_origin(hint) is not Annotated:
                 continue
@@ -69,6 +72,18 @@ class Config:
                 if isinstance(limits, Between) and value is not None and not limits.low <= value <= limits.high:
                     option = "--" + name.replace("_", "-")
                     raise ConfigError(f"{option}: expected {limits.low} to {limits.high}, given {value}")
+
+
+def check_local(option: str, path: Path | None) -> None:
+    """Refuses addresses such as gs://bucket, which would become folders of that name.
+
+    Raises:
+      ConfigError: it is one.
+    """
+    if path is not None and re.match(r"\w+:/", str(path)):
+        raise ConfigError(
+            f"{option}: expected a folder of a file system, given {path}: mount it, or copy it afterwards"
+        )
 
 
 def of_program(function: F) -> F:
@@ -110,13 +125,18 @@ class Results(NamedTuple):
 
 def parse(config: type[C], presets: Mapping[str, C], arguments: Sequence[str]) -> C:
     """The configuration of a command line: a preset, and every field as an option."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="default")
-    preset = first.parse_known_args(arguments)[0].preset
+    preset = preset_of(arguments)
     if preset not in presets:
         raise ConfigError(f"--preset: expected one of {', '.join(presets)}, given {preset}")
     module = sys.modules[config.__module__]
     return tyro.cli(config, default=presets[preset], args=list(arguments), description=module.__doc__)
+
+
+def preset_of(arguments: Sequence[str]) -> str:
+    """The name of the preset in a command line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="default")
+    return first.parse_known_args(arguments)[0].preset
 
 
 BAD_INPUT, LOST, STOPPED = 2, 70, 75
@@ -133,7 +153,7 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
 
     def work() -> Results:
         runtime.start()
-        given = parse(config, presets, sys.argv[1:])
+        given = distributed.everywhere(lambda: parse(config, presets, sys.argv[1:]))
         distributed.agree("the configuration", repr(given))
         distributed.agree("the commit", commit())
         return run(given)
@@ -148,23 +168,37 @@ def guarded(work: Callable[[], T]) -> T:
     """`work()`; what goes wrong in it is one line, and an exit status of its own."""
     try:
         return work()
+    except SystemExit as exit:  # of the command line: --help, an unknown option
+        if not distributed.joined():
+            raise
+        _leave("", exit.code if isinstance(exit.code, int) else BAD_INPUT)
     except distributed.Preempted as notice:
         _leave(str(notice), STOPPED)
     except MENDABLE as error:
-        if os.environ.get("GENDIFF_TRACEBACK"):
+        if traced() and not distributed.joined():
             raise
-        _leave(f"error: {error}\n(GENDIFF_TRACEBACK=1 shows where)", BAD_INPUT)
+        _leave(f"error: {error}" + ("" if traced() else "\n(GENDIFF_TRACEBACK=1 shows where)"), BAD_INPUT)
     except jax.errors.JaxRuntimeError as error:
-        if not distributed.joined() or os.environ.get("GENDIFF_TRACEBACK"):
+        if not distributed.joined():
             raise
         reason = str(error).strip().splitlines()[0][:200]
         _leave(f"error: another process of the run was lost: start all of them again ({reason})", LOST)
 
 
+def traced() -> bool:
+    """Whether errors are shown with where they come from."""
+    return bool(os.environ.get("GENDIFF_TRACEBACK"))
+
+
 def _leave(message: str, status: int) -> NoReturn:
-    print(f"{distributed.name()}{message}", file=sys.stderr, flush=True)
+    if traced() and sys.exc_info()[1] is not None:
+        traceback.print_exc()
+    if message:
+        print(f"{distributed.name()}{message}", file=sys.stderr, flush=True)
     if distributed.joined():  # at its end Python would wait for the other processes
         sys.stdout.flush()
+        if distributed.is_first():  # theirs ends with this one, which they all listen to: let them speak
+            time.sleep(1.0)
         os._exit(status)
     raise SystemExit(status) from None
 
@@ -222,8 +256,10 @@ class Folder:
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl; the first process does."""
-        if not distributed.is_first():
-            return
+        distributed.first(lambda: self.append(**values))
+
+    def append(self, **values: Any) -> None:
+        """`log` of one process alone."""
         path = self.path / "metrics.jsonl"
         try:
             with path.open("ab+") as file:
@@ -280,9 +316,19 @@ class Progress:
 
     def __call__(self, phase: str, done: int, of: int, metrics: Mapping[str, float]) -> None:
         distributed.stop_if_preempted("every checkpoint and every phase that was finished")
-        if not distributed.is_first():
-            return
-        self.folder.log(time=round(time.time(), 1), phase=self.prefix + phase, done=done, of=of, **metrics)
+        distributed.first(lambda: self._show(phase, done, of, metrics))
+
+    def alone(self, phase: str, of: int) -> Callable[[int], None]:
+        """Reports of what one process does while the others wait (`distributed.first`): it cannot ask them anything."""
+
+        def report(done: int) -> None:
+            distributed.stop_if_noticed("every part that was finished")
+            self._show(phase, min(done, of), of, {})
+
+        return report
+
+    def _show(self, phase: str, done: int, of: int, metrics: Mapping[str, float]) -> None:
+        self.folder.append(time=round(time.time(), 1), phase=self.prefix + phase, done=done, of=of, **metrics)
         if phase != self.phase or self.bar is None:
             self.close()
             self.phase = phase

@@ -19,12 +19,16 @@ GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 def _save(figure: Any, path: Path) -> None:
     """Writes a whole PNG or leaves the old one; the first process does."""
     try:
-        if distributed.is_first():
-            files.store(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
-    except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
+        distributed.first(lambda: _store(figure, path))
     finally:
         plt.close(figure)
+
+
+def _store(figure: Any, path: Path) -> None:
+    try:
+        files.store(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 
 
 def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], limit: float, cells: int) -> None:

@@ -14,11 +14,13 @@ import io
 import itertools
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
+import jax
 import tyro
 from tqdm import tqdm
 
@@ -41,6 +43,11 @@ class Options:
     """Runs side by side at most: memory is for all of them."""
     output: Path | None = None
     """Folder; default: results/sweeps/<experiment>/<preset>."""
+
+    def __post_init__(self) -> None:
+        contract.check_local("--output", self.output)
+        if self.at_once < 1:
+            raise ConfigError(f"--at-once: expected 1 or more, given {self.at_once}")
 
 
 class Experiment(NamedTuple):
@@ -100,13 +107,15 @@ def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
 
 
 def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
-    """Every run, with its folder."""
+    """Every run, with its folder; of an experiment that can make several seeds in one run, one each."""
     planned = []
+    option = next((each.seeds for each in tables.EXPERIMENTS if each.name == what.name), None)
+    one_seed = [f"--{option}", "1"] if option else []
     fields = [field.name for field in dataclasses.fields(what.config)]
     for point, seed in itertools.product(grid(options.grid, fields), seeds(options.seeds)):
         name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
         words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
-        own = [*others, *words, "--seed", str(seed), "--output", str(folder / name)]
+        own = [*one_seed, *others, *words, "--seed", str(seed), "--output", str(folder / name)]
         planned.append(Planned(name, contract.parse(what.config, what.presets, own)))
     return planned
 
@@ -116,7 +125,10 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
     done = distributed.first(lambda: [each.name for each in planned if finished(what, each)])
     waiting = [each for each in planned if each.name not in done]
     failed: dict[str, BaseException] = {}
-    bar = tqdm(total=len(planned), initial=len(done), desc=f"sweep of {what.name}", unit=" runs", file=sys.stderr)
+    bar = tqdm(
+        total=len(planned), initial=len(done), desc=f"sweep of {what.name}", unit=" runs", file=sys.stderr,
+        disable=not distributed.is_first(),
+    )  # fmt: skip
     counts = {"programs": 0, "of several runs": 0}
 
     def note(calls: int, as_one: int) -> None:
@@ -127,7 +139,7 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
     for first in range(0, len(waiting), at_once):
         part = waiting[first : first + at_once]
         with quiet():  # as many bars as runs would overwrite each other; their metrics.jsonl have it all
-            outcomes = together.runs([partial(what.run, each.config) for each in part], note)
+            outcomes = together.runs([partial(run_one, what, each.config) for each in part], note)
         for each, outcome in zip(part, outcomes, strict=True):
             if outcome.error is None:
                 bar.update()
@@ -137,6 +149,24 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
                 failed[each.name] = outcome.error
     bar.close()
     return failed
+
+
+def run_one(what: Experiment, config: Config) -> Results:
+    """A run of the grid.  Of several processes, what may have failed on one alone ends the job, since the others would
+    wait for it in their next collective."""
+    if jax.process_count() == 1:
+        return what.run(config)
+    try:
+        return what.run(config)
+    except (ConfigError, ArithmeticError, ValueError, distributed.Preempted):
+        raise  # on all of them
+    except Exception as error:
+        contract.guarded(partial(_raise, error))
+        raise
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 @contextlib.contextmanager
@@ -199,16 +229,10 @@ def main() -> None:
 
     def work() -> tuple[str, Path, dict[str, BaseException]]:
         runtime.start()
-        options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-        if options.at_once < 1:
-            raise ConfigError(f"--at-once: expected 1 or more, given {options.at_once}")
-        what = experiment(options.experiment)
-        preset = others[others.index("--preset") + 1] if "--preset" in others[:-1] else "default"
-        folder = options.output or Path("results") / "sweeps" / what.name / preset
-        planned = plan(what, options, others, folder)
+        options, what, planned, folder = distributed.everywhere(asked)
         distributed.agree("the sweep", repr(planned))
         distributed.agree("the commit", contract.commit())
-        folder.mkdir(parents=True, exist_ok=True)
+        distributed.first(lambda: folder.mkdir(parents=True, exist_ok=True))
         failed = sweep(what, planned, folder, options.at_once)
         return report(folder, planned), folder, failed
 
@@ -217,9 +241,20 @@ def main() -> None:
         print(text)
         print(f"\nTable and runs: {folder}")
     for name, error in failed.items():
+        if contract.traced():
+            traceback.print_exception(error)
         print(f"{distributed.name()}error: {name}: {error}", file=sys.stderr)
     if failed:
-        raise SystemExit(contract.BAD_INPUT)
+        mendable = all(isinstance(error, contract.MENDABLE) for error in failed.values())
+        raise SystemExit(contract.BAD_INPUT if mendable else 1)
+
+
+def asked() -> tuple[Options, Experiment, list[Planned], Path]:
+    """What the command line asks for."""
+    options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    what = experiment(options.experiment)
+    folder = options.output or Path("results") / "sweeps" / what.name / contract.preset_of(others)
+    return options, what, plan(what, options, others, folder), folder
 
 
 if __name__ == "__main__":

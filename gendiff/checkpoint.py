@@ -7,12 +7,14 @@ Where a run has several processes all of them save and read at the same calls, a
 written whole, so that a checkpoint serves any number of processes and devices.
 """
 
+import contextlib
+import errno
 import shutil
 import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -37,25 +39,18 @@ def save(folder: Path, tree: Any, **notes: Any) -> None:
     metadata = {"format": FORMAT, "checksums": _checksums(tree), "empty": _empty(tree), **notes}
     # Orbax refuses arrays of size 0: their shapes stand in the metadata, and a zero takes their place.
     tree = jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
-    try:
-        _check_room(folder.parent)
+    with _writing(folder):
+        _check_room(folder.parent, tree)
         ocp.save(folder.absolute(), tree, custom_metadata=metadata)
-    except Exception as error:  # Orbax and TensorStore raise many types; the cause stays attached
-        raise _unwritten(folder, error) from error
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Reads what `save` wrote: nested dicts of NumPy arrays, and the notes."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
-            stored = ocp.metadata(folder.absolute()).custom_metadata
-            _check_format(folder, stored)
-            tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise _unreadable(folder, error) from error
+    with _reading(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
+        stored = ocp.metadata(folder.absolute()).custom_metadata
+        _check_format(folder, stored)
+        tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
     empty = stored.get("empty", {}) if stored else {}
     shaped = lambda path, leaf: np.zeros(empty[path], leaf.dtype) if path in empty else leaf
     tree = jax.tree_util.tree_map_with_path(lambda path, leaf: shaped(jax.tree_util.keystr(path), leaf), tree)
@@ -95,22 +90,32 @@ class Checkpoints:
                 Checkpoints._newest._finish()
             Checkpoints._newest = self
         metadata = {"format": FORMAT, "checksums": _checksums(whole), "data": position}
-        try:
-            _check_room(self.folder)
+        with _writing(self.folder / str(step)):
+            _check_room(self.folder, whole)
             if self._checkpointer is None:
                 self._checkpointer = self._open()
             self._writing = step, self._checkpointer.save_async(step, whole, custom_metadata=metadata, overwrite=True)
-        except Exception as error:
-            raise _unwritten(self.folder / str(step), error) from error
 
     def _finish(self) -> None:
         if self._writing is None:
             return
         (step, response), self._writing = self._writing, None
-        try:
+        with _writing(self.folder / str(step)):
             response.result()
-        except Exception as error:
-            raise _unwritten(self.folder / str(step), error) from error
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        """What was begun in it is written at its end, also when something fails, which stays what is raised."""
+        try:
+            yield
+        except distributed.Preempted:  # which says what is written
+            self.close()
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.close()
+            raise
+        self.close()
 
     def close(self) -> None:
         """Waits until everything that was begun is written.
@@ -136,15 +141,10 @@ class Checkpoints:
             return state
         folder = self.folder / str(step)
         like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(_without_keys, state))
-        try:
-            with self._open() as checkpointer:
-                stored = checkpointer.metadata(step).custom_metadata
-                _check_format(folder, stored)
-                restored = checkpointer.load(step, like)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise _unreadable(folder, error) from error
+        with _reading(folder), self._open() as checkpointer:
+            stored = checkpointer.metadata(step).custom_metadata
+            _check_format(folder, stored)
+            restored = checkpointer.load(step, like)
         _verify(folder, restored, stored)
         if stored and stored.get("data") is not None and hasattr(data, "set_state"):
             data.set_state(stored["data"])
@@ -222,13 +222,17 @@ def _check_format(folder: Path, stored: Any) -> None:
         )
 
 
-def _check_room(folder: Path) -> None:
-    """Makes and removes a folder there: where that fails, Orbax would fail too, and then wait for it for minutes."""
+def _check_room(folder: Path, tree: Any) -> None:
+    """Makes and removes a folder there and asks whether the arrays fit, on every process: Orbax tries again and again
+    for minutes where one cannot write."""
+    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     def make() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".room-"):
             pass
+        if (free := shutil.disk_usage(folder).free) < wanted:
+            raise OSError(errno.ENOSPC, f"expected room for {wanted:,} bytes, given {free:,}")
 
     distributed.everywhere(make)
 
@@ -252,18 +256,35 @@ def _verify(folder: Path, tree: Any, stored: Any) -> None:
         )
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {folder}: expected a complete checkpoint of this run, given one that cannot be read "
-        f"({_first_line(error)}). Delete this folder and run the same command again; what is beside it is kept."
-    )
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    with _failing(
+        f"checkpoint {folder}: expected a complete checkpoint of this run, given one that cannot be read",
+        "Delete this folder and run the same command again; what is beside it is kept.",
+    ):
+        yield
 
 
-def _unwritten(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {folder}: could not be written ({_first_line(error)}). What was stored before is complete: "
-        "make room or mend the cause, and run the same command again."
-    )
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    with _failing(
+        f"checkpoint {folder}: could not be written",
+        "What was stored before is complete: make room or mend the cause, and run the same command again.",
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _failing(problem: str, remedy: str) -> Iterator[None]:
+    """Orbax and TensorStore raise many types: they become one, and the cause stays attached."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if distributed.joined() and isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # another process was lost; there is nothing wrong with the files
+        raise CheckpointError(f"{problem} ({_first_line(error)}). {remedy}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,16 +1,19 @@
 """Devices and processes: one mesh per run, arrays that all of its processes share, and what they agree on.
 
-A mesh has two axes.  `replica` is for independent runs (seeds, goals, members, configurations), `data` for the batch;
-either may be 1.  Compiled SPMD: a function is written for the whole batch, `jit` splits it over the mesh, and the
-collectives are the compiler's (one all-reduce in a training step, none in sampling).
+A mesh has two axes.  `replica` is for independent runs (seeds, goals, members, configurations), `data` for the batch of
+a training; either may be 1.  Samples, which are independent too, are drawn over both.  Compiled SPMD: a function is
+written for the whole batch, `jit` splits it over the mesh, and the collectives are the compiler's (one all-reduce in a
+training step, none in sampling).
 
 Several processes of one run (a host of a pod each, or any machines) all run the same program on the same arguments.
 What a process holds whole becomes a global array by `put`, a result that is split comes back by `gather`, and what only
 one of them can do, such as writing a table, is done by `first`.
 """
 
+import collections
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -21,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 
 T = TypeVar("T")
 EVERY_DEVICE = ("replica", "data")
@@ -155,7 +158,7 @@ def first(function: Callable[[], T]) -> T:
 
 
 def everywhere(function: Callable[[], T]) -> T:
-    """What `function` gives here, once it has succeeded on every process.
+    """What `function` gives here, once it has succeeded on every process; an exit is a failure.
 
     Raises:
       Elsewhere: it raised on another one, which is named.
@@ -163,13 +166,14 @@ def everywhere(function: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return function()
     value: Any = None
-    failed: Exception | None = None
+    failed: Exception | SystemExit | None = None
     try:
         value = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failed = error
     message = np.zeros(400, np.uint8)
-    text = ("" if failed is None else str(failed) or type(failed).__name__).encode()[: len(message)]
+    said = f"exit with status {failed.code}" if isinstance(failed, SystemExit) else str(failed)
+    text = ("" if failed is None else said or type(failed).__name__).encode()[: len(message)]
     message[: len(text)] = np.frombuffer(text, np.uint8)
     every = np.asarray(multihost_utils.process_allgather(message))
     if failed is not None:
@@ -202,6 +206,7 @@ def agree(what: str, value: str) -> None:
 
 _notice: list[int] = []
 _asked = 0
+_stopping = False
 
 
 def heed_notices() -> None:
@@ -212,11 +217,22 @@ def heed_notices() -> None:
 
 def preempted() -> bool:
     """Whether the run is to stop now: on all processes at the same call, which all must make."""
-    global _asked
+    global _asked, _stopping
     if jax.process_count() == 1:
         return bool(_notice)
-    _asked += 1
-    return bool(multihost_utils.reached_preemption_sync_point(_asked))
+    if not _stopping:  # JAX says it at one call alone
+        _asked += 1
+        _stopping = bool(multihost_utils.reached_preemption_sync_point(_asked))
+    return _stopping
+
+
+def stop_if_noticed(what: str) -> None:
+    """Raises Preempted after a notice in what one process does alone, which cannot ask the others.
+
+    Of several processes none stops here: the notice waits for the next call that all of them make.
+    """
+    if _notice:
+        stop(what)
 
 
 def stop_if_preempted(what: str) -> None:
@@ -236,34 +252,52 @@ def stop(what: str) -> NoReturn:
 def make_mesh(devices: list[jax.Device] | None = None, replica: int = 1) -> jax.sharding.Mesh:
     """A mesh of all devices of all processes, or of the given ones.
 
+    Of several slices, which a slower network joins, neighbours on `data` lie in one slice as far as that goes, so that
+    an all-reduce is one within each slice and a small one among them.
+
     Args:
       replica: length of the axis `replica`; `data` has the rest.
     """
     devices = jax.devices() if devices is None else devices
     if replica < 1 or len(devices) % replica:
         raise ValueError(f"distributed: replica: expected a divisor of {len(devices)} devices, given {replica}")
+    data = len(devices) // replica
     # Explicit axes, the default, reject `alphas[t]` and concatenation with replicated arrays, which diffusion needs.
     types = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((replica, len(devices) // replica), EVERY_DEVICE, axis_types=types, devices=devices)
+    sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(sizes) == 1:
+        return jax.make_mesh((replica, data), EVERY_DEVICE, axis_types=types, devices=devices)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"distributed: expected slices of one size, given {sorted(sizes.values())} devices")
+    # `jax.make_mesh` refuses slices.  Those that divide `replica` go there: replicas have nothing to tell each other.
+    rows = math.gcd(replica, len(sizes))
+    between = rows, len(sizes) // rows
+    within = replica // between[0], data // between[1]
+    whole = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(whole, EVERY_DEVICE, axis_types=types)
 
 
-def training_mesh(batch: int | None = None) -> jax.sharding.Mesh:
+def training_mesh(
+    batch: int | None = None, devices: list[jax.Device] | None = None, *, every_core: bool = False
+) -> jax.sharding.Mesh:
     """All accelerators, or one CPU device a process: its cores share each operation better than they share a batch.
 
     Args:
-      batch: told by networks of operations so small that cores cannot share them: all CPU devices, where they divide it
-        (1.2 times as fast for `gendiff.nets.scene_transformer` on two cores).  Each of them then holds the examples.
+      batch: examples of a step.  Where the devices do not divide it, `data` has as many of them as do, and the others
+        are copies of these on `replica`: 1,000 examples on 64 devices are 8 parts, computed 8 times.
+      every_core: all CPU devices too, where they divide the batch; for networks of operations so small that cores
+        cannot share them (1.2 times as fast for `gendiff.nets.scene_transformer` on two cores).
     """
-    devices = jax.devices()
-    if devices[0].platform != "cpu" or (batch and batch % len(devices) == 0):
-        return make_mesh(devices)
-    by_process = {device.process_index: device for device in reversed(devices)}
-    return make_mesh([by_process[index] for index in sorted(by_process)])
+    devices = jax.devices() if devices is None else devices
+    if devices[0].platform == "cpu" and not (every_core and batch and batch % len(devices) == 0):
+        by_process = {device.process_index: device for device in reversed(devices)}
+        devices = [by_process[index] for index in sorted(by_process)]
+    return make_mesh(devices, 1 if batch is None else len(devices) // math.gcd(batch, len(devices)))
 
 
-def split(mesh: jax.sharding.Mesh, axis: int = 0) -> jax.NamedSharding:
-    """Sharding of an array whose axis `axis` is the batch: over all devices."""
-    return jax.NamedSharding(mesh, jax.P(*[None] * axis, EVERY_DEVICE))
+def split(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """Sharding of a batch: axis 0 over the mesh's axis `data`."""
+    return jax.NamedSharding(mesh, jax.P("data"))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
@@ -333,12 +367,13 @@ def place(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
 
 
 def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
-    """Global arrays from this process's rows of a batch, split over all devices.
+    """Global arrays from this process's rows of a batch, split over the axis `data`.
 
     Raises:
       ValueError: the batch is not divided by the devices.
     """
-    here = len(mesh.local_devices)
+    places = [place for (_, place), device in np.ndenumerate(mesh.devices) if device in mesh.local_devices]
+    here = len(set(places))
     for leaf in jax.tree.leaves(local):
         if len(leaf) % here:
             raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {len(leaf)} rows")
@@ -385,14 +420,15 @@ def by_process(function: Callable[..., np.ndarray], *inputs: Any) -> np.ndarray:
 
 
 def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """Inside `jit`: the batch split over all devices; what has no axis for it is left to the compiler.
+    """Inside `jit`: the batch split over the axis `data`; what has no axis for it is left to the compiler.
 
     Raises:
       ValueError: the batch is not divided by the devices.
     """
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim}
-    if uneven := [size for size in sizes if size % mesh.size]:
-        raise ValueError(f"batch: expected a multiple of the mesh's {mesh.size} devices, given {uneven[0]} examples")
+    devices = mesh.shape["data"]
+    if uneven := [size for size in sizes if size % devices]:
+        raise ValueError(f"batch: expected a multiple of the mesh's {devices} devices, given {uneven[0]} examples")
     constrain = lambda a: jax.lax.with_sharding_constraint(a, split(mesh)) if a.ndim else a
     return jax.tree.map(constrain, batch)
 

@@ -5,7 +5,8 @@ a device they are one `vmap`, and on a CPU one run after the other for a block o
 in the cache.  Run k gives the numbers that `training.fit` gives it alone, up to the order of sums.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -50,6 +51,20 @@ def train(
     """
     if settings.every < 1:
         raise ValueError(f"replicas: every: expected 1 or more steps, given {settings.every}")
+    with training.written(host):
+        return _train(keys, params, task, context, own, settings, host, report_each)
+
+
+def _train(
+    keys: PRNGKey,
+    params: Params,
+    task: Callable[[Any, Any], Task],
+    context: Any,
+    own: Any,
+    settings: Settings,
+    host: Host,
+    report_each: Callable[[int, list[Metrics | None]], None],
+) -> State:
     runs = len(keys)
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
@@ -86,11 +101,7 @@ def train(
         report_each(done, [of_run(k) if going[k] else None for k in range(runs)])
         going = _going(state, settings)[:runs]
         if stop and going.any():
-            if host.checkpoints is not None:
-                host.checkpoints.close()
             distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
-    if host.checkpoints is not None:
-        host.checkpoints.close()
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
     return distributed.local(_first(mesh, runs, state))
@@ -207,6 +218,9 @@ class _Several:
     def restore(self, state: State) -> State:
         return together.stack([each.restore(_of_run(state, k)) for k, each in enumerate(self.kept)])
 
-    def close(self) -> None:
-        for each in self.kept:
-            each.close()
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for each in self.kept:
+                stack.enter_context(each.written())
+            yield

@@ -5,6 +5,7 @@ it is a pure function, so `vmap` it over keys to train whole ensembles in one pr
 from the host, with progress, checkpoints and resume.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -86,21 +87,20 @@ def make_step(
     Args:
       loss: of one example.
       decay: of the EMA; the first steps use (1 + step) / (10 + step) where that is less.
-      mesh: of devices that hold the parameters whole: each takes the gradient of its part of the batch, and one
-        all-reduce makes the mean.  Without it, where parts of the parameters lie on several devices, the compiler
-        decides; so it does where the loss of an example depends on the others of its batch.
+      mesh: of devices that hold the parameters whole: each on the axis `data` takes the gradient of its part of the
+        batch, and one all-reduce makes the mean.  Without it, where parts of the parameters lie on several devices,
+        the compiler decides; so it does where the loss of an example depends on the others of its batch.
     """
     batch_loss = losses.mean(loss)
 
     def value_and_gradient(params: Params, key: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
-        if mesh is None or mesh.size == 1 or losses.looks_at_batch(loss, params, key, batch):
+        if mesh is None or mesh.shape["data"] == 1 or losses.looks_at_batch(loss, params, key, batch):
             return jax.value_and_grad(batch_loss)(params, key, batch)
-        every = distributed.EVERY_DEVICE
 
         def here(params: Params, keys: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
-            return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), every)
+            return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), "data")
 
-        split, whole = jax.P(every), jax.P()
+        split, whole = jax.P("data"), jax.P()
         parted = jax.shard_map(
             here, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, whole), check_vma=False
         )
@@ -197,7 +197,7 @@ class Host(NamedTuple):
     """Where a run happens and what is kept of it."""
 
     mesh: jax.sharding.Mesh | None = None
-    """Default: `distributed.training_mesh()`."""
+    """Default: `distributed.training_mesh` of the batch."""
     checkpoints: Any = None
     """A `gendiff.checkpoint.Checkpoints`, or None."""
     report: Callable[[int, Metrics], None] = lambda step, metrics: None
@@ -257,11 +257,8 @@ def train(
         raise ValueError(f"training: every: expected 1 or more steps, given {settings.every}")
 
     def alone(_: Any) -> State:
-        try:
+        with written(host):
             return _train(key, params, task, context, settings, host, data)
-        finally:
-            if host.checkpoints is not None:  # what was begun is written, also when something fails
-                host.checkpoints.close()
 
     from gendiff import replicas  # which trains by what is in this file
 
@@ -280,7 +277,9 @@ def _train(
     host: Host,
     data: Sequence | Iterator | None,
 ) -> State:
-    mesh = distributed.training_mesh() if host.mesh is None else host.mesh
+    mesh = host.mesh
+    if mesh is None:
+        mesh = distributed.training_mesh(None if data is not None else _drawn(task, key, context))
     begun = params if isinstance(params, State) else begin(settings, key, params)
     first = int(begun.step)
     state = distributed.put(jax.tree.map(jnp.copy, begun), shardings(mesh, host.fully_sharded, begun))
@@ -322,16 +321,29 @@ def _train(
         host.report(done, values)
         if distributed.preempted():
             _stop(host, done, state, data)
-    if host.checkpoints is not None:
-        host.checkpoints.close()
     return distributed.local(distributed.place(mesh, state) if host.fully_sharded else state)
+
+
+def _drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None:
+    """Examples in a batch that a task draws; None if it draws none."""
+
+    def batch(key: PRNGKey, context: Any) -> Any:
+        draw = task(context).draw
+        return None if draw is None else draw(key)
+
+    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(jax.eval_shape(batch, key, context)) if leaf.ndim]
+    return math.gcd(*sizes) if sizes else None
+
+
+def written(host: Host) -> contextlib.AbstractContextManager[None]:
+    """What was begun to be stored in it is written at its end, also when something fails."""
+    return contextlib.nullcontext() if host.checkpoints is None else host.checkpoints.written()
 
 
 def _stop(host: Host, step: int, state: State, data: Any) -> NoReturn:
     if host.checkpoints is None:
         distributed.stop("every phase that was finished")
     host.checkpoints.save(step, state, data)
-    host.checkpoints.close()
     distributed.stop(f"step {step}")
 
 

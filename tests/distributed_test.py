@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -83,9 +85,53 @@ def test_cpu_trains_on_one_device():
     assert distributed.training_mesh().size == 1
 
 
-@pytest.mark.parametrize(("batch", "devices"), [(16, 8), (9, 1)])
+@pytest.mark.parametrize(("batch", "devices"), [(16, 8), (9, 1), (None, 1)])
 def test_cores_share_a_batch_that_they_divide(batch, devices):
-    assert distributed.training_mesh(batch).size == devices
+    assert distributed.training_mesh(batch, every_core=True).size == devices
+    assert distributed.training_mesh(batch).size == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a chip of a TPU."""
+
+    id: int
+    slice_index: int
+    process_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+def chips(slices: int, each: int = 4) -> list[Device]:
+    """Chips of slices of 2 x (each / 2)."""
+    return [
+        Device(place * each + i, place, place, (i % 2, i // 2, 0))  # process: a host a slice
+        for place, i in itertools.product(range(slices), range(each))
+    ]
+
+
+@pytest.mark.parametrize(("batch", "shape"), [(None, (1, 8)), (16, (1, 8)), (1000, (1, 8)), (12, (2, 4)), (9, (8, 1))])
+def test_a_batch_is_shared_by_as_many_accelerators_as_divide_it(batch, shape):
+    mesh = distributed.training_mesh(batch, chips(1, 8))
+    assert mesh.devices.shape == shape
+    assert set(mesh.devices.flat) == set(chips(1, 8))
+
+
+@pytest.mark.parametrize("replica", [1, 2, 4, 8])
+def test_slices_are_neighbours_on_data(replica):
+    mesh = distributed.make_mesh(chips(2), replica)
+    assert dict(mesh.shape) == {"replica": replica, "data": 8 // replica}
+    assert set(mesh.devices.flat) == set(chips(2))
+    slices = np.vectorize(lambda chip: chip.slice_index, otypes=[int])(mesh.devices)
+    # Along `data` the slice changes as seldom as it can: within one row only where one row is of both.
+    assert (np.diff(slices, axis=1) != 0).sum() == (replica == 1)
+
+
+def test_slices_that_differ_are_an_error():
+    with pytest.raises(ValueError, match=r"expected slices of one size, given \[1, 4\] devices"):
+        distributed.make_mesh(chips(2)[:5])
 
 
 def test_chunked_splits_the_work():

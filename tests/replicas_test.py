@@ -1,3 +1,4 @@
+import contextlib
 import shutil
 
 import jax
@@ -109,6 +110,7 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
     with pytest.raises(Stop):
         trained(host._replace(checkpoints=kept, report=stop))
     seen = []
+    kept = checkpoint.Checkpoints(tmp_path / "steps")  # which knows nothing of what the first began to write
     resumed = trained(host._replace(checkpoints=kept, report=lambda step, metrics: seen.append(step)))
     assert seen[0] == 40
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(resumed.params), strict=True):
@@ -138,8 +140,8 @@ def test_runs_that_ended_before_stay_and_do_not_tell_where_the_others_stand(pati
             mixed = jax.tree.map(pick, saved[60], saved[20])
             return mixed._replace(key=jax.random.wrap_key_data(mixed.key))
 
-        def close(self):
-            pass
+        def written(self):
+            return contextlib.nullcontext()
 
     settings, seen = SETTINGS._replace(patience=patience), []
     whole = trained(Host(checkpoints=Kept()), settings)

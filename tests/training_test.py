@@ -338,6 +338,18 @@ def test_too_few_batches():
         training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), SETTINGS, data=SEQUENCE[:5])
 
 
+@pytest.mark.parametrize("fully_sharded", [False, True])
+@pytest.mark.parametrize(("devices", "replica"), [(1, 1), (6, 3), (8, 2), (8, 8)])
+def test_replicas_of_a_training_are_copies_that_do_not_change_it(devices, replica, fully_sharded):
+    mesh = distributed.make_mesh(jax.devices()[:devices], replica)
+    key, data, settings = jax.random.key(4), jnp.asarray(DATA), Settings(6, 0.1, every=3)
+    expected = training.train(
+        jax.random.clone(key), START, drawn, data, settings, Host(distributed.make_mesh(jax.devices()[:1]))
+    )
+    found = training.train(key, START, drawn, data, settings, Host(mesh, fully_sharded=fully_sharded))
+    np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_caller_keeps_its_arrays(devices):
     # The state is donated to each block: what the caller passed in must not be in it.
@@ -348,9 +360,9 @@ def test_the_caller_keeps_its_arrays(devices):
 
 
 def test_blocks_share_one_program():
-    # Every block after the first is a cache hit: the task is traced once for steps, in any number, and once for the
-    # validation.
-    task = chex.assert_max_traces(drawn, n=2)
+    # Every block after the first is a cache hit: the task is traced once for steps, in any number, once for the
+    # validation, and once for the size of its batch.
+    task = chex.assert_max_traces(drawn, n=3)
     training.train(jax.random.key(5), START, task, jnp.asarray(DATA), Settings(22, every=4))
 
 

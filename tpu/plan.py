@@ -90,8 +90,8 @@ class NoCompiler(Exception):
     """There is no libtpu."""
 
 
-def mesh_of(name: str) -> jax.sharding.Mesh:
-    """The mesh that an experiment has on a slice: `distributed.make_mesh` of its devices.
+def mesh_of(name: str, batch: int | None = None) -> jax.sharding.Mesh:
+    """The mesh that an experiment has on a slice: `distributed.training_mesh` of its devices.
 
     Raises:
       NoCompiler: libtpu is not installed.
@@ -105,7 +105,8 @@ def mesh_of(name: str) -> jax.sharding.Mesh:
     from jax.experimental import topologies
 
     given = SLICES[name]
-    return distributed.make_mesh(list(topologies.get_topology_desc(given.topology, "tpu", **given.options).devices))
+    devices = list(topologies.get_topology_desc(given.topology, "tpu", **given.options).devices)
+    return distributed.training_mesh(batch, devices)
 
 
 # The programs.
@@ -125,7 +126,7 @@ class Program(NamedTuple):
     lower: Callable[[jax.sharding.Mesh, int], Any]
     """(mesh, batch) -> `jax.stages.Lowered`."""
     divides: bool = True
-    """Whether the devices must divide the batch; samplers and replicas pad."""
+    """Whether it is the devices that divide the batch which share it, as in trainings; samplers and replicas pad."""
     chunk: int | None = None
     """Samples at a time and device, of samplers."""
     setup: Callable[[jax.sharding.Mesh, int], Any] | None = None
@@ -580,9 +581,9 @@ def measured(compiled: Any, devices: int, seconds: float = 0.0, setup: Any = Non
 
 def compile_one(experiment: str, program: str, where: str, batch: int) -> Measured | Failed:
     """Compiles a program for a slice; what goes wrong is the compiler's message."""
-    mesh = mesh_of(where)
+    given = EXPERIMENTS[experiment]()[program]
+    mesh = mesh_of(where, batch if given.divides else None)
     with as_on_tpus():
-        given = EXPERIMENTS[experiment]()[program]
         begun = time.perf_counter()
         try:
             compiled = given.lower(mesh, batch).compile()
@@ -639,12 +640,18 @@ def predict(given: Measured, chip: Chip, devices: int) -> Predicted:
     )
 
 
-def whole(program: Program, given: Measured, chip: Chip, devices: int, batch: int) -> float:
+def whole(program: Program, given: Measured, chip: Chip, chips: int, batch: int) -> float:
     """Seconds of all steps: of a training, or of one call of a sampler with all of its chunks."""
+    devices = sharing(program, batch, chips)
     before = max(given.setup_flops / chip.flops, given.setup_accessed / chip.bandwidth)
     once = link_seconds(tuple(each for each in given.collectives if not each.looped), devices, chip)
     chunks = 1 if program.chunk is None else -(-batch // (devices * program.chunk))
     return chunks * (program.steps * predict(given, chip, devices).step + before) + once
+
+
+def sharing(program: Program, batch: int, chips: int) -> int:
+    """How many chips share a batch, and so a collective; the others compute copies."""
+    return math.gcd(batch, chips) if program.divides else chips
 
 
 def efficiency(alone: float, together: float, devices: int) -> float:
@@ -745,15 +752,17 @@ def table(entries: list[Entry]) -> str:
     body = []
     for entry in entries:
         program, slice_ = EXPERIMENTS[entry.experiment]()[entry.program], SLICES[entry.where]
-        chip, rounded = CHIPS[slice_.chip], entry.batch != program.batch
-        first = [entry.program, entry.where, f"{entry.batch:,} {program.unit}{' (rounded up)' if rounded else ''}"]
+        chip, shared = CHIPS[slice_.chip], sharing(program, entry.batch, slice_.chips)
+        how = " (rounded up)" if entry.batch != program.batch else ""
+        how += f" in {shared} parts, {slice_.chips // shared} times" if shared < slice_.chips else ""
+        first = [entry.program, entry.where, f"{entry.batch:,} {program.unit}{how}"]
         result = entry.result
         if isinstance(result, Failed):
             body.append([*first, result.reason, *[""] * 8])
             continue
         fits = "yes" if result.memory <= chip.memory else "**no**"
         parts = " + ".join(f"{quantity(each)}B" for each in result[:3])
-        predicted, took = predict(result, chip, slice_.chips), whole(program, result, chip, slice_.chips, entry.batch)
+        predicted, took = predict(result, chip, shared), whole(program, result, chip, slice_.chips, entry.batch)
         alone = reference(entry, entries)
         body.append([
             *first,
@@ -852,7 +861,8 @@ a permutation.
   fast. Latency (of the order of 1 us a hop) and the launch of each operation (likewise) are left out.
   **Steps of less than about 100 us are therefore no forecasts**, nor are their efficiencies.
 - efficiency: time on one chip over n times that on n chips, for the same work (strong scaling); one chip's program is
-  v5e's, for v5p with the figures of v5p; `-` where it does not compile. For a batch that was rounded up,
+  v5e's, for v5p with the figures of v5p; `-` where it does not compile. A batch that the chips do not divide is shared
+  by as many as do, and the others compute copies of these parts; what it would take rounded up stands beside it, with
   one chip's time in proportion.
 - whole: all steps of one training, or of one call of a sampler; without compilation, validation, checkpoints and input.
 - Sizes of data that only a run knows: traffic's pools 262,144 scenes of a class, the checkerboard's 1,048,576 points,

@@ -380,7 +380,8 @@ class Run:
         )
         task = base_task(self.problem, config.base_batch)
         report = lambda step, metrics: self.progress(phase, step, steps, metrics)
-        host = training.Host(self.mesh, self.archive.steps(phase), report, config.fully_sharded)
+        mesh = distributed.training_mesh(config.base_batch, every_core=True)
+        host = training.Host(mesh, self.archive.steps(phase), report, config.fully_sharded)
         key = jax.random.fold_in(jax.random.key(config.data_seed), 100 + purpose)
         return training.train(key, start, task, jnp.asarray(self.images(share)), settings, host).best
 

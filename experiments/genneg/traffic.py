@@ -424,7 +424,11 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
             if config.data is not None:
                 recipe = (data.recipe_of(folder) or recipe)._replace(seed=config.data_seed)
             with tqdm(total=wanted, desc="scenes", unit=" scenes") as bar:
-                report = lambda have: bar.update(min(have, wanted) - bar.n)
+
+                def report(have: int) -> None:
+                    distributed.stop_if_noticed("every map that was finished")
+                    bar.update(min(have, wanted) - bar.n)
+
                 distributed.first(lambda: data.write(folder, wanted, recipe, report=report, most=config.of_map))
             every = data.read(folder, scenes=wanted, most=config.of_map)
         except SumoError as error:
@@ -559,7 +563,7 @@ class Run:
 
     def host(self, phase: str, steps: int, batch: int) -> training.Host:
         """Where a phase of training keeps its checkpoints, and on what it runs."""
-        return genneg.host(self.archive, self.progress, phase, steps, distributed.training_mesh(batch))
+        return genneg.host(self.archive, self.progress, phase, steps, distributed.training_mesh(batch, every_core=True))
 
     def normalised(self, scenes: Scenes) -> np.ndarray:
         return np.asarray(UNITS.normalised(jnp.asarray(scenes.vehicles), jnp.asarray(scenes.present)))

@@ -294,17 +294,20 @@ class Maze:
         which = "base" if goal is None else f"goal-{goal + 1}"
         place = self.folder.path / "data" / self.name / f"{which}-{n}"
         phase = f"data/{which}-{n}"
-        shown = [-n]
+        shown, show = [-n], self.progress.alone(f"{self.name}/{phase}", n)
 
         def report(rows: int) -> None:
             if rows >= min(n, shown[0] + n // 100):
                 shown[0] = rows
-                self.progress(f"{self.name}/{phase}", min(rows, n), n, {})
+                show(rows)
 
-        maze2d.write(
-            place, self.maze, n, seed=config.data_seed * 100 + (0 if goal is None else goal + 1),
-            goal=None if goal is None else self.maze.goals[goal], report=report,
-        )  # fmt: skip
+        def simulate() -> None:
+            maze2d.write(
+                place, self.maze, n, seed=config.data_seed * 100 + (0 if goal is None else goal + 1),
+                goal=None if goal is None else self.maze.goals[goal], report=report,
+            )  # fmt: skip
+
+        distributed.first(simulate)
         return cut(episodes.thinned(episodes.read(place), config.stride), config.held_out)
 
     def normaliser(self, goal: int | None, switches: Switches, small: bool) -> Normaliser:

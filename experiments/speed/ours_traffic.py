@@ -222,7 +222,7 @@ def train(config: TrafficConfig, theta: Params, cells: int, batch: int, steps: i
     settings = Settings(config.base_steps, config.base_rate, warmup=min(500, config.base_steps // 5))
     task = traffic.base_task(traffic.problem(config), batch, config.fewer)
     context = every, held, key[None]
-    return ours.train(task, theta, context, settings, steps, key, distributed.training_mesh(batch))
+    return ours.train(task, theta, context, settings, steps, key, distributed.training_mesh(batch, every_core=True))
 
 
 def sample(problem: Problem, guided: Guided, cells: int, n: int, key: PRNGKey) -> Callable[[], Any]:

@@ -11,9 +11,11 @@ import pytest
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
-from gendiff import distributed, training
+from experiments.relative_reward import maze2d
+from gendiff import distributed, replicas, together, training
 from gendiff.data import traffic as scenes
-from gendiff.methods import censoring, genneg
+from gendiff.data.episodes import Windows
+from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.training import Settings
 
 NAMES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -67,7 +69,13 @@ def of_mnist():
     rewards = jax.tree.map(lambda a: a[None], mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
     how = censoring.Censoring(scale=0.0, recurrence=1)
     static, given = (setup, how, UNEVEN), (theta, rewards, jax.random.key(2), 1.0, 2)
-    trainings = [partial(steps_text, mnist.base_task(setup, 16), theta, images)]
+    k = 3
+    several = jax.tree.map(lambda a: jnp.concatenate([a] * k), rewards)
+    labelled = (np.zeros((k, 32, *images.shape[1:]), np.float32), np.zeros((k, 32), np.float32), jnp.int32(32), 1.0)
+    trainings = [
+        partial(steps_text, mnist.base_task(setup, 16), theta, images),
+        partial(steps_text, censoring.reward_task(setup, 16), several, labelled),
+    ]
     return trainings, partial(samples_text, censoring._draw, static, given)
 
 
@@ -109,6 +117,42 @@ def of_checkerboard():
     return trainings, partial(samples_text, genneg._draw, static, asked)
 
 
+def replicas_text(task, params, context, own):
+    mesh = together.over_runs()
+    state = replicas._begin(SETTINGS, replicas.keys(jax.random.key(0), 8), together.stack([params] * 8))
+    state, own = together.spread(mesh, (state, own))
+    lowered = replicas._block.lower(task, SETTINGS, 2, False, mesh, state, placed(context), own)
+    return lowered.compile().as_text()
+
+
+def of_maze():
+    config = maze2d.PRESETS["smoke"]
+    family, chain = maze2d.FAMILIES[1], maze2d.chain(config.diffusion_steps)
+    problem = maze2d.reward_problem(config, family.switches, config.window)
+    network = maze2d.reward_of(config, family.switches, config.window)
+    path = jnp.zeros((config.horizon, len(maze2d.COORDINATES)))
+    theta = jax.jit(maze2d.unet_of(config).init)(jax.random.key(0), path, jnp.zeros(()))
+    phi = jax.jit(network.init)(jax.random.key(1), path, jnp.zeros(()))
+    paths, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
+    targets = jnp.broadcast_to(path, (64, maze2d.GOALS, *path.shape))
+    examples = relative_reward.Aligned(paths, jnp.ones(64, jnp.int32), targets, paths)
+    # One run each of 8 devices: rewards of one pool, and models of one data set.
+    rows = np.zeros((8, 64, path.shape[1]), np.float32)
+    begin = np.zeros((8, 16), np.int32)
+    own = {
+        "windows": Windows(rows, begin, begin + 63, np.zeros((8, 2), np.float32)),
+        "count": np.full(8, 16, np.int32),
+        "known": np.zeros((8, *path.shape), bool),
+    }
+    runs = [
+        partial(replicas_text, relative_reward.reward_task(problem), phi, examples, {"goal": np.arange(8) % 4}),
+        partial(replicas_text, maze2d.diffuser_task(config), theta, None, own),
+    ]
+    static = (chain, maze2d.model(config), problem.network, family.switches)
+    given = (known, theta, phi, jnp.float32(1.0), paths[:UNEVEN], jax.random.key(2))
+    return runs, partial(samples_text, maze2d._plans, static, given)
+
+
 SLOW = pytest.param(of_mnist, marks=pytest.mark.slow)  # minutes of compilation
 EXPERIMENTS = pytest.mark.parametrize("of", [of_checkerboard, of_traffic, SLOW], ids=lambda of: of.__name__[3:])
 
@@ -119,6 +163,13 @@ def test_training_has_one_all_reduce_and_sampling_none(of):
     for training_text in trainings:
         assert collectives(training_text()) == {"all-reduce": 1}
     assert collectives(sampling_text()) == {}
+
+
+def test_eight_rewards_on_eight_devices_have_no_collective_and_plans_have_none():
+    runs, plans_text = of_maze()
+    for text in runs:
+        assert collectives(text()) == {}
+    assert collectives(plans_text()) == {}
 
 
 def test_a_fully_sharded_state_is_gathered_and_never_whole():

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,9 +89,18 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
         sweep.sweep(TOY, other, tmp_path, 8)
 
 
+def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
+    what = sweep.experiment("genneg.checkerboard")
+    every = sweep.plan(what, sweep.Options(what.name, "0:5"), ["--preset", "paper"], tmp_path)
+    assert [(each.config.seed, each.config.seeds) for each in every] == [(seed, 1) for seed in range(5)]
+    assert what.presets["paper"].seeds == 5
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: ToyConfig(output=Path("gs://bucket/a")), "--output: expected a folder of a file system, given gs:/"),
+        (lambda: sweep.Options("toy", at_once=0), "--at-once: expected 1 or more, given 0"),
         (lambda: sweep.seeds("0-5"), "--seeds: expected such as 0:5 or 0,3,7, given 0-5"),
         (lambda: sweep.seeds("3:3"), "--seeds: expected one or more, each once, given 3:3"),
         (lambda: sweep.seeds("1,1"), "--seeds: expected one or more, each once, given 1,1"),
@@ -108,7 +118,7 @@ def test_bad_input_is_named(call, message):
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "experiment", lambda name: TOY)
     monkeypatch.setattr("experiments.runtime.start", lambda: None)
-    arguments = ["toy", "--seeds", "0,2", "--grid", "rate=0.1", "steps=4,8", "--output", str(tmp_path), "--fail", "7"]
+    arguments = ["toy", "--seeds", "0,2", "--grid", "rate=0.1", "steps=4,8", "--output", str(tmp_path), "--fail=7"]
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
     sweep.main()
     assert capsys.readouterr().out.count("| w ") == 2
