@@ -403,20 +403,22 @@ def local(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.addressable_data(0) if is_global(leaf) else leaf, tree)
 
 
-def by_process(function: Callable[..., np.ndarray], *inputs: Any) -> np.ndarray:
+def by_process(function: Callable[..., Any], *inputs: Any) -> Any:
     """`function(*inputs)` of arrays with a common leading axis, each process on its share of the rows, as on one.
 
     Args:
-      function: on the host, such as an oracle: trees of arrays with n rows -> array with n rows.
+      function: on the host, such as an oracle: trees of arrays with n rows -> tree of arrays with n rows.
     """
+    here = lambda *inputs: jax.tree.map(np.asarray, function(*inputs))
     n, processes = len(jax.tree.leaves(inputs)[0]), jax.process_count()
-    if processes == 1:
-        return np.asarray(function(*inputs))
+    if processes == 1 or n == 0:
+        return here(*inputs)
     # Equal shares, the last rows again where they do not come out even.
     size = -(-n // processes)
     rows = np.minimum(np.arange(size) + size * jax.process_index(), n - 1)
-    mine = everywhere(lambda: np.asarray(function(*jax.tree.map(lambda a: a[rows], inputs))))
-    return np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, *mine.shape[1:])[:n]
+    mine = everywhere(lambda: here(*jax.tree.map(lambda a: a[rows], inputs)))
+    whole = lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:n]
+    return jax.tree.map(whole, multihost_utils.process_allgather(mine))
 
 
 def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:

@@ -39,8 +39,7 @@ def train(
       context: a pytree of arrays that all runs read, such as a pool of examples.
       own: a pytree of arrays with leading axis K: what each run has for itself.
       settings: of every run; with `patience` each ends by itself, and the others go on.
-      host: its mesh is one of all devices unless given, with all of them on the axis `replica`; devices on the axis
-        `data` compute the same.
+      host: its mesh is `together.over_runs` unless given; devices on the axis `data` share the batches of their runs.
       report_each: as `host.report`, with the metrics of each run, None for those that have ended.
 
     Returns:
@@ -68,7 +67,10 @@ def _train(
     runs = len(keys)
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
-    mesh = together.over_runs() if host.mesh is None else host.mesh
+    mesh = host.mesh
+    if mesh is None:
+        key, mine = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (keys, own))
+        mesh = together.over_runs(None, runs, training.drawn(task, key, context, mine))
     state = _begin(settings, keys, params)
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
@@ -143,7 +145,7 @@ def _block(
         loss, draw, validate, *_ = task(context, run[1])
         if draw is None:
             raise ValueError("replicas: task.draw: expected a function of a key, given None")
-        step = training.make_step(loss, training.adam(settings), settings.decay)
+        step = training.make_step(loss, training.adam(settings), settings.decay, parts=mesh.shape["data"])
         block = training.make_block(step, draw, size, validate)
         if not some_end:
             return block(run[0])

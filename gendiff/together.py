@@ -133,14 +133,16 @@ def meet(like: Hashable, given: Any, alone: Callable[[Any], T], several: Callabl
 def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, given: tuple) -> Any:
     """`program(*static, mesh, *given)`, a jitted function whose arguments before `given` are static.
 
-    Runs side by side get theirs from one program, each on a device of its own.
+    Runs side by side get theirs from one program, each on a device of its own, if they are enough for all devices.
     """
 
     def alone(given: tuple) -> Any:
         return program(*static, mesh, *distributed.place(mesh, given))
 
     def several(many: list[tuple]) -> list[Any]:
-        over = over_runs()
+        over = over_runs(None, len(many), jax.device_count())
+        if over.shape["data"] > 1:  # too few for all devices, which each of them can use alone
+            return [alone(each) for each in many]
         found = distributed.gather(_side_by_side(program.__wrapped__, static, over, spread(over, stack(many))))
         return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(many))]
 
@@ -155,10 +157,23 @@ def _side_by_side(function: Callable[..., Any], static: tuple, mesh: jax.shardin
     return jax.shard_map(here, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)(given)
 
 
-def over_runs(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with all devices, or the given ones, on the axis `replica`."""
+def over_runs(
+    devices: list[jax.Device] | None = None, runs: int | None = None, batch: int | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with all devices, or the given ones, on the axis `replica`.
+
+    Args:
+      runs: how many there are.  Accelerators that they would leave idle go to the axis `data`: 5 runs on 16 devices are
+        all on each of them, with a 16th of their batches, 6 runs on 4 devices half of them on two each.
+      batch: examples of a step of a run, which `data` must divide.
+    """
     devices = jax.devices() if devices is None else devices
-    return distributed.make_mesh(devices, len(devices))
+    count = len(devices)
+    if runs is None or batch is None or devices[0].platform == "cpu":
+        return distributed.make_mesh(devices, count)
+    able = [each for each in range(1, count + 1) if count % each == 0 and batch % (count // each) == 0]
+    # What a device computes, in examples of the batch: the least, and then with the fewest all-reduces.
+    return distributed.make_mesh(devices, min(able, key=lambda each: (-(-runs // each) * each, -each)))
 
 
 def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -81,6 +81,8 @@ def make_step(
     optimiser: optax.GradientTransformation,
     decay: float = 0.999,
     mesh: jax.sharding.Mesh | None = None,
+    *,
+    parts: int = 1,
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """One optimiser step on a batch.
 
@@ -90,21 +92,30 @@ def make_step(
       mesh: of devices that hold the parameters whole: each on the axis `data` takes the gradient of its part of the
         batch, and one all-reduce makes the mean.  Without it, where parts of the parameters lie on several devices,
         the compiler decides; so it does where the loss of an example depends on the others of its batch.
+      parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`.  A batch that
+        this does not divide every device takes whole.
     """
     batch_loss = losses.mean(loss)
 
+    def here(params: Params, keys: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
+        return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), "data")
+
     def value_and_gradient(params: Params, key: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
-        if mesh is None or mesh.shape["data"] == 1 or losses.looks_at_batch(loss, params, key, batch):
+        shared = parts if mesh is None else mesh.shape["data"]
+        if shared > 1:
+            size = jax.tree.leaves(batch)[0].shape[0]
+        if shared == 1 or (mesh is None and size % parts) or losses.looks_at_batch(loss, params, key, batch):
             return jax.value_and_grad(batch_loss)(params, key, batch)
-
-        def here(params: Params, keys: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
-            return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), "data")
-
+        keys = jax.random.split(key, size)
+        if mesh is None:
+            each = size // parts
+            mine = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * each, each)
+            return here(params, mine(keys), jax.tree.map(mine, batch))
         split, whole = jax.P("data"), jax.P()
         parted = jax.shard_map(
             here, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, whole), check_vma=False
         )
-        return parted(params, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0]), batch)
+        return parted(params, keys, batch)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
@@ -247,7 +258,7 @@ def train(
         resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
 
     Returns:
-      The last state, whole on every process.
+      The last state, whole on every process; fully sharded, on the host.
 
     Raises:
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
@@ -279,10 +290,9 @@ def _train(
 ) -> State:
     mesh = host.mesh
     if mesh is None:
-        mesh = distributed.training_mesh(None if data is not None else _drawn(task, key, context))
-    begun = params if isinstance(params, State) else begin(settings, key, params)
-    first = int(begun.step)
-    state = distributed.put(jax.tree.map(jnp.copy, begun), shardings(mesh, host.fully_sharded, begun))
+        mesh = distributed.training_mesh(None if data is not None else drawn(task, key, context))
+    state = _placed(key, params, settings, mesh, host.fully_sharded)
+    first = int(state.step)
     context = distributed.replicate(mesh, context)
     if host.checkpoints is not None:
         state = host.checkpoints.restore(state, data)
@@ -321,17 +331,32 @@ def _train(
         host.report(done, values)
         if distributed.preempted():
             _stop(host, done, state, data)
-    return distributed.local(distributed.place(mesh, state) if host.fully_sharded else state)
+    if not host.fully_sharded:
+        return distributed.local(state)
+    arrays = jax.tree.map(lambda leaf: leaf if distributed.is_key(leaf) else distributed.gather(leaf), state)
+    return arrays._replace(key=distributed.local(state.key))
 
 
-def _drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None:
-    """Examples in a batch that a task draws; None if it draws none."""
+def _placed(
+    key: PRNGKey, params: Params | State, settings: Settings, mesh: jax.sharding.Mesh, fully_sharded: bool
+) -> State:
+    """The state that a run begins from, on the devices; fully sharded, no device ever holds it whole."""
+    if fully_sharded and not isinstance(params, State):
+        places = shardings(mesh, True, jax.eval_shape(partial(begin, settings), key, params))
+        given = distributed.put(jax.random.clone(key), places.key), distributed.put(params, places.params)
+        return jax.jit(partial(begin, settings), out_shardings=places)(*given)
+    begun = params if isinstance(params, State) else begin(settings, key, params)
+    return distributed.put(jax.tree.map(jnp.copy, begun), shardings(mesh, fully_sharded, begun))
 
-    def batch(key: PRNGKey, context: Any) -> Any:
-        draw = task(context).draw
+
+def drawn(task: Callable[..., Task], key: PRNGKey, *contexts: Any) -> int | None:
+    """Examples in a batch that a task draws (what divides them all, if they are of several kinds); None if none."""
+
+    def batch(key: PRNGKey, *contexts: Any) -> Any:
+        draw = task(*contexts).draw
         return None if draw is None else draw(key)
 
-    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(jax.eval_shape(batch, key, context)) if leaf.ndim]
+    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(jax.eval_shape(batch, key, *contexts)) if leaf.ndim]
     return math.gcd(*sizes) if sizes else None
 
 

@@ -10,6 +10,7 @@ import pytest
 from gendiff import distributed, guidance, process, sampling, training
 from gendiff.training import Host, Settings, Task
 
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
 MESHES = pytest.mark.parametrize("devices", [1, 2, 8])
 
 
@@ -196,3 +197,30 @@ def test_training_does_not_depend_on_devices(drawn, others):
 def test_no_examples_are_an_error():
     with pytest.raises(ValueError, match="expected one example or more, given none"):
         distributed.chunked(lambda x: x, jnp.zeros((0, 2)))
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "a:1"},
+            "JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected with JAX_COORD",
+        ),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS: expected with JAX_NUM_PROCESSES"),
+        (ADDRESS | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: expected 0 to 1, given 2"),
+        (ADDRESS | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID: expected a whole number, given 'one'"),
+        (ADDRESS | {"GENDIFF_START_SECONDS": "1.5"}, "GENDIFF_START_SECONDS: expected a whole number, given '1.5'"),
+        (
+            ADDRESS | {"GENDIFF_HEARTBEAT_SECONDS": "-1"},
+            "HEARTBEAT_SECONDS: expected a whole number, given '-1'",
+        ),
+    ],
+)
+def test_what_is_told_of_other_processes_is_checked(told, message):
+    with pytest.raises(distributed.StartError, match=message):
+        distributed.start(told)
+
+
+def test_one_process_needs_no_other():
+    distributed.start(ADDRESS | {"JAX_NUM_PROCESSES": "1"})
+    assert not distributed.joined()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,9 +31,9 @@ def free_port() -> int:
 
 
 class Job:
-    """Processes of one run, with their output in files."""
+    """Processes of one run, with their output in files; the last one may be told more."""
 
-    def __init__(self, processes: int, folder: Path, *arguments: str, **more: str) -> None:
+    def __init__(self, processes: int, folder: Path, *arguments: str, last: tuple[str, ...] = (), **more: str) -> None:
         self.folder, address = folder, f"localhost:{free_port()}"
         self.processes = []
         for index in range(processes):
@@ -41,7 +42,7 @@ class Job:
                 "GENDIFF_HEARTBEAT_SECONDS": "10",
             }  # fmt: skip
             with self.log(index).open("w") as log:
-                command = [sys.executable, *arguments]
+                command = [sys.executable, *arguments, *(last if index == processes - 1 else ())]
                 env = environment(**told, **more)
                 self.processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
 
@@ -97,7 +98,7 @@ def test_everything_equals_one_process(folders, processes):
     alone, many = (read(folders(n), "everything") for n in (1, processes))
     last = read(folders(processes), "everything", processes - 1)
     names = [name for name in alone if name != "['problems']"]
-    assert len(names) == 22, "five trainings of two arrays, their losses, eleven samplers and estimates"
+    assert len(names) == 35, "fourteen trainings of one array or two, losses, eleven samplers and estimates, a pool"
     for name in names:
         scale = np.abs(alone[name]).max()
         np.testing.assert_allclose(many[name], alone[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
@@ -113,37 +114,77 @@ def test_what_one_process_says_reaches_the_others(folders):
     ]
 
 
-def test_a_killed_process_ends_the_job_and_others_go_on_from_there(tmp_path):
+def failed(job: Job) -> list[str]:
+    """The last error of each process, all of which must have ended with the status of bad input, at about one time."""
+    statuses = job.wait(120)
+    texts = [job.log(index).read_text() for index in range(len(statuses))]
+    assert statuses == [2] * len(statuses), "\n".join(text[-2000:] for text in texts)
+    lines = [[line for line in text.splitlines() if "error: " in line] for text in texts]
+    return [each[-1].split("error: ")[1] if each else text[-2000:] for each, text in zip(lines, texts, strict=True)]
+
+
+def test_processes_that_are_told_different_things_say_so(tmp_path):
+    job = Job(2, tmp_path, "-m", "experiments.genneg.checkerboard", "--preset", "smoke", last=("--points", "900"))
+    expected = "the configuration: expected the same on all 2 processes, given another than process 0's on process 1"
+    assert failed(job) == [expected, expected]
+
+
+def test_an_option_that_one_process_cannot_read_ends_all(tmp_path):
+    job = Job(2, tmp_path, "-m", "experiments.genneg.checkerboard", "--preset", "smoke", last=("--pionts", "900"))
+    assert failed(job)[0] == "process 1: exit with status 2"
+    assert "Unrecognized options: --pionts" in job.log(1).read_text()
+
+
+def test_a_full_disk_of_one_host_is_an_error_of_all(tmp_path):
+    said, other = failed(Job(2, tmp_path, str(WORKER), str(tmp_path), "train", FULL="1"))[::-1]
+    assert "could not be written (OSError: [Errno 28] expected room for " in said
+    assert "could not be written (Elsewhere: process 1: [Errno 28] expected room for " in other
+
+
+def test_a_checkpoint_of_a_later_format_is_an_error_of_all(tmp_path):
+    finished(1, tmp_path, "train")
+    newest = tmp_path / "steps" / "60" / "_CHECKPOINT_METADATA"
+    stored = json.loads(newest.read_text())
+    assert stored["custom_metadata"]["format"] == 1
+    stored["custom_metadata"]["format"] = 2
+    newest.write_text(json.dumps(stored))
+    for text in failed(Job(2, tmp_path, str(WORKER), str(tmp_path), "train")):
+        assert text.endswith("60: expected format 1 or earlier, given 2, of a later gendiff")
+
+
+@pytest.mark.parametrize("killed", [2, 0])
+def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, tmp_path):
     whole = finished(1, tmp_path / "whole", "train")
     folder = tmp_path / "killed"
     folder.mkdir()
     job = Job(4, folder, str(WORKER), str(folder), "train", PAUSE="0.3")
     job.wait_for("step 16")
-    job.processes[2].kill()
+    job.processes[killed].kill()
     begun = time.monotonic()
     statuses = job.wait(60)
     assert time.monotonic() - begun < 60
-    assert statuses[2] == -signal.SIGKILL
-    assert all(status not in (0, 2) for status in statuses)
-    assert "lost" in job.log(0).read_text() or "died" in job.log(0).read_text()
+    assert statuses[killed] == -signal.SIGKILL
+    assert all(status in (70, -signal.SIGABRT) for status in statuses[:killed] + statuses[killed + 1 :])
+    assert re.search("lost|died|unavailable|UNAVAILABLE", job.log(1).read_text())
     resumed = finished(2, folder, "train")
     assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
     for name, value in whole.items():
         np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_notice_stores_everything_and_says_so(processes, tmp_path):
-    whole = finished(1, tmp_path / "whole", "train")
+@pytest.mark.parametrize(("processes", "mode"), [(1, "train"), (2, "train"), (2, "sharded")])
+def test_a_notice_stores_everything_and_says_so(processes, mode, tmp_path):
+    whole = finished(1, tmp_path / "whole", mode)
     folder = tmp_path / "stopped"
     folder.mkdir()
-    job = Job(processes, folder, str(WORKER), str(folder), "train", PAUSE="0.3")
+    job = Job(processes, folder, str(WORKER), str(folder), mode, PAUSE="0.3")
     job.wait_for("step 8")
     job.processes[-1].send_signal(signal.SIGTERM)
     assert job.wait(60) == [75] * processes
     text = job.log(0).read_text()
     assert "stopped by a notice (SIGTERM): step " in text
-    resumed = finished(processes, folder, "train")
+    resumed = finished(processes if mode == "train" else 1, folder, mode)
+    assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
     for name, value in whole.items():
         np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 

@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import re
 import shutil
 
 import jax
@@ -6,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gendiff import checkpoint, replicas, together, training
+from gendiff import checkpoint, distributed, replicas, together, training
 from gendiff.training import Host, Settings, Task
 
 SETTINGS = Settings(steps=60, rate=0.05, every=20)
@@ -21,6 +23,16 @@ def regression(points, own):
 POINTS = jnp.linspace(-1, 1, 30)
 START = {"a": jnp.array([0.0, 0.3, -0.2, 1.0, 2.0]), "b": jnp.array([0.5, 0.0, -0.5, 0.1, 0.2])}
 OWN = {"slope": jnp.array([1.0, -1.0, 2.0, 0.5, 0.0])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a GPU."""
+
+    id: int
+    platform: str = "gpu"
+    device_kind: str = "H200"
+    process_index: int = 0
 
 
 def trained(host, settings=SETTINGS, runs=5, own=OWN):
@@ -47,8 +59,38 @@ def test_runs_equal_the_same_runs_alone(devices):
     assert np.all(np.asarray(state.step) == 60)
 
 
-def test_the_program_has_no_collective():
-    mesh = together.over_runs(jax.devices()[:4])
+@pytest.mark.parametrize(("replica", "data"), [(2, 4), (1, 8), (4, 2), (1, 3)])
+def test_devices_that_runs_leave_idle_share_their_batches(replica, data):
+    mesh = distributed.make_mesh(jax.devices()[: replica * data], replica)
+    state, alone = trained(Host(mesh)), trained(Host(together.over_runs(jax.devices()[:1])))
+    for mine, theirs in zip(
+        jax.tree.leaves((state.params, state.best)), jax.tree.leaves((alone.params, alone.best)), strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("runs", "batch", "devices", "shape"),
+    [
+        (8, 256, 8, (8, 1)),
+        (20, 256, 8, (4, 2)),
+        (5, 256, 16, (1, 16)),
+        (5, 250, 16, (8, 2)),
+        (6, 256, 4, (2, 2)),
+        (16, 256, 16, (16, 1)),
+        (17, 1, 4, (4, 1)),
+    ],
+)
+def test_accelerators_that_runs_leave_idle_go_to_their_batches(runs, batch, devices, shape):
+    chips = [Chip(i) for i in range(devices)]
+    assert together.over_runs(chips, runs, batch).devices.shape == shape
+    assert together.over_runs(chips).devices.shape == (devices, 1)
+    assert together.over_runs(jax.devices(), runs, batch).devices.shape == (8, 1), "cores do not share a batch"
+
+
+@pytest.mark.parametrize(("replica", "data"), [(4, 1), (2, 4)])
+def test_the_program_has_no_collective_between_replicas(replica, data):
+    mesh = distributed.make_mesh(jax.devices()[: replica * data], replica)
     keys, cut = replicas.keys(jax.random.key(0), 4), lambda tree: jax.tree.map(lambda a: a[:4], tree)
     state = replicas._begin(SETTINGS, keys, cut(START))
     place = lambda tree: jax.device_put(tree, jax.NamedSharding(mesh, jax.P("replica")))
@@ -57,7 +99,8 @@ def test_the_program_has_no_collective():
         .compile()
         .as_text()
     )
-    assert "all-reduce" not in text
+    assert ("all-reduce" in text) == (data > 1)
+    assert set(re.findall(r"replica_groups=(\S+),", text)) <= {"{{0,1,2,3},{4,5,6,7}}", "[2,4]<=[8]"}
     assert "all-gather" not in text
     assert "all-to-all" not in text
     assert "collective-permute" not in text

@@ -59,6 +59,16 @@ def test_what_does_not_agree_is_made_apart():
         close(each, work())
 
 
+@pytest.mark.parametrize("replica", [1, 2])
+def test_runs_that_would_leave_devices_idle_equal_runs_alone(replica, monkeypatch):
+    """As on accelerators, which share the batches of their runs."""
+    few = lambda devices=None, runs=None, batch=None: distributed.make_mesh(jax.devices(), replica)
+    monkeypatch.setattr(together, "over_runs", few)
+    given, _ = side_by_side([partial(run, seed) for seed in range(3)])
+    for seed, each in enumerate(given):
+        close(each, run(seed))
+
+
 def test_runs_of_other_lengths_do_not_wait_for_each_other_for_ever():
     longer = lambda: (run(0), run(1))[1]
     given, _ = side_by_side([longer, partial(run, 2), lambda: 5])

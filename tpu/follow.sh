@@ -22,7 +22,7 @@ fi
 status=0
 remote "$slice" "$worker" bash gendiff/tpu/worker.sh follow "$run" || status=$?
 case $status in
-  70) echo 'another process of the run was lost: start it again with the same launch.sh' >&2 ;;
+  70 | 134) echo 'another process of the run was lost: start it again with the same launch.sh' >&2 ;;
   75) echo 'stopped by a notice, everything is stored: start it again with the same launch.sh' >&2 ;;
 esac
 exit "$status"

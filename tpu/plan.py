@@ -31,7 +31,7 @@ from tabulate import tabulate
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
-from gendiff import distributed, replicas, training
+from gendiff import distributed, replicas, together, training
 from gendiff.data.episodes import Windows
 from gendiff.losses import Aligned
 from gendiff.methods import censoring, genneg, relative_reward
@@ -90,8 +90,8 @@ class NoCompiler(Exception):
     """There is no libtpu."""
 
 
-def mesh_of(name: str, batch: int | None = None) -> jax.sharding.Mesh:
-    """The mesh that an experiment has on a slice: `distributed.training_mesh` of its devices.
+def devices_of(name: str) -> list[jax.Device]:
+    """The devices of a slice, for the compiler.
 
     Raises:
       NoCompiler: libtpu is not installed.
@@ -105,8 +105,7 @@ def mesh_of(name: str, batch: int | None = None) -> jax.sharding.Mesh:
     from jax.experimental import topologies
 
     given = SLICES[name]
-    devices = list(topologies.get_topology_desc(given.topology, "tpu", **given.options).devices)
-    return distributed.training_mesh(batch, devices)
+    return list(topologies.get_topology_desc(given.topology, "tpu", **given.options).devices)
 
 
 # The programs.
@@ -134,6 +133,14 @@ class Program(NamedTuple):
     costs: Callable[[jax.sharding.Mesh, int], Any] | None = None
     """One step of a training on a given batch, lowered in the same way, whose costs are taken for those of the
     training: XLA counts the whole pool as read of which a step draws some rows."""
+    mesh: Callable[[list[jax.Device], int], jax.sharding.Mesh] | None = None
+    """(devices, batch) -> the mesh that the experiment has on them; default: `distributed.training_mesh`."""
+
+    def on(self, devices: list[jax.Device], batch: int) -> jax.sharding.Mesh:
+        """The mesh."""
+        if self.mesh is not None:
+            return self.mesh(devices, batch)
+        return distributed.training_mesh(batch if self.divides else None, devices)
 
 
 Tree = Any
@@ -207,8 +214,8 @@ class SideBySide(NamedTuple):
     settings: training.Settings
 
     def lower(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
-        """A block of steps, all devices on the axis `replica`."""
-        mesh, padded, each = self.places(mesh, runs)
+        """A block of steps."""
+        padded, each = self.places(mesh, runs)
         params = many(self.params, padded)
         state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
         state, own = shaped((state, many(self.own, padded)), each)
@@ -217,25 +224,36 @@ class SideBySide(NamedTuple):
 
     def step(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
         """One step of all runs on given batches."""
-        mesh, padded, each = self.places(mesh, runs)
+        padded, each = self.places(mesh, runs)
         params = many(self.params, padded)
         state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
-        batch = jax.eval_shape(lambda key, *rest: drawn(self.task(*rest), key), KEY, self.context, self.own)
+        batch = self.batch()
         given = shaped((state, many(batch, padded), many(self.own, padded)), each)
 
         def one(state: Any, batch: Any, own: Any, context: Any) -> Any:
             settings = self.settings
-            step = training.make_step(self.task(context, own).loss, training.adam(settings), settings.decay)
+            parts = mesh.shape["data"]
+            step = training.make_step(
+                self.task(context, own).loss, training.adam(settings), settings.decay, parts=parts
+            )
             return step(state, batch)
 
         axis, local = jax.P("replica"), jax.vmap(one, (0, 0, 0, None))
         spread = jax.shard_map(local, mesh=mesh, in_specs=(axis,) * 3 + (jax.P(),), out_specs=axis, check_vma=False)
         return jax.jit(spread, donate_argnums=0).lower(*given, shaped(self.context, distributed.replicated(mesh)))
 
-    def places(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[jax.sharding.Mesh, int, jax.NamedSharding]:
-        """The mesh, how many runs there are on it with the copies that fill it up, and how they are split."""
-        mesh = distributed.make_mesh(list(mesh.devices.flat), mesh.size)
-        return mesh, -(-runs // mesh.size) * mesh.size, jax.NamedSharding(mesh, jax.P("replica"))
+    def mesh(self, devices: list[jax.Device], runs: int) -> jax.sharding.Mesh:
+        """That of `replicas.train`."""
+        return together.over_runs(devices, runs, jax.tree.leaves(self.batch())[0].shape[0])
+
+    def places(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[int, jax.NamedSharding]:
+        """How many runs there are on a mesh with the copies that fill it up, and how they are split."""
+        rows = mesh.shape["replica"]
+        return -(-runs // rows) * rows, jax.NamedSharding(mesh, jax.P("replica"))
+
+    def batch(self) -> Tree:
+        """That of one run."""
+        return jax.eval_shape(lambda key, *rest: drawn(self.task(*rest), key), KEY, self.context, self.own)
 
 
 PAPER = "paper"
@@ -442,11 +460,11 @@ def maze_programs() -> dict[str, Program]:
     return {
         "models": Program(
             "replicas", "diffusion models side by side", len(maze2d.FAMILIES) * (maze2d.GOALS + 1), "runs",
-            config.steps, models.lower, False, costs=models.step,
+            config.steps, models.lower, False, costs=models.step, mesh=models.mesh,
         ),
         "rewards": Program(
             "replicas", "rewards side by side", maze2d.GOALS * config.seeds, "runs", config.reward_steps,
-            rewards.lower, False, costs=rewards.step,
+            rewards.lower, False, costs=rewards.step, mesh=rewards.mesh,
         ),
         "sampler": Program(
             "sampling", "ancestral, steered by a reward", config.plans, "samples", config.diffusion_steps, sampler,
@@ -490,6 +508,8 @@ class Collective(NamedTuple):
     permutation, what one device sends."""
     looped: bool = False
     """Whether it is in a loop, and so in every step."""
+    group: int | None = None
+    """How many devices take part in it together; None for all."""
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
@@ -502,7 +522,9 @@ def collectives(text: str, devices: int) -> list[Collective]:
         looped.update(re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", line))
         uses.setdefault(computation, set()).update(re.findall(r"%([\w.\-]+)", line))
         if match := INSTRUCTION.match(line):
-            found.append((computation, _collective(match[2], match[1], bool(match[3]), computation, devices)))
+            group = _group(line)
+            each = _collective(match[2], match[1], bool(match[3]), computation, group or devices)
+            found.append((computation, each._replace(group=group)))
     names, new = set(uses), looped
     while new := {used for name in new for used in uses.get(name, ()) if used in names} - looped:
         looped |= new
@@ -521,6 +543,12 @@ def _collective(kind: str, shapes: str, start: bool, computation: str, devices: 
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind = "reduce-scatter"  # TPU's compiler fuses it from an all-reduce and a slice
     return Collective(kind, sum(sizes))
+
+
+def _group(line: str) -> int | None:
+    """The number of devices in the groups of a collective: {{0,1},{2,3}} or [2,2]<=[4]; {} is all."""
+    match = re.search(r"replica_groups=(?:\{\{([0-9,]+)\}|\[[0-9]+,([0-9]+)\])", line)
+    return None if match is None else int(match[2]) if match[2] else match[1].count(",") + 1
 
 
 def _size(dtype: str, dimensions: str) -> int:
@@ -548,6 +576,8 @@ class Measured(NamedTuple):
     """That compiling took."""
     setup_flops: float = 0.0
     setup_accessed: float = 0.0
+    data: int | None = None
+    """Length of the mesh's axis `data`, where that is not all devices."""
 
     @property
     def memory(self) -> float:
@@ -561,7 +591,9 @@ class Failed(NamedTuple):
     reason: str
 
 
-def measured(compiled: Any, devices: int, seconds: float = 0.0, setup: Any = None, costs: Any = None) -> Measured:
+def measured(
+    compiled: Any, mesh: jax.sharding.Mesh, seconds: float = 0.0, setup: Any = None, costs: Any = None
+) -> Measured:
     """Reads a compiled program; `setup` and `costs` are the program's, where it has them."""
     memory = compiled.memory_analysis()
     cost = (costs or compiled).cost_analysis()
@@ -572,17 +604,18 @@ def measured(compiled: Any, devices: int, seconds: float = 0.0, setup: Any = Non
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
-        tuple(collectives(compiled.as_text(), devices)),
+        tuple(collectives(compiled.as_text(), mesh.size)),
         seconds,
         before.get("flops", 0.0),
         before.get("bytes accessed", 0.0),
+        mesh.shape["data"],
     )
 
 
 def compile_one(experiment: str, program: str, where: str, batch: int) -> Measured | Failed:
     """Compiles a program for a slice; what goes wrong is the compiler's message."""
     given = EXPERIMENTS[experiment]()[program]
-    mesh = mesh_of(where, batch if given.divides else None)
+    mesh = given.on(devices_of(where), batch)
     with as_on_tpus():
         begun = time.perf_counter()
         try:
@@ -591,7 +624,7 @@ def compile_one(experiment: str, program: str, where: str, batch: int) -> Measur
             setup, costs = (each and each(mesh, batch).compile() for each in (given.setup, given.costs))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             return Failed(reason(str(error)))
-    return measured(compiled, mesh.size, took, setup, costs)
+    return measured(compiled, mesh, took, setup, costs)
 
 
 def reason(message: str) -> str:
@@ -625,9 +658,12 @@ class Predicted(NamedTuple):
 
 def link_seconds(given: tuple[Collective, ...], devices: int, chip: Chip) -> float:
     """Seconds of collectives, as rings over all links of a chip, one direction of each at a time (half of `links`)."""
-    share = (devices - 1) / devices
-    passes = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
-    return sum(each.size * passes.get(each.kind, share) for each in given) / (chip.links / 2)
+    seconds = 0.0
+    for each in given:
+        n = each.group or devices
+        passes = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        seconds += each.size * passes.get(each.kind, (n - 1) / n) / (chip.links / 2)
+    return seconds
 
 
 def predict(given: Measured, chip: Chip, devices: int) -> Predicted:
@@ -640,18 +676,12 @@ def predict(given: Measured, chip: Chip, devices: int) -> Predicted:
     )
 
 
-def whole(program: Program, given: Measured, chip: Chip, chips: int, batch: int) -> float:
+def whole(program: Program, given: Measured, chip: Chip, devices: int, batch: int) -> float:
     """Seconds of all steps: of a training, or of one call of a sampler with all of its chunks."""
-    devices = sharing(program, batch, chips)
     before = max(given.setup_flops / chip.flops, given.setup_accessed / chip.bandwidth)
     once = link_seconds(tuple(each for each in given.collectives if not each.looped), devices, chip)
     chunks = 1 if program.chunk is None else -(-batch // (devices * program.chunk))
     return chunks * (program.steps * predict(given, chip, devices).step + before) + once
-
-
-def sharing(program: Program, batch: int, chips: int) -> int:
-    """How many chips share a batch, and so a collective; the others compute copies."""
-    return math.gcd(batch, chips) if program.divides else chips
 
 
 def efficiency(alone: float, together: float, devices: int) -> float:
@@ -689,7 +719,7 @@ def findings(entries: list[Entry]) -> list[str]:
         if isinstance(entry.result, Failed):
             found.append(f"{name}: {entry.result.reason}")
             continue
-        if wrong := unexpected(program.kind, entry.result.collectives, slice_.chips):
+        if wrong := unexpected(program.kind, entry.result.collectives, slice_.chips, entry.result.data):
             found.append(f"{name}: {wrong}")
         if entry.result.memory > CHIPS[slice_.chip].memory:
             found.append(f"{name}: {quantity(entry.result.memory)}B do not fit")
@@ -701,11 +731,20 @@ JOINED = 120 * 2**20
 reduced in pieces of at most so many.  With its option xla_jf_crs_combiner_threshold_in_bytes it is one."""
 
 
-def unexpected(kind: str, given: tuple[Collective, ...], devices: int) -> str:
-    """What is wrong with a program's collectives; empty if nothing is."""
+def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int | None = None) -> str:
+    """What is wrong with a program's collectives; empty if nothing is.
+
+    Args:
+      data: length of the mesh's axis `data`; all devices unless given.
+    """
     kinds = [each.kind for each in given]
-    if devices == 1 or kind in ("sampling", "replicas"):
+    alone = kind == "replicas" and (data or 1) == 1  # a device a run; else devices share the batches of their runs
+    if devices == 1 or kind == "sampling" or alone:
         return f"expected no collective, given {counted(given)}" if kinds else ""
+    if across := [each for each in given if data is not None and (each.group or devices) != data]:
+        return f"expected collectives of {data} devices each, given {counted(tuple(across))} of others"
+    if kind == "replicas":
+        return "" if kinds == ["all-reduce"] else f"expected one all-reduce, given {counted(given)}"
     if kind == "training":
         smallest = sorted(each.size for each in given)[:2]
         pieces = set(kinds) == {"all-reduce"} and (len(kinds) == 1 or sum(smallest) > JOINED)
@@ -752,17 +791,17 @@ def table(entries: list[Entry]) -> str:
     body = []
     for entry in entries:
         program, slice_ = EXPERIMENTS[entry.experiment]()[entry.program], SLICES[entry.where]
-        chip, shared = CHIPS[slice_.chip], sharing(program, entry.batch, slice_.chips)
+        chip, result = CHIPS[slice_.chip], entry.result
         how = " (rounded up)" if entry.batch != program.batch else ""
-        how += f" in {shared} parts, {slice_.chips // shared} times" if shared < slice_.chips else ""
+        if isinstance(result, Measured) and result.data and result.data < slice_.chips:
+            how += f", {slice_.chips // result.data} x {result.data} chips"
         first = [entry.program, entry.where, f"{entry.batch:,} {program.unit}{how}"]
-        result = entry.result
         if isinstance(result, Failed):
             body.append([*first, result.reason, *[""] * 8])
             continue
         fits = "yes" if result.memory <= chip.memory else "**no**"
         parts = " + ".join(f"{quantity(each)}B" for each in result[:3])
-        predicted, took = predict(result, chip, shared), whole(program, result, chip, slice_.chips, entry.batch)
+        predicted, took = predict(result, chip, slice_.chips), whole(program, result, chip, slice_.chips, entry.batch)
         alone = reference(entry, entries)
         body.append([
             *first,
@@ -928,7 +967,7 @@ def main() -> None:
         print(json.dumps(compile_one(experiment, program, where, int(batch))._asdict()))
         return
     try:
-        mesh_of("v5e-1")
+        devices_of("v5e-1")
     except NoCompiler as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -389,14 +389,14 @@ class Run:
 
     def benign(self, images: Samples) -> np.ndarray:
         """The oracle's verdict, True where no stroke crosses the stem."""
-        return np.asarray(crossed_seven.judge(np.asarray(images)).logit) < 0
+        return distributed.by_process(crossed_seven.judge, np.asarray(images)).logit < 0
 
     def rater(self, phase: str, malign: int, benign: int) -> censoring.Rater:
         """The oracle, or a person at the labelling page, who marks 1 for benign, 0 for malign, and may leave out."""
         if self.config.rater == "oracle":
             return self.benign
 
-        def person(images: Samples) -> np.ndarray:
+        def marked(images: Samples) -> list[float]:
             pixels = np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
             # Labels are of their samples: each batch has a folder of its own.
             digest = hashlib.blake2b(pixels.tobytes(), digest_size=4).hexdigest()
@@ -406,9 +406,9 @@ class Run:
             chosen = ask.ask(place, malign, benign, ask.Options(meaning="a stroke crosses the stem of the seven"))
             marks = np.full(len(images), np.nan)
             marks[np.asarray(chosen.malign)], marks[np.asarray(chosen.benign)] = 0.0, 1.0
-            return marks
+            return marks.tolist()
 
-        return person
+        return lambda images: np.asarray(distributed.first(lambda: marked(images)))  # the page is one process's
 
     def labelled(self, theta: Params, trial: int) -> Labelled:
         """The labels of a trial, from samples of its own."""
@@ -534,7 +534,7 @@ class Run:
         """Malign rate, precision and recall: over trials."""
         rows = []
         for drawn in trials:
-            answer = crossed_seven.judge(np.asarray(drawn))
+            answer = distributed.by_process(crossed_seven.judge, np.asarray(drawn))
             spread = diversity.precision_recall(self.benign_features(), np.asarray(answer.features))
             malign = rates.rate(int(np.sum(np.asarray(answer.logit) >= 0)), len(drawn))
             rows.append({"malign_rate": malign, "precision": spread.precision, "recall": spread.recall})

@@ -300,7 +300,7 @@ class Run:
             kept.append(points[: config.samples - first])
             self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
         points = np.concatenate(kept)
-        good = label(setup.oracle, points)
+        good = genneg.verdicts(setup.oracle, points)
         test = self.board(TEST, config.elbo_points)
         elbo = together.call(elbos, (setup, config.elbo_levels), self.mesh, (guided, test, self.fold(ELBO)))
         return Evaluation(
@@ -487,7 +487,7 @@ class Run:
             populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given), len(keys)
         )
         pooled = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), populations._replace(resampled=jnp.zeros((1, 1))))
-        good = jnp.asarray(label(self.problem.oracle, np.asarray(pooled.particles)))
+        good = jnp.asarray(genneg.verdicts(self.problem.oracle, np.asarray(pooled.particles)))
         judged = smc.judge(pooled, good, jax.random.fold_in(self.fold(SMC), 1))
         # Populations are independent: their own estimates of alpha give the interval of the pooled one.
         each = np.exp(populations.log_weights) * np.asarray(good).reshape(config.smc_populations, -1)

@@ -658,7 +658,8 @@ class Run:
             seconds.append(time.perf_counter() - begun)
             self.progress(phase, min(first + size, n), n, {})
         samples = np.concatenate(kept)[:n]
-        verdict = found(samples, rows_of(given, rows))  # what is not finite is off the road
+        # What is not finite is off the road.
+        verdict = distributed.by_process(found, samples, jax.tree.map(np.asarray, rows_of(given, rows)))
         elbo = self.elbo(guided, setup, scale) if likelihood else np.zeros(0)
         each = float(np.median(seconds[1:])) / size
         holds, vehicles = np.asarray(oracle.constraints(verdict)), np.asarray(UNITS.metres(jnp.asarray(samples)))

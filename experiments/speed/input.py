@@ -61,10 +61,10 @@ COLUMNS = (
 )
 NOTES = """\
 Batches of {batches}. waited: time in the iterator's `next` by that of the steps; the devices work on the step before
-meanwhile, so that they wait for no longer. longest wait: of any one step, by the mean step. slower by: mean of the
-trainings' own ratios less 1, Student's 95 % interval; the two kinds go first in turns. Seconds: median [smallest,
-largest] of {repetitions} trainings. examples / s, MB / s: what Grain reads where nothing is trained, as the network
-gets it: a device whose steps take batches faster waits."""
+meanwhile, so that they wait for no longer. longest wait: of any one step, by the mean step. slower by: geometric
+mean of the trainings' own ratios less 1, 95 % interval (Student's, of the logarithm); the two kinds go first in turns.
+Seconds: median [smallest, largest] of {repetitions} trainings. examples / s, MB / s: what Grain reads where nothing is
+trained, as the network gets it: a device whose steps take batches faster waits."""
 
 
 class Fed(NamedTuple):
@@ -202,7 +202,7 @@ def measure(config: InputConfig, name: str, fed: Fed, progress: Progress) -> dic
     return {
         "streamed_seconds": table.spread(np.array(streamed)),
         "resident_seconds": table.spread(np.array(resident)),
-        "slower": rates.mean(np.array(streamed) / np.array(resident) - 1),
+        "slower": rates.change(streamed, resident),
         "waited": rates.mean([each.mean() for each in waits]),
         "longest_wait": rates.exact(max(each.max() for each in waits), sum(map(len, waits))),
         "examples_per_second": rates.exact(count / took, count),

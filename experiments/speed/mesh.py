@@ -49,8 +49,8 @@ COLUMNS = (
     Column("steps", "steps a call", digits=0),
 )
 NOTES = """\
-Seconds: median [smallest, largest] of {repetitions} calls. overhead: mean of the calls' own ratios less 1, Student's
-95 % interval; the two programs go first in turns."""
+Seconds: median [smallest, largest] of {repetitions} calls. overhead: geometric mean of the calls' own ratios
+less 1, 95 % interval (Student's, of the logarithm); the two programs go first in turns."""
 
 
 class Trained(NamedTuple):
@@ -148,7 +148,7 @@ def measure(config: MeshConfig, name: str, given: Trained, progress: Progress) -
     return {
         "plain_seconds": table.spread(plain),
         "mesh_seconds": table.spread(mesh),
-        "overhead": rates.mean(mesh / plain - 1),
+        "overhead": rates.change(mesh, plain),
         "steps": rates.exact(steps),
     }
 

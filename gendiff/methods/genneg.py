@@ -27,7 +27,7 @@ from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.oracles.oracle import Oracle, label
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
-from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time, Valid
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """(phase, done, of, metrics): called as work goes on."""
@@ -246,12 +246,15 @@ def _labelled(
     samples = np.asarray(draw(problem, guided, key, n, mesh, conditions=given))
     if not np.isfinite(samples).all():
         raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
-    labels = distributed.by_process(
-        partial(label, problem.oracle), *((samples,) if given is None else (samples, given))
-    )
+    labels = verdicts(problem.oracle, samples, given)
     if conditions is None:
         return samples, labels
     return {"x": samples, "row": rows, "labels": labels}, np.asarray(labels.all(1))
+
+
+def verdicts(oracle: Callable[..., Valid], samples: Samples, conditions: Any = None) -> np.ndarray:
+    """`oracles.oracle.label`, each process its share of the samples."""
+    return distributed.by_process(partial(label, oracle), samples, *(() if conditions is None else (conditions,)))
 
 
 def _not_finite(samples: np.ndarray) -> str:
@@ -654,7 +657,7 @@ def accepted(
         samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
         if not np.isfinite(samples).all():
             raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
-        kept.append(samples[label(problem.oracle, samples)])
+        kept.append(samples[verdicts(problem.oracle, samples)])
         if sum(map(len, kept)) >= n:
             return np.concatenate(kept)
     raise ValueError(f"genneg: expected {n} good samples within {settings.budget} draws, given {sum(map(len, kept))}")

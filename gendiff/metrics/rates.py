@@ -40,6 +40,14 @@ def mean(values: ArrayLike) -> Estimate:
     return Estimate(value, value - half, value + half, n)
 
 
+def change(after: ArrayLike, before: ArrayLike) -> Estimate:
+    """Relative change of paired positive values: the geometric mean of their ratios less 1, with Student's interval of
+    its logarithm.  The mean of the ratios themselves is above 0 where both are equally noisy."""
+    logarithm = mean(np.log(after) - np.log(before))
+    value, low, high = (float(np.expm1(each)) for each in logarithm[:3])
+    return Estimate(value, low, high, logarithm.n)
+
+
 def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean of values that come in groups (samples of one scene), with the percentile bootstrap over the groups.
 

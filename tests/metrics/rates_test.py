@@ -56,6 +56,18 @@ def test_mean_covers(n):
     np.testing.assert_allclose([each.value for each in intervals], values.mean(1), rtol=1e-12)
 
 
+def test_change_covers_and_does_not_depend_on_the_order():
+    # As for the mean: 3000 trials of 20 noisy pairs, whose first is 3 % longer.
+    one, other = np.exp(np.random.default_rng(0).normal(0, 0.2, (2, 3000, 20)))
+    found = [rates.change(1.03 * a, b) for a, b in zip(one, other, strict=True)]
+    covered = sum(each.low <= 0.03 <= each.high for each in found)
+    assert stats.binomtest(covered, 3000, 0.95).pvalue > 1e-4
+    there, back = rates.change(one[0], other[0]), rates.change(other[0], one[0])
+    np.testing.assert_allclose((1 + there.value) * (1 + back.value), 1, rtol=1e-12)
+    np.testing.assert_allclose((1 + there.low) * (1 + back.high), 1, rtol=1e-12)
+    assert there.n == 20
+
+
 def test_mean_of_one_value_has_no_interval():
     assert rates.mean([2.5]) == rates.Estimate(2.5, float("-inf"), float("inf"), 1)
 

@@ -2,7 +2,7 @@
 
     python tests/processes/worker.py FOLDER MODE
 
-MODE is `everything`, or `train` for one long training with checkpoints in FOLDER.
+MODE is `everything`, or a long training with checkpoints in FOLDER: `train`, or `sharded` for a fully sharded one.
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,12 +19,18 @@ import numpy as np
 
 from experiments import runtime
 from experiments.contract import guarded
-from gendiff import distributed, guidance, likelihood, losses, process, replicas, sampling, smc, training
+from gendiff import checkpoint, distributed, guidance, likelihood, losses, process, replicas, sampling, smc, training
 from gendiff.checkpoint import Archive, Checkpoints
-from gendiff.methods import censoring, genneg
+from gendiff.data import stream
+from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.training import Host, Settings, Task
 
 DATA = np.random.default_rng(0).normal(0.5, 1.0, (64, 4)).astype(np.float32)
+WIDE = {
+    "w": np.sin(np.arange(2**15, dtype=np.float32)).reshape(128, 256) / 8,
+    "v": np.cos(np.arange(256, dtype=np.float32)),
+}
+"""Large enough to be split over devices."""
 START = {"w": np.linspace(-1, 1, 32, dtype=np.float32).reshape(4, 8), "v": np.ones(8, np.float32)}
 EDM, DDPM = process.edm(), process.ddpm(process.linear_betas(100))
 SETTINGS = Settings(12, 0.01, every=4)
@@ -41,6 +48,19 @@ def drawn(data):
 
 def given(data):
     return Task(loss)
+
+
+def uneven(data):
+    return Task(loss, lambda key: training.minibatch(key, data, 18))
+
+
+def wide_loss(params, key, example):
+    noisy = jnp.tile(example + 0.1 * jax.random.normal(key, example.shape), 32)
+    return jnp.mean((jnp.tanh(noisy @ params["w"]) * params["v"] - jnp.sum(example)) ** 2)
+
+
+def wide(data):
+    return Task(wide_loss, lambda key: training.minibatch(key, data, 16))
 
 
 def of_run(data, own):
@@ -75,6 +95,53 @@ def censored():
     return censoring.Problem(DDPM, gaussian(DDPM), classifier, (2,), steps=10, chunk=4, low=-9.0, high=9.0)
 
 
+@cache
+def teaching():
+    return problem()._replace(chunk=8)
+
+
+def reward(phi, x, t):
+    return jnp.sum(jnp.tanh(x @ phi["w"])) + phi["b"] * jnp.sum(x) * jnp.asarray(t, jnp.float32) / 100
+
+
+def pieces() -> dict[str, Any]:
+    """The trainings of the three methods."""
+    mesh, key = distributed.make_mesh(), jax.random.key(4)
+    theta, settings = np.float32([0.4, 0.4]), Settings(8, 0.01, every=4)
+    guided = genneg.Guided(theta, {"net": np.float32([0.7, 0.3]), "shift": np.zeros(2, np.float32)})
+    synthetic = genneg.collect(problem(), guided, key, 20, 80, 29, mesh=mesh)
+    how = genneg.ClassifierTraining(settings, half=4, validation=8)
+    train, held_out = genneg.split(synthetic, how, key)
+    images, labels = np.resize(DATA[:, :2], (3, 16, 2)), np.resize(np.float32([0, 1, 1]), (3, 16))
+    labelled = censoring.RewardTraining(settings, 8)
+    thetas = np.float32([[0.1, 0.2], [0.5, -0.2]])
+    path = lambda theta, x, t: gaussian(DDPM)(theta, x, t)
+    switches = relative_reward.PRINCIPLED
+    pool = relative_reward.pool(DDPM, path, switches, theta, thetas, None, key, DATA[:45, :2], 29, mesh)
+    start = {"w": np.ones((4, 2, 3), np.float32), "b": np.float32([0.1, 0.2, 0.3, 0.4])}
+    rewards = relative_reward.Problem(DDPM, reward, 8)
+    goals = np.int32([0, 1, 0, 1])
+    return {
+        "classifier": genneg.fit_classifier(problem(), train, held_out, np.float32(0.5), how, key)["net"],
+        "student": genneg.distill(
+            teaching(), guided, DATA[:45, :2], np.float32([0.3, 0.2]), 8, settings, key, mesh=mesh
+        ),
+        "censoring": censoring.fit(
+            censored(), censoring.Sets(images, labels), np.float32([0.1, 0.2, 0.3]), labelled, key
+        ).params,
+        "pool": pool.target,
+        "rewards": relative_reward.fit(rewards, pool, goals, start, settings, key).params,
+    }
+
+
+def streamed(position: int) -> Any:
+    """Batches that Grain reads, each process its own."""
+    batches = stream.batches(DATA, 16, 7)
+    for _ in range(position):
+        next(batches)
+    return batches
+
+
 def trainings() -> dict[str, Any]:
     mesh = distributed.make_mesh()
     key = jax.random.key(2)
@@ -88,11 +155,21 @@ def trainings() -> dict[str, Any]:
     start = jax.tree.map(lambda a: np.stack([a] * 5), START)
     found = {
         "drawn": training.train(key, START, drawn, DATA, SETTINGS, host).best,
-        "sharded": training.train(key, START, drawn, DATA, SETTINGS, host._replace(fully_sharded=True)).best,
+        "sharded": training.train(key, WIDE, wide, DATA, SETTINGS, Host(mesh, fully_sharded=True)).best,
         "default": training.train(key, START, drawn, DATA, SETTINGS).best,
+        "copies": training.train(key, START, uneven, DATA, SETTINGS).best,
+        "streamed": training.train(key, START, given, (), SETTINGS, Host(mesh), streamed(0)).params,
+        "patient": training.train(
+            key, START, drawn, DATA, Settings(400, 0.5, every=4, patience=8, schedule="constant")
+        ),
         "batches": training.train(key, START, given, (), SETTINGS, host, batches).params,
         "replicas": replicas.train(replicas.keys(key, 5), start, of_run, DATA, own, SETTINGS).params,
     }
+    ended = found.pop("patient")
+    assert 8 < ended.step < 400, ended.step
+    places = training.shardings(mesh, True, training.begin(SETTINGS, key, WIDE))
+    assert places.params["w"].spec == jax.P(None, "data"), "the test is of a state that is split"
+    found |= {"ended": ended.step, "patient": ended.best}
     return distributed.gather(found) | {"losses": np.asarray(reports)}
 
 
@@ -157,7 +234,7 @@ def agreement(folder: Path) -> dict[str, Any]:
     return {"problems": np.asarray(problems)} if index == min(1, jax.process_count() - 1) else {}
 
 
-def train(folder: Path) -> dict[str, Any]:
+def train(folder: Path, sharded: bool) -> dict[str, Any]:
     """A training that takes a while, so that it can be stopped."""
     pause = float(os.environ.get("PAUSE", "0"))
 
@@ -166,10 +243,10 @@ def train(folder: Path) -> dict[str, Any]:
             print(f"step {step}", flush=True)
         time.sleep(pause)
 
-    kept = Checkpoints(folder / "steps")
-    state = training.train(
-        jax.random.key(5), START, drawn, DATA, Settings(60, 0.01, every=4), Host(distributed.make_mesh(), kept, report)
-    )
+    host = Host(distributed.make_mesh(), Checkpoints(folder / "steps"), report, sharded)
+    settings = Settings(60, 0.01, every=4)
+    start, task = (WIDE, wide) if sharded else (START, drawn)
+    state = training.train(jax.random.key(5), start, task, DATA, settings, host)
     return distributed.gather({"params": state.params, "best": state.best, "step": state.step})
 
 
@@ -178,7 +255,11 @@ def main() -> None:
 
     def work() -> dict[str, Any]:
         runtime.start()
-        return train(folder) if mode == "train" else agreement(folder) | trainings() | samples()
+        if os.environ.get("FULL") == str(jax.process_index()):  # as the disk of one host
+            checkpoint.shutil.disk_usage = lambda folder: SimpleNamespace(free=0)
+        if mode != "everything":
+            return train(folder, mode == "sharded")
+        return agreement(folder) | trainings() | distributed.gather(pieces()) | samples()
 
     found = guarded(work)
     leaves, _ = jax.tree_util.tree_flatten_with_path(found)

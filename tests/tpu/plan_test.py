@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gendiff import distributed, training
+from gendiff import distributed, together, training
 
 PLAN = Path(__file__).parents[2] / "tpu" / "plan.py"
 spec = importlib.util.spec_from_file_location("tpu_plan", PLAN)
@@ -41,12 +41,12 @@ HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 ENTRY %main (p: f32[8]) -> f32[8] {
   %all-gather-start = (f32[8]{0:T(128)}, f32[64]{0:T(128)}) all-gather-start(%p), dimensions={0}
   %all-gather-done = f32[64]{0:T(128)} all-gather-done(%all-gather-start)
-  %reduce-scatter.1 = f32[8]{0} reduce-scatter(%q), dimensions={0}, to_apply=%sum
+  %reduce-scatter.1 = f32[8]{0} reduce-scatter(%q), replica_groups=[4,2]<=[8], dimensions={0}, to_apply=%sum
   %permute = (u8[16]{0}, u8[16]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%r)
   %done = u8[16]{0} collective-permute-done(%permute)
   %all-reduce-start.2 = pred[10]{0} all-reduce-start(%s), to_apply=%sum
   %while = (s32[], f32[64,64]) while(%v), condition=%at_end, body=%body
-  ROOT %all-to-all = (f32[2]{0}, f32[2]{0}) all-to-all(%t, %u), dimensions={0}
+  ROOT %all-to-all = (f32[2]{0}, f32[2]{0}) all-to-all(%t, %u), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
 }
 """
 
@@ -56,10 +56,10 @@ def test_collectives_of_a_text():
         Collective("all-reduce", 4 + 2048, True),
         Collective("reduce-scatter", 256, True),
         Collective("all-gather", 256),
-        Collective("reduce-scatter", 256),
+        Collective("reduce-scatter", 64, group=2),
         Collective("collective-permute", 16),
         Collective("all-reduce", 10),
-        Collective("all-to-all", 16),
+        Collective("all-to-all", 16, group=4),
     ]
 
 
@@ -78,7 +78,7 @@ def lower(fsdp: bool) -> tuple[plan.Trained, jax.sharding.Mesh]:
 
 def test_training_has_one_all_reduce():
     given, mesh = lower(False)
-    result = plan.measured(given.lower(mesh).compile(), mesh.size)
+    result = plan.measured(given.lower(mesh).compile(), mesh)
     assert [(each.kind, each.looped) for each in result.collectives] == [("all-reduce", True)]
     weights = 4 * 256 * 256
     assert weights <= result.collectives[0].size <= weights + 64  # and the loss
@@ -93,22 +93,21 @@ def test_costs_of_a_step_on_a_given_batch_leave_out_the_pool():
     given, mesh = lower(False)
     step = given.step(mesh).compile()
     assert (
-        plan.measured(given.lower(mesh).compile(), mesh.size, costs=step).accessed
-        == step.cost_analysis()["bytes accessed"]
+        plan.measured(given.lower(mesh).compile(), mesh, costs=step).accessed == step.cost_analysis()["bytes accessed"]
     )
     assert step.memory_analysis().argument_size_in_bytes < 4 * 4096 * 256
 
 
 def test_a_sharded_state_takes_less_of_each_device():
     given, mesh = lower(True)
-    sharded, whole = (plan.measured(given.lower(mesh, fsdp).compile(), 8) for fsdp in (True, False))
+    sharded, whole = (plan.measured(given.lower(mesh, fsdp).compile(), mesh) for fsdp in (True, False))
     pool = 4 * 4096 * 256
     assert sharded.arguments - pool < 0.2 * (whole.arguments - pool)
     assert "all-gather" in [each.kind for each in sharded.collectives]
 
 
 def test_runs_side_by_side_and_samples_need_no_collective():
-    mesh = distributed.make_mesh()
+    mesh = together.over_runs()
 
     def task(context, own):
         loss = lambda theta, key, x: jnp.sum((theta["w"] - own["goal"] * x) ** 2)
@@ -118,10 +117,16 @@ def test_runs_side_by_side_and_samples_need_no_collective():
     runs = plan.SideBySide(task, {"w": plan.of((4,))}, None, own, training.Settings(10, every=5, clip=None))
     for lowered in (runs.lower(mesh, 11), runs.step(mesh, 11)):
         assert plan.collectives(lowered.compile().as_text(), 8) == []
-    assert runs.places(mesh, 11)[1] == 16
+    assert runs.places(mesh, 11)[0] == 16
+    # Devices that share the batches of runs have one all-reduce, of those of a run alone.
+    shared = distributed.make_mesh(jax.devices(), 2)
+    result = plan.measured(runs.lower(shared, 2).compile(), shared)
+    assert [(each.kind, each.group) for each in result.collectives] == [("all-reduce", 4)]
+    assert plan.unexpected("replicas", result.collectives, 8, result.data) == ""
+    assert runs.mesh(jax.devices(), 11).shape == mesh.shape, "cores do not share batches"
     given = plan.shaped(plan.of((16,)), distributed.replicated(mesh))
     samples = jax.jit(lambda x: distributed.chunked(jnp.sin, x, 2, mesh)).lower(given).compile()
-    assert plan.unexpected("sampling", plan.measured(samples, 8).collectives, 8) == ""
+    assert plan.unexpected("sampling", plan.measured(samples, mesh).collectives, 8) == ""
 
 
 def test_unexpected_collectives():
@@ -137,6 +142,12 @@ def test_unexpected_collectives():
     assert plan.unexpected("sharded", (gather, scatter, reduce), 8) == ""
     assert "given 1 all-reduce" in plan.unexpected("sharded", (reduce,), 8)
     assert plan.unexpected("replicas", (gather,), 8) == "expected no collective, given 1 all-gather (8 B)"
+    within = reduce._replace(group=4)
+    assert plan.unexpected("replicas", (within,), 8, 4) == ""
+    assert plan.unexpected("training", (within,), 8, 4) == ""
+    assert "expected collectives of 4 devices each, given 1 all-reduce (8 B) of others" in (
+        plan.unexpected("replicas", (reduce,), 8, 4)
+    )
 
 
 CHIP = plan.Chip(100.0, 1000.0, 10.0, 40.0)
@@ -157,6 +168,7 @@ def test_roofline():
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute")
     each = [plan.link_seconds((Collective(kind, 80),), 4, CHIP) for kind in kinds]
     assert each == pytest.approx([3.0, 3.0, 3.0, 4.0])
+    assert plan.link_seconds((Collective("all-gather", 80, group=2),), 4, CHIP) == pytest.approx(2.0)
     # Gathering and scattering cost what an all-reduce does.
     assert each[0] + each[1] == pytest.approx(plan.link_seconds((Collective("all-reduce", 80),), 4, CHIP))
 

@@ -345,7 +345,9 @@ def test_launch_names_the_output_itself(cloud):
     assert done.stderr == "error: --output: expected none, given one: results go to /mnt/gendiff/r\n"
 
 
-@pytest.mark.parametrize(("status", "told"), [(0, ""), (2, ""), (70, "was lost"), (75, "everything is stored")])
+@pytest.mark.parametrize(
+    ("status", "told"), [(0, ""), (2, ""), (70, "was lost"), (134, "was lost"), (75, "everything is stored")]
+)
 def test_follow_ends_with_the_status_of_the_run(cloud, status, told):
     cloud.answer("ssh", ("line of the log", status))
     done = cloud.run("follow", *PLACE, "--run", "table1")
@@ -627,7 +629,8 @@ def test_the_manifest():
     rows, columns = map(int, topology.split("x"))
     assert rows * columns == job["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"]
-    assert container["command"] == ["python", "-m", "experiments.genneg.traffic"]
+    assert container["command"] == ["python", "-m", "experiments.sweep"]
+    assert container["args"][:5] == ["genneg.traffic", "--preset", "paper", "--seeds", "0:5"]
     output = container["args"][container["args"].index("--output") + 1]
     (mounted,) = container["volumeMounts"]
     assert Path(output).is_relative_to(mounted["mountPath"])
