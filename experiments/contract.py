@@ -142,6 +142,8 @@ def preset_of(arguments: Sequence[str]) -> str:
 BAD_INPUT, LOST, STOPPED = 2, 70, 75
 """Exit statuses: what a user can mend; another process of the run was lost; a notice of preemption, everything is
 stored. After the last two the same command goes on (75 is EX_TEMPFAIL of sysexits.h)."""
+OURS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+"""How errors of JAX begin that are no other process's: memory, above all."""
 MENDABLE = (
     ConfigError, CheckpointError, ValueError, FloatingPointError, OSError,
     distributed.StartError, distributed.Disagreement, distributed.Elsewhere,
@@ -155,7 +157,7 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
         runtime.start()
         given = distributed.everywhere(lambda: parse(config, presets, sys.argv[1:]))
         distributed.agree("the configuration", repr(given))
-        distributed.agree("the commit", commit())
+        distributed.agree("the code", code())
         return run(given)
 
     results = guarded(work)
@@ -168,21 +170,31 @@ def guarded(work: Callable[[], T]) -> T:
     """`work()`; what goes wrong in it is one line, and an exit status of its own."""
     try:
         return work()
-    except SystemExit as exit:  # of the command line: --help, an unknown option
-        if not distributed.joined():
-            raise
-        _leave("", exit.code if isinstance(exit.code, int) else BAD_INPUT)
-    except distributed.Preempted as notice:
-        _leave(str(notice), STOPPED)
-    except MENDABLE as error:
-        if traced() and not distributed.joined():
-            raise
-        _leave(f"error: {error}" + ("" if traced() else "\n(GENDIFF_TRACEBACK=1 shows where)"), BAD_INPUT)
-    except jax.errors.JaxRuntimeError as error:
-        if not distributed.joined():
-            raise
+    except BaseException as error:
+        if traced() and not isinstance(error, distributed.Preempted | SystemExit):
+            traceback.print_exc()
+        if known := said(error):
+            leave(*known)
+        if distributed.joined():  # else Python would wait for the other processes, and they for this one
+            traceback.print_exc()
+            leave("", 1)
+        raise
+
+
+def said(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit status of what went wrong; None where only a traceback helps."""
+    if isinstance(error, SystemExit) and distributed.joined():  # of the command line: --help, an unknown option
+        return ("", error.code or 0) if isinstance(error.code, int | None) else (str(error.code), 1)
+    if isinstance(error, distributed.Preempted):
+        return str(error), STOPPED
+    if isinstance(error, MENDABLE):
+        return f"error: {error}" + ("" if traced() else "\n(GENDIFF_TRACEBACK=1 shows where)"), BAD_INPUT
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         reason = str(error).strip().splitlines()[0][:200]
-        _leave(f"error: another process of the run was lost: start all of them again ({reason})", LOST)
+        if reason.startswith(OURS):
+            return f"error: {reason}", BAD_INPUT
+        return f"error: another process of the run was lost: start all of them again ({reason})", LOST
+    return None
 
 
 def traced() -> bool:
@@ -190,9 +202,8 @@ def traced() -> bool:
     return bool(os.environ.get("GENDIFF_TRACEBACK"))
 
 
-def _leave(message: str, status: int) -> NoReturn:
-    if traced() and sys.exc_info()[1] is not None:
-        traceback.print_exc()
+def leave(message: str, status: int) -> NoReturn:
+    """Ends the process."""
     if message:
         print(f"{distributed.name()}{message}", file=sys.stderr, flush=True)
     if distributed.joined():  # at its end Python would wait for the other processes
@@ -278,6 +289,7 @@ class Folder:
             "experiment": self.experiment,
             "commit": commit(),
             "device": runtime.device(),
+            "processes": jax.process_count(),
             "config": dataclasses.asdict(self.config),
             "rows": [
                 {
@@ -395,9 +407,20 @@ def _jsonable(value: Any) -> Any:
 
 def commit() -> str:
     """The commit of the code, with "+changes" where the working tree differs from it."""
-    here = Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
     try:
-        return git("rev-parse", "HEAD").strip() + ("+changes" if git("status", "--porcelain").strip() else "")
+        return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain").strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def code() -> str:
+    """The commit, and what the working tree changes in it: two that run the same code have the same."""
+    try:
+        return commit() + _git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return commit()
+
+
+def _git(*words: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout

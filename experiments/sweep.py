@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import tyro
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments import contract, runtime, tables
 from experiments.contract import Config, ConfigError, Results
-from gendiff import distributed, together
+from gendiff import distributed, together, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,17 +156,17 @@ def run_one(what: Experiment, config: Config) -> Results:
     wait for it in their next collective."""
     if jax.process_count() == 1:
         return what.run(config)
-    try:
-        return what.run(config)
-    except (ConfigError, ArithmeticError, ValueError, distributed.Preempted):
-        raise  # on all of them
-    except Exception as error:
-        contract.guarded(partial(_raise, error))
-        raise
 
+    def work() -> Results | BaseException:
+        try:
+            return what.run(config)
+        except (training.NotFinite, distributed.Preempted) as error:  # of what all of them have
+            return error
 
-def _raise(error: Exception) -> NoReturn:
-    raise error
+    outcome = contract.guarded(work)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
 
 
 @contextlib.contextmanager
@@ -192,7 +192,7 @@ def finished(what: Experiment, planned: Planned) -> bool:
 
 
 def report(folder: Path, planned: Sequence[Planned]) -> str:
-    """The table of all runs that are finished, in table.md and results.json too."""
+    """The table of all runs that are finished, in table.md and sweep.json too."""
     warnings: list[str] = []
     runs = [tables.read(folder / each.name, warnings.append) for each in planned]
     joined = tables.joined_runs([run for run in runs if run is not None and run.rows is not None], join_commits=True)
@@ -231,7 +231,7 @@ def main() -> None:
         runtime.start()
         options, what, planned, folder = distributed.everywhere(asked)
         distributed.agree("the sweep", repr(planned))
-        distributed.agree("the commit", contract.commit())
+        distributed.agree("the code", contract.code())
         distributed.first(lambda: folder.mkdir(parents=True, exist_ok=True))
         failed = sweep(what, planned, folder, options.at_once)
         return report(folder, planned), folder, failed

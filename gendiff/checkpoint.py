@@ -111,9 +111,10 @@ class Checkpoints:
         except distributed.Preempted:  # which says what is written
             self.close()
             raise
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self.close()
+        except BaseException as error:
+            if not _lost(error):  # else nobody is there to write it with
+                with contextlib.suppress(Exception):
+                    self.close()
             raise
         self.close()
 
@@ -137,6 +138,7 @@ class Checkpoints:
     def restore(self, state: Tree, data: Any = None) -> Tree:
         """The newest checkpoint in the structure, types and sharding of `state`, or `state` itself if there is none."""
         step = self.latest()
+        distributed.agree(f"checkpoint {self.folder}: the newest step", str(step))  # a file system may lag on a host
         if step is None:
             return state
         folder = self.folder / str(step)
@@ -282,9 +284,14 @@ def _failing(problem: str, remedy: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        if distributed.joined() and isinstance(error, jax.errors.JaxRuntimeError):
-            raise  # another process was lost; there is nothing wrong with the files
+        if _lost(error):
+            raise  # there is nothing wrong with the files
         raise CheckpointError(f"{problem} ({_first_line(error)}). {remedy}") from error
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether it may mean that another process of the run was lost."""
+    return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def _first_line(error: Exception) -> str:

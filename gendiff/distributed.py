@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -52,7 +53,8 @@ class Preempted(Exception):
 def start(environment: Mapping[str, str] = os.environ) -> None:
     """Joins the other processes of the run, if there are any; before the first use of a device.
 
-    On a TPU pod and under SLURM, Open MPI and Kubernetes JAX finds them itself.  Elsewhere each process is told with
+    On a TPU pod (also of Kubernetes) and under SLURM and Open MPI JAX finds them itself, under Kubernetes without TPUs
+    if `jax[k8s]` is installed.  Elsewhere each process is told with
     JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.  On a single machine nothing
     happens.  GENDIFF_START_SECONDS (300) is how long to wait for the others, GENDIFF_HEARTBEAT_SECONDS (30) after which
     silence a process counts as lost.
@@ -126,9 +128,9 @@ def is_first() -> bool:
 
 def name() -> str:
     """What log lines of this process begin with; nothing on a single machine."""
-    return (
-        "" if not joined() or jax.process_count() == 1 else f"[process {jax.process_index()} of {jax.process_count()}] "
-    )
+    if not joined() or jax.process_count() == 1:
+        return ""
+    return f"[process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}] "
 
 
 def first(function: Callable[[], T]) -> T:
@@ -139,13 +141,13 @@ def first(function: Callable[[], T]) -> T:
     """
     if jax.process_count() == 1:
         return function()
-    failed: Exception | None = None
+    failed: Exception | SystemExit | None = None
     document = b""
     if is_first():
         try:
             document = json.dumps({"value": function()}).encode()
-        except Exception as error:
-            failed, document = error, json.dumps({"error": str(error)}).encode()
+        except (Exception, SystemExit) as error:
+            failed, document = error, json.dumps({"error": _said(error)}).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(document))))
     padded = np.zeros(size, np.uint8)
     padded[: len(document)] = np.frombuffer(document, np.uint8)
@@ -172,8 +174,7 @@ def everywhere(function: Callable[[], T]) -> T:
     except (Exception, SystemExit) as error:
         failed = error
     message = np.zeros(400, np.uint8)
-    said = f"exit with status {failed.code}" if isinstance(failed, SystemExit) else str(failed)
-    text = ("" if failed is None else said or type(failed).__name__).encode()[: len(message)]
+    text = ("" if failed is None else _said(failed)).encode()[: len(message)]
     message[: len(text)] = np.frombuffer(text, np.uint8)
     every = np.asarray(multihost_utils.process_allgather(message))
     if failed is not None:
@@ -182,6 +183,11 @@ def everywhere(function: Callable[[], T]) -> T:
         if each.any():
             raise Elsewhere(f"process {index}: {each.tobytes().rstrip(bytes(1)).decode(errors='replace')}")
     return value
+
+
+def _said(error: BaseException) -> str:
+    """What the other processes are told of an error."""
+    return f"exit with status {error.code}" if isinstance(error, SystemExit) else str(error) or type(error).__name__
 
 
 def agree(what: str, value: str) -> None:
@@ -266,7 +272,11 @@ def make_mesh(devices: list[jax.Device] | None = None, replica: int = 1) -> jax.
     types = (jax.sharding.AxisType.Auto,) * 2
     sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(sizes) == 1:
-        return jax.make_mesh((replica, data), EVERY_DEVICE, axis_types=types, devices=devices)
+        try:
+            return jax.make_mesh((replica, data), EVERY_DEVICE, axis_types=types, devices=devices)
+        except NotImplementedError:  # it splits the axes of a torus on v5e alone: 8 x 8 of 4 x 4 x 4
+            whole = mesh_utils.create_device_mesh((replica, data), devices, allow_split_physical_axes=True)
+            return jax.sharding.Mesh(whole, EVERY_DEVICE, axis_types=types)
     if len(set(sizes.values())) > 1:
         raise ValueError(f"distributed: expected slices of one size, given {sorted(sizes.values())} devices")
     # `jax.make_mesh` refuses slices.  Those that divide `replica` go there: replicas have nothing to tell each other.
@@ -372,6 +382,8 @@ def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     Raises:
       ValueError: the batch is not divided by the devices.
     """
+    if jax.process_count() > 1 and mesh.shape["replica"] > 1:
+        raise ValueError(f"batch: expected all {mesh.size} devices on the axis `data`, given a mesh of {mesh.shape}")
     places = [place for (_, place), device in np.ndenumerate(mesh.devices) if device in mesh.local_devices]
     here = len(set(places))
     for leaf in jax.tree.leaves(local):
@@ -407,7 +419,8 @@ def by_process(function: Callable[..., Any], *inputs: Any) -> Any:
     """`function(*inputs)` of arrays with a common leading axis, each process on its share of the rows, as on one.
 
     Args:
-      function: on the host, such as an oracle: trees of arrays with n rows -> tree of arrays with n rows.
+      function: on the host, such as an oracle: trees of arrays with n rows -> tree of arrays with n rows, of 32 bits at
+        most.
     """
     here = lambda *inputs: jax.tree.map(np.asarray, function(*inputs))
     n, processes = len(jax.tree.leaves(inputs)[0]), jax.process_count()

@@ -1,8 +1,9 @@
 """Independent runs side by side: K trainings of one shape (seeds, goals, configurations) in one compiled program.
 
-The runs are spread over the devices of the mesh and know nothing of each other: the program has no collective.  Within
-a device they are one `vmap`, and on a CPU one run after the other for a block of steps, so that what a run needs stays
-in the cache.  Run k gives the numbers that `training.fit` gives it alone, up to the order of sums.
+The runs are spread over the devices of the mesh and know nothing of each other: the program has no collective between
+them.  Devices that they would leave idle share the batches of a run, with one all-reduce a step.  Within a device they
+are one `vmap`, and on a CPU one run after the other for a block of steps, so that what a run needs stays in the cache.
+Run k gives the numbers that `training.fit` gives it alone, up to the order of sums.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gendiff import distributed, potential, together, training
+from gendiff import distributed, losses, potential, together, training
 from gendiff.training import Host, Metrics, NotFinite, Settings, State, Task
 from gendiff.types import Params, PRNGKey
 
@@ -67,10 +68,11 @@ def _train(
     runs = len(keys)
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
-    mesh = host.mesh
-    if mesh is None:
-        key, mine = jax.eval_shape(lambda tree: jax.tree.map(lambda a: a[0], tree), (keys, own))
-        mesh = together.over_runs(None, runs, training.drawn(task, key, context, mine))
+    mesh = default_mesh(keys, params, task, context, own) if host.mesh is None else host.mesh
+    if mesh.shape["data"] > 1 and _shared(keys, params, task, context, own, mesh.shape["data"]) is None:
+        raise ValueError(
+            f"replicas: expected batches that {mesh.shape['data']} devices on the axis `data` can share, given others"
+        )
     state = _begin(settings, keys, params)
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
@@ -107,6 +109,37 @@ def _train(
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
     return distributed.local(_first(mesh, runs, state))
+
+
+def default_mesh(
+    keys: PRNGKey,
+    params: Params,
+    task: Callable[[Any, Any], Task],
+    context: Any,
+    own: Any,
+    devices: list[jax.Device] | None = None,
+) -> jax.sharding.Mesh:
+    """The mesh of `train`, of whose arguments shapes are enough."""
+    return together.over_runs(devices, keys.shape[0], _shared(keys, params, task, context, own))
+
+
+def _shared(
+    keys: PRNGKey, params: Params, task: Callable[[Any, Any], Task], context: Any, own: Any, parts: int = 1
+) -> int | None:
+    """Examples of a run's batch that devices can share in so many parts; None where they cannot, as where the loss of
+    an example depends on the others."""
+    found: list[int | None] = []
+
+    def look(keys: PRNGKey, params: Params, context: Any, own: Any) -> None:
+        key, start, mine = jax.tree.map(lambda a: a[0], (keys, params, own))
+        loss, draw, *_ = task(context, mine)
+        batch = None if draw is None else draw(key)
+        alone = batch is not None and not losses.looks_at_batch(loss, start, jax.random.clone(key), batch)
+        found.append(training.examples(batch) if alone else None)
+
+    jax.eval_shape(look, keys, params, context, own)
+    (size,) = found
+    return None if size is None or size % parts else size
 
 
 def _going(state: State, settings: Settings) -> np.ndarray:

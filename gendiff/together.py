@@ -133,7 +133,7 @@ def meet(like: Hashable, given: Any, alone: Callable[[Any], T], several: Callabl
 def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, given: tuple) -> Any:
     """`program(*static, mesh, *given)`, a jitted function whose arguments before `given` are static.
 
-    Runs side by side get theirs from one program, each on a device of its own, if they are enough for all devices.
+    Runs side by side get theirs from one program, each on a device of its own, where that leaves no accelerator idle.
     """
 
     def alone(given: tuple) -> Any:
@@ -141,7 +141,7 @@ def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, given: tup
 
     def several(many: list[tuple]) -> list[Any]:
         over = over_runs(None, len(many), jax.device_count())
-        if over.shape["data"] > 1:  # too few for all devices, which each of them can use alone
+        if over.shape["data"] > 1:  # they would leave devices idle, and each of them alone can use all
             return [alone(each) for each in many]
         found = distributed.gather(_side_by_side(program.__wrapped__, static, over, spread(over, stack(many))))
         return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(many))]

@@ -92,29 +92,29 @@ def make_step(
       mesh: of devices that hold the parameters whole: each on the axis `data` takes the gradient of its part of the
         batch, and one all-reduce makes the mean.  Without it, where parts of the parameters lie on several devices,
         the compiler decides; so it does where the loss of an example depends on the others of its batch.
-      parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`.  A batch that
-        this does not divide every device takes whole.
+      parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`, which divides
+        the batch.
     """
     batch_loss = losses.mean(loss)
 
-    def here(params: Params, keys: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
-        return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), "data")
+    def here(params: Params, keys: PRNGKey, batch: Any, over: Any) -> tuple[Scalar, Params]:
+        return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), over)
 
     def value_and_gradient(params: Params, key: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
         shared = parts if mesh is None else mesh.shape["data"]
-        if shared > 1:
-            size = jax.tree.leaves(batch)[0].shape[0]
-        if shared == 1 or (mesh is None and size % parts) or losses.looks_at_batch(loss, params, key, batch):
+        if shared == 1 or losses.looks_at_batch(loss, params, key, batch):
             return jax.value_and_grad(batch_loss)(params, key, batch)
-        keys = jax.random.split(key, size)
+        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
         if mesh is None:
-            each = size // parts
+            each = len(keys) // parts
             mine = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * each, each)
-            return here(params, mine(keys), jax.tree.map(mine, batch))
+            return here(params, mine(keys), jax.tree.map(mine, batch), "data")
         split, whole = jax.P("data"), jax.P()
+        # Over copies of a part too, so that they stay the same where sums have no fixed order.
         parted = jax.shard_map(
-            here, mesh=mesh, in_specs=(whole, split, split), out_specs=(whole, whole), check_vma=False
-        )
+            partial(here, over=distributed.EVERY_DEVICE), mesh=mesh, in_specs=(whole, split, split),
+            out_specs=(whole, whole), check_vma=False,
+        )  # fmt: skip
         return parted(params, keys, batch)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
@@ -346,17 +346,23 @@ def _placed(
         given = distributed.put(jax.random.clone(key), places.key), distributed.put(params, places.params)
         return jax.jit(partial(begin, settings), out_shardings=places)(*given)
     begun = params if isinstance(params, State) else begin(settings, key, params)
-    return distributed.put(jax.tree.map(jnp.copy, begun), shardings(mesh, fully_sharded, begun))
+    copy = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
+    return distributed.put(jax.tree.map(copy, begun), shardings(mesh, fully_sharded, begun))
 
 
-def drawn(task: Callable[..., Task], key: PRNGKey, *contexts: Any) -> int | None:
-    """Examples in a batch that a task draws (what divides them all, if they are of several kinds); None if none."""
+def drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None:
+    """Examples in a batch that a task draws; None if it draws none."""
 
-    def batch(key: PRNGKey, *contexts: Any) -> Any:
-        draw = task(*contexts).draw
+    def batch(key: PRNGKey, context: Any) -> Any:
+        draw = task(context).draw
         return None if draw is None else draw(key)
 
-    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(jax.eval_shape(batch, key, *contexts)) if leaf.ndim]
+    return examples(jax.eval_shape(batch, key, context))
+
+
+def examples(batch: Any) -> int | None:
+    """How many there are in a batch; what divides all numbers if there are several kinds, None without a batch."""
+    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim]
     return math.gcd(*sizes) if sizes else None
 
 

@@ -120,6 +120,19 @@ def test_a_batch_is_shared_by_as_many_accelerators_as_divide_it(batch, shape):
     assert set(mesh.devices.flat) == set(chips(1, 8))
 
 
+@pytest.mark.parametrize(
+    ("kind", "sides", "replica"),
+    [("TPU v5", (4, 4, 4), 8), ("TPU v5", (4, 4, 4), 2), ("TPU v4", (4, 4, 4), 8), ("TPU v6 lite", (4, 4, 1), 8)],
+)
+def test_a_torus_may_be_cut_in_any_way(kind, sides, replica):
+    # Along the axes of the torus alone 64 devices would be 4 x 16 and 16 x 4.
+    places = list(itertools.product(*map(range, sides)))
+    devices = [Device(i, 0, i // 4, place, device_kind=kind) for i, place in enumerate(places)]
+    mesh = distributed.make_mesh(devices, replica)
+    assert mesh.devices.shape == (replica, len(devices) // replica)
+    assert set(mesh.devices.flat) == set(devices)
+
+
 @pytest.mark.parametrize("replica", [1, 2, 4, 8])
 def test_slices_are_neighbours_on_data(replica):
     mesh = distributed.make_mesh(chips(2), replica)

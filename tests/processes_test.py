@@ -98,7 +98,7 @@ def test_everything_equals_one_process(folders, processes):
     alone, many = (read(folders(n), "everything") for n in (1, processes))
     last = read(folders(processes), "everything", processes - 1)
     names = [name for name in alone if name != "['problems']"]
-    assert len(names) == 35, "fourteen trainings of one array or two, losses, eleven samplers and estimates, a pool"
+    assert len(names) == 43, "eighteen trainings of one array or two, losses, eleven samplers and estimates, a pool"
     for name in names:
         scale = np.abs(alone[name]).max()
         np.testing.assert_allclose(many[name], alone[name], rtol=1e-5, atol=1e-5 * scale, err_msg=name)
@@ -165,14 +165,17 @@ def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, tmp_p
     assert time.monotonic() - begun < 60
     assert statuses[killed] == -signal.SIGKILL
     assert all(status in (70, -signal.SIGABRT) for status in statuses[:killed] + statuses[killed + 1 :])
-    assert re.search("lost|died|unavailable|UNAVAILABLE", job.log(1).read_text())
+    texts = [job.log(index).read_text() for index in range(4) if index != killed]
+    assert any(re.search("lost|died|UNAVAILABLE", text) for text in texts)
+    # Gloo aborts where a peer goes in the middle of an operation.
+    assert all(re.search("lost|died|UNAVAILABLE|gloo::", text) for text in texts)
     resumed = finished(2, folder, "train")
     assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
     for name, value in whole.items():
         np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("processes", "mode"), [(1, "train"), (2, "train"), (2, "sharded")])
+@pytest.mark.parametrize(("processes", "mode"), [(1, "train"), (2, "train"), (2, "sharded"), (2, "streamed")])
 def test_a_notice_stores_everything_and_says_so(processes, mode, tmp_path):
     whole = finished(1, tmp_path / "whole", mode)
     folder = tmp_path / "stopped"
@@ -187,6 +190,26 @@ def test_a_notice_stores_everything_and_says_so(processes, mode, tmp_path):
     assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
     for name, value in whole.items():
         np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_slurm_tells_who_is_there(tmp_path):
+    said = "from gendiff import distributed as d; d.start(); print(d.name(), d.first(lambda: 'hello'), flush=True)"
+    told = {
+        "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
+    }  # fmt: skip
+    each = [
+        subprocess.Popen(
+            [sys.executable, "-c", said],
+            env=environment(**told, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    for index, process in enumerate(each):
+        text, _ = process.communicate(timeout=120)
+        assert text.strip().splitlines()[-1] == f"[process {index} of 2, {socket.gethostname()}]  hello"
 
 
 def test_others_that_do_not_come_are_an_error(tmp_path):
@@ -216,7 +239,7 @@ def figures(path: Path) -> dict[tuple[str, str], float]:
 def same_figures(one: Path, other: Path) -> None:
     wanted, found = figures(one), figures(other)
     assert wanted.keys() == found.keys()
-    assert len(wanted) > 40
+    assert len(wanted) > 20
     np.testing.assert_allclose(
         [found[name] for name in wanted], list(wanted.values()), rtol=1e-4, atol=1e-5, err_msg=str(list(wanted))
     )

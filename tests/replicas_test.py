@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gendiff import checkpoint, distributed, replicas, together, training
+from gendiff import checkpoint, distributed, losses, replicas, together, training
 from gendiff.training import Host, Settings, Task
 
 SETTINGS = Settings(steps=60, rate=0.05, every=20)
@@ -59,7 +59,7 @@ def test_runs_equal_the_same_runs_alone(devices):
     assert np.all(np.asarray(state.step) == 60)
 
 
-@pytest.mark.parametrize(("replica", "data"), [(2, 4), (1, 8), (4, 2), (1, 3)])
+@pytest.mark.parametrize(("replica", "data"), [(2, 4), (1, 8), (4, 2)])
 def test_devices_that_runs_leave_idle_share_their_batches(replica, data):
     mesh = distributed.make_mesh(jax.devices()[: replica * data], replica)
     state, alone = trained(Host(mesh)), trained(Host(together.over_runs(jax.devices()[:1])))
@@ -67,6 +67,23 @@ def test_devices_that_runs_leave_idle_share_their_batches(replica, data):
         jax.tree.leaves((state.params, state.best)), jax.tree.leaves((alone.params, alone.best)), strict=True
     ):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_that_cannot_be_shared_are_an_error():
+    three = distributed.make_mesh(jax.devices()[:3])
+    with pytest.raises(ValueError, match="expected batches that 3 devices on the axis `data` can share, given others"):
+        trained(Host(three))
+
+
+def test_a_loss_that_looks_at_its_batch_is_of_one_device():
+    def contrast(points, own):
+        loss = lambda params, key, x: (x - jax.lax.pmean(x, losses.BATCH)) ** 2 * params["a"]
+        return Task(loss, lambda key: training.minibatch(key, points, 8))
+
+    chips = [Chip(i) for i in range(8)]
+    given = replicas.keys(jax.random.key(3), 5), START
+    assert replicas.default_mesh(*given, regression, POINTS, OWN, chips).devices.shape == (1, 8)
+    assert replicas.default_mesh(*given, contrast, POINTS, OWN, chips).devices.shape == (8, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from tabulate import tabulate
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
-from gendiff import distributed, replicas, together, training
+from gendiff import distributed, replicas, training
 from gendiff.data.episodes import Windows
 from gendiff.losses import Aligned
 from gendiff.methods import censoring, genneg, relative_reward
@@ -244,7 +244,8 @@ class SideBySide(NamedTuple):
 
     def mesh(self, devices: list[jax.Device], runs: int) -> jax.sharding.Mesh:
         """That of `replicas.train`."""
-        return together.over_runs(devices, runs, jax.tree.leaves(self.batch())[0].shape[0])
+        keys, params, own = many(KEY, runs), many(self.params, runs), many(self.own, runs)
+        return replicas.default_mesh(keys, params, self.task, self.context, own, devices)
 
     def places(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[int, jax.NamedSharding]:
         """How many runs there are on a mesh with the copies that fill it up, and how they are split."""
@@ -615,10 +616,10 @@ def measured(
 def compile_one(experiment: str, program: str, where: str, batch: int) -> Measured | Failed:
     """Compiles a program for a slice; what goes wrong is the compiler's message."""
     given = EXPERIMENTS[experiment]()[program]
-    mesh = given.on(devices_of(where), batch)
     with as_on_tpus():
-        begun = time.perf_counter()
         try:
+            mesh = given.on(devices_of(where), batch)
+            begun = time.perf_counter()
             compiled = given.lower(mesh, batch).compile()
             took = time.perf_counter() - begun
             setup, costs = (each and each(mesh, batch).compile() for each in (given.setup, given.costs))
@@ -741,7 +742,8 @@ def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int
     alone = kind == "replicas" and (data or 1) == 1  # a device a run; else devices share the batches of their runs
     if devices == 1 or kind == "sampling" or alone:
         return f"expected no collective, given {counted(given)}" if kinds else ""
-    if across := [each for each in given if data is not None and (each.group or devices) != data]:
+    allowed = {devices, data or devices} if kind == "training" else {data or devices}  # over copies too
+    if across := [each for each in given if (each.group or devices) not in allowed]:
         return f"expected collectives of {data} devices each, given {counted(tuple(across))} of others"
     if kind == "replicas":
         return "" if kinds == ["all-reduce"] else f"expected one all-reduce, given {counted(given)}"
@@ -749,8 +751,7 @@ def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int
         smallest = sorted(each.size for each in given)[:2]
         pieces = set(kinds) == {"all-reduce"} and (len(kinds) == 1 or sum(smallest) > JOINED)
         return "" if pieces else f"expected one all-reduce, given {counted(given)}"
-    allowed = {"all-reduce", "all-gather", "reduce-scatter"}
-    if {"all-gather", "reduce-scatter"} <= set(kinds) <= allowed:
+    if {"all-gather", "reduce-scatter"} <= set(kinds) <= {"all-reduce", "all-gather", "reduce-scatter"}:
         return ""
     return f"expected reduce-scatter and all-gather, given {counted(given)}"
 

@@ -19,7 +19,8 @@ fail() {
 }
 
 install() {
-  local extras=$1 mount=$2 kind=$3 source=$4
+  local extras=$1 mount=$2 kind=$3 source=$4 PS4="$me: + "
+  set -x # every command is printed before it runs
   # The runtimes' Ubuntu 22.04 has Python 3.10; uv brings a newer one, without root.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   [[ -x $python ]] || python3 -m uv venv --quiet --seed --python 3.12 .venv
@@ -55,7 +56,7 @@ mount_gcs() {
 
 mount_nfs() {
   command -v mount.nfs >/dev/null || apt_install nfs-common
-  sudo mount -t nfs "$1" "$2"
+  sudo mount -t nfs -o actimeo=0,lookupcache=none "$1" "$2" # as above: no cache of metadata
   [[ -w $2 ]] || sudo chmod 1777 "$2" # a new share belongs to root
 }
 

@@ -345,7 +345,7 @@ class Run:
     def sevens(self, split: Literal["train", "test"]) -> np.ndarray:
         if self.config.digits == "drawn":
             return drawn_sevens.draw(*{"train": (1000, 1), "test": (400, 2)}[split])
-        return mnist.read(7, split, self.config.data)
+        return distributed.everywhere(lambda: mnist.read(7, split, self.config.data))
 
     @cache  # noqa: B019
     def benign_features(self) -> np.ndarray:
@@ -580,7 +580,8 @@ class Run:
         few = min(map(len, kept))
         share = sum(map(len, kept)) / total
         if few <= 3:
-            print(f"rejection keeps {100 * share:.1f} % of the samples: too few for a row")
+            if distributed.is_first():
+                print(f"rejection keeps {100 * share:.1f} % of the samples: too few for a row")
             return
         cost = (self.config.sampler_steps + self.config.members) / share
         self.add("rejection", kept, cost, [each / share for each in seconds], used)

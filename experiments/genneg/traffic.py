@@ -410,7 +410,8 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         try:
             from gendiff.data import traffic_tfds  # an extra
 
-            scenes = {name: traffic_tfds.scenes(folder, config.preset, name) for name in splits}
+            read = lambda: {name: traffic_tfds.scenes(folder, config.preset, name) for name in splits}
+            scenes = distributed.everywhere(read)
         except ImportError as error:
             raise ConfigError(f"--source: {error}") from None
         except ValueError as error:
@@ -423,14 +424,16 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         try:
             if config.data is not None:
                 recipe = (data.recipe_of(folder) or recipe)._replace(seed=config.data_seed)
-            with tqdm(total=wanted, desc="scenes", unit=" scenes") as bar:
+            show = distributed.is_first()
+            with tqdm(total=wanted, desc="scenes", unit=" scenes", disable=not show) as bar:
 
                 def report(have: int) -> None:
                     distributed.stop_if_noticed("every map that was finished")
                     bar.update(min(have, wanted) - bar.n)
 
                 distributed.first(lambda: data.write(folder, wanted, recipe, report=report, most=config.of_map))
-            every = data.read(folder, scenes=wanted, most=config.of_map)
+            # Of several hosts all must see the folder, which the first wrote to.
+            every = distributed.everywhere(lambda: data.read(folder, scenes=wanted, most=config.of_map))
         except SumoError as error:
             raise ConfigError(f"--source: {error}; or `--source embedded`") from None
         except ValueError as error:

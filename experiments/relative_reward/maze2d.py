@@ -308,7 +308,8 @@ class Maze:
             )  # fmt: skip
 
         distributed.first(simulate)
-        return cut(episodes.thinned(episodes.read(place), config.stride), config.held_out)
+        every = distributed.everywhere(lambda: episodes.read(place))
+        return cut(episodes.thinned(every, config.stride), config.held_out)
 
     def normaliser(self, goal: int | None, switches: Switches, small: bool) -> Normaliser:
         """Of a model: the base set's for all, or each its own."""

@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,13 +63,50 @@ def test_results_have_the_contract_s_shape(tmp_path: Path) -> None:
     rows = [Row("baseline", {"infraction_rate": rates.rate(1, 8)}, {"infraction_rate": 0.0003})]
     results = folder.finish(rows, [Column("infraction_rate", "infraction %", percent=True)])
     document = json.loads((tmp_path / "results.json").read_text())
-    assert set(document) == {"experiment", "commit", "device", "config", "rows"}
+    assert set(document) == {"experiment", "commit", "device", "processes", "config", "rows"}
     row = document["rows"][0]
     assert (row["name"], row["paper"]) == ("baseline", {"infraction_rate": 0.0003})
     assert set(row["metrics"]["infraction_rate"]) == {"value", "low", "high", "n"}
     assert row["metrics"]["infraction_rate"]["value"] == 0.125  # a fraction in the file, per cent in the table
     assert "12.500 [" in results.table
     assert "0.030" in results.table
+
+
+def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    Folder("tiny", TinyConfig(output=tmp_path))
+    with pytest.raises(ConfigError, match="holds another configuration \\(experiment: expected tiny, given other\\)"):
+        Folder("other", TinyConfig(output=tmp_path))
+
+
+def test_code_is_the_commit_and_its_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"rev-parse": "abc\n", "status": " M a.py\n", "diff": "+1"}
+    monkeypatch.setattr(contract, "_git", lambda *words: answers[words[0]])
+    one = contract.code()
+    answers["diff"] = "+2"
+    assert contract.commit() == "abc+changes"
+    assert one.startswith("abc+changes")
+    assert one != contract.code()
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [("RESOURCE_EXHAUSTED: Out of memory", 2), ("UNAVAILABLE: Connection reset by peer", 70)],
+)
+def test_an_error_of_jax_is_ours_or_means_that_another_process_was_lost(
+    message: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(jax.errors.JaxRuntimeError):  # of one process: as it is
+        contract.guarded(work)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit) as left:
+        contract.guarded(work)
+    assert left.value.code == status
+    said = capsys.readouterr().err
+    assert message in said
+    assert ("was lost" in said) == (status == 70)
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_files(tmp_path: Path) -> None:

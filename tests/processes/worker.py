@@ -2,13 +2,14 @@
 
     python tests/processes/worker.py FOLDER MODE
 
-MODE is `everything`, or a long training with checkpoints in FOLDER: `train`, or `sharded` for a fully sharded one.
+MODE is `everything`, or a long training with checkpoints in FOLDER: `train`, `sharded` for a fully sharded one, or
+`streamed` for one on batches that Grain reads.
 """
 
 import os
 import sys
 import time
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,19 @@ import numpy as np
 
 from experiments import runtime
 from experiments.contract import guarded
-from gendiff import checkpoint, distributed, guidance, likelihood, losses, process, replicas, sampling, smc, training
+from gendiff import (
+    checkpoint,
+    distributed,
+    guidance,
+    likelihood,
+    losses,
+    process,
+    replicas,
+    sampling,
+    smc,
+    together,
+    training,
+)  # fmt: skip
 from gendiff.checkpoint import Archive, Checkpoints
 from gendiff.data import stream
 from gendiff.methods import censoring, genneg, relative_reward
@@ -134,12 +147,8 @@ def pieces() -> dict[str, Any]:
     }
 
 
-def streamed(position: int) -> Any:
-    """Batches that Grain reads, each process its own."""
-    batches = stream.batches(DATA, 16, 7)
-    for _ in range(position):
-        next(batches)
-    return batches
+def alone(seed: int) -> Any:
+    return training.train(jax.random.key(seed), START, drawn, DATA, SETTINGS).params
 
 
 def trainings() -> dict[str, Any]:
@@ -158,12 +167,16 @@ def trainings() -> dict[str, Any]:
         "sharded": training.train(key, WIDE, wide, DATA, SETTINGS, Host(mesh, fully_sharded=True)).best,
         "default": training.train(key, START, drawn, DATA, SETTINGS).best,
         "copies": training.train(key, START, uneven, DATA, SETTINGS).best,
-        "streamed": training.train(key, START, given, (), SETTINGS, Host(mesh), streamed(0)).params,
+        "streamed": training.train(key, START, given, (), SETTINGS, Host(mesh), stream.batches(DATA, 16, 7)).params,
         "patient": training.train(
             key, START, drawn, DATA, Settings(400, 0.5, every=4, patience=8, schedule="constant")
         ),
         "batches": training.train(key, START, given, (), SETTINGS, host, batches).params,
         "replicas": replicas.train(replicas.keys(key, 5), start, of_run, DATA, own, SETTINGS).params,
+        "shared": replicas.train(
+            replicas.keys(key, 5), start, of_run, DATA, own, SETTINGS, Host(distributed.make_mesh(None, 2))
+        ).params,
+        "together": [run.value for run in together.runs([partial(alone, seed) for seed in range(3)])],
     }
     ended = found.pop("patient")
     assert 8 < ended.step < 400, ended.step
@@ -234,7 +247,7 @@ def agreement(folder: Path) -> dict[str, Any]:
     return {"problems": np.asarray(problems)} if index == min(1, jax.process_count() - 1) else {}
 
 
-def train(folder: Path, sharded: bool) -> dict[str, Any]:
+def train(folder: Path, mode: str) -> dict[str, Any]:
     """A training that takes a while, so that it can be stopped."""
     pause = float(os.environ.get("PAUSE", "0"))
 
@@ -243,10 +256,11 @@ def train(folder: Path, sharded: bool) -> dict[str, Any]:
             print(f"step {step}", flush=True)
         time.sleep(pause)
 
-    host = Host(distributed.make_mesh(), Checkpoints(folder / "steps"), report, sharded)
+    host = Host(distributed.make_mesh(), Checkpoints(folder / "steps"), report, mode == "sharded")
     settings = Settings(60, 0.01, every=4)
-    start, task = (WIDE, wide) if sharded else (START, drawn)
-    state = training.train(jax.random.key(5), start, task, DATA, settings, host)
+    start, task = {"train": (START, drawn), "sharded": (WIDE, wide), "streamed": (START, given)}[mode]
+    data = stream.batches(DATA, 16, 7) if mode == "streamed" else None
+    state = training.train(jax.random.key(5), start, task, DATA, settings, host, data)
     return distributed.gather({"params": state.params, "best": state.best, "step": state.step})
 
 
@@ -258,7 +272,7 @@ def main() -> None:
         if os.environ.get("FULL") == str(jax.process_index()):  # as the disk of one host
             checkpoint.shutil.disk_usage = lambda folder: SimpleNamespace(free=0)
         if mode != "everything":
-            return train(folder, mode == "sharded")
+            return train(folder, mode)
         return agreement(folder) | trainings() | distributed.gather(pieces()) | samples()
 
     found = guarded(work)
