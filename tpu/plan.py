@@ -738,6 +738,8 @@ def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int
     Args:
       data: length of the mesh's axis `data`; all devices unless given.
     """
+    if kind in ("training", "replicas"):  # the loss, summed over steps, may be reduced once after them
+        given = tuple(each for each in given if each.looped or each[:2] != ("all-reduce", 4))
     kinds = [each.kind for each in given]
     alone = kind == "replicas" and (data or 1) == 1  # a device a run; else devices share the batches of their runs
     if devices == 1 or kind == "sampling" or alone:
@@ -745,9 +747,7 @@ def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int
     allowed = {devices, data or devices} if kind == "training" else {data or devices}  # over copies too
     if across := [each for each in given if (each.group or devices) not in allowed]:
         return f"expected collectives of {data} devices each, given {counted(tuple(across))} of others"
-    if kind == "replicas":
-        return "" if kinds == ["all-reduce"] else f"expected one all-reduce, given {counted(given)}"
-    if kind == "training":
+    if kind in ("training", "replicas"):
         smallest = sorted(each.size for each in given)[:2]
         pieces = set(kinds) == {"all-reduce"} and (len(kinds) == 1 or sum(smallest) > JOINED)
         return "" if pieces else f"expected one all-reduce, given {counted(given)}"
@@ -993,6 +993,9 @@ def main() -> None:
                         given.output.write_text(page(entries, versions))
     if not given.output:
         print(page(entries, versions))
+    if wrong := [each for each in findings(entries) if ": expected" in each]:
+        print("\n".join(["error: not the collectives that there should be:", *wrong]), file=sys.stderr)
+        raise SystemExit(1)
 
 
 def summary(result: Measured | Failed) -> str:

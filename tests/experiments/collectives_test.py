@@ -57,6 +57,12 @@ def classifier_text(setup, phi, synthetic, conditions):
     return steps_text(genneg.classifier_task(setup, how.half, how.validation), phi, context)
 
 
+def student_text(setup, guided, x0, conditions, rows):
+    examples = genneg.teach(setup, None, guided, x0, jax.random.key(5), conditions, rows)
+    task = genneg.student_task(genneg.answer_loss(setup.model, setup.weight), 8, setup.bind)
+    return steps_text(task, guided.theta, (examples, rows, conditions))
+
+
 def samples_text(program, static, given):
     return program.lower(*static, distributed.make_mesh(), *placed(given)).compile().as_text()
 
@@ -96,6 +102,7 @@ def of_traffic():
     trainings = [
         partial(steps_text, traffic.base_task(setup, 16, 0.1), theta, context),
         partial(classifier_text, setup, phi, synthetic, given),
+        partial(student_text, setup, guided, x, given, np.arange(16)),
     ]
     return trainings, partial(samples_text, genneg._draw, static, asked)
 
@@ -113,6 +120,7 @@ def of_checkerboard():
     trainings = [
         partial(steps_text, checkerboard.base_task(config), theta, context),
         partial(classifier_text, setup, net, genneg.Synthetic(drawn, drawn, 16, 16), None),
+        partial(student_text, setup, guided, points, None, None),
     ]
     return trainings, partial(samples_text, genneg._draw, static, asked)
 

@@ -142,6 +142,9 @@ def test_unexpected_collectives():
     assert plan.unexpected("sharded", (gather, scatter, reduce), 8) == ""
     assert "given 1 all-reduce" in plan.unexpected("sharded", (reduce,), 8)
     assert plan.unexpected("replicas", (gather,), 8) == "expected no collective, given 1 all-gather (8 B)"
+    once = Collective("all-reduce", 4)
+    assert plan.unexpected("training", (reduce, once), 8) == ""
+    assert "given 2 all-reduce" in plan.unexpected("training", (reduce, once._replace(looped=True)), 8)
     within = reduce._replace(group=4)
     assert plan.unexpected("replicas", (within,), 8, 4) == ""
     assert plan.unexpected("training", (within,), 8, 4) == ""
