@@ -236,13 +236,32 @@ def figures(path: Path) -> dict[tuple[str, str], float]:
     }
 
 
+JUMPS = {"heading_distance": 180.0, "gap_distance": 100.0}
+"""What a vehicle may change of these by the last bit of its place, where the edge of the road or the vehicle ahead that
+is nearest becomes another one: degrees, metres."""
+VEHICLES = 64 * 4
+"""At least, in the traffic scenes of a row."""
+
+
+def tolerance(row: str, name: str, wanted: dict[tuple[str, str], float]) -> float:
+    """How far a figure may be from that of other processes: sums of floats in another order, and two jumps."""
+    allowed = 1e-5 + 1e-4 * abs(wanted[row, name]) + 2 * JUMPS.get(name, 0.0) / VEHICLES
+    if name.endswith("_gain"):  # a difference, of which both sides are rounded
+        sides = [abs(value) for (_, other), value in wanted.items() if other == name.removesuffix("_gain")]
+        allowed += 1e-6 * max(sides, default=0.0)
+    return allowed
+
+
 def same_figures(one: Path, other: Path) -> None:
     wanted, found = figures(one), figures(other)
     assert wanted.keys() == found.keys()
     assert len(wanted) > 20
-    np.testing.assert_allclose(
-        [found[name] for name in wanted], list(wanted.values()), rtol=1e-4, atol=1e-5, err_msg=str(list(wanted))
-    )
+    others = {
+        name: (value, found[name])
+        for name, value in wanted.items()
+        if not abs(found[name] - value) <= tolerance(*name, wanted)
+    }
+    assert others == {}
 
 
 def experiment(processes: int, folder: Path, logs: Path, module: str, *arguments: str) -> Job:
