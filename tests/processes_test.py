@@ -297,6 +297,18 @@ def test_a_table_is_the_same_after_a_kill_and_on_other_numbers_of_processes(tmp_
     same_figures(whole, folder)
 
 
+def test_a_run_of_a_sweep_that_fails_on_one_process_ends_all(tmp_path):
+    folder = tmp_path / "sweep"
+    (folder / "seed-0").mkdir(parents=True)
+    (folder / "seed-0" / "config.json").write_text('{"experiment": "other"}')
+    job = experiment(
+        2, folder, tmp_path / "logs", "experiments.sweep", "genneg.checkerboard", "--seeds", "0:2", "--at-once", "1"
+    )
+    said, other = failed(job)
+    assert "seed-0 holds another configuration (" in said
+    assert other.startswith("process 0: ")
+
+
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_is_that_of_one(tmp_path):
     grid = ("genneg.checkerboard", "--seeds", "0:2")
