@@ -189,6 +189,10 @@ def test_whole_and_efficiency():
     assert plan.efficiency(8.0, 4.0, 4) == 0.5
 
 
+def test_programs_are_those_of_tpus():
+    assert plan.EXPERIMENTS["genneg.traffic"]()["sampler"].chunk == 1024, "a CPU takes 64 samples at a time"
+
+
 def test_batches_that_devices_do_not_divide_are_rounded_up_beside():
     train = Program("training", "", 1000, "points", 1000, lambda mesh, batch: None)
     assert plan.batches(train, 8) == [1000]
