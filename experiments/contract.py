@@ -86,6 +86,18 @@ def check_local(option: str, path: Path | None) -> None:
         )
 
 
+def make_folder(path: Path) -> None:
+    """Makes the folder that `--output` names.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: expected a folder, given {path} ({error.strerror})") from None
+
+
 def of_program(function: F) -> F:
     """A cache of what is made from a configuration: two that differ in their seeds share it, and so their programs."""
     cached = functools.cache(function)
@@ -224,10 +236,7 @@ class Folder:
         self.archive = Archive(self.path / "checkpoints")
 
     def _open(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--output: expected a folder, given {self.path} ({error.strerror})") from None
+        make_folder(self.path)
         if not self.check(self.path, self.experiment, self.config) and any(
             not each.name.endswith(".tmp") for each in self.path.iterdir()
         ):

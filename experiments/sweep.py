@@ -232,7 +232,7 @@ def main() -> None:
         options, what, planned, folder = distributed.everywhere(asked)
         distributed.agree("the sweep", repr(planned))
         distributed.agree("the code", contract.code())
-        distributed.first(lambda: folder.mkdir(parents=True, exist_ok=True))
+        distributed.first(lambda: contract.make_folder(folder))
         failed = sweep(what, planned, folder, options.at_once)
         return report(folder, planned), folder, failed
 

@@ -64,16 +64,17 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: environment[name] for name in names if environment.get(name)}
+    # A shorter silence is that of a process which is about to say what went wrong.
     wait, heartbeat = (
-        _number(environment, name, default)
-        for name, default in (("GENDIFF_START_SECONDS", 300), ("GENDIFF_HEARTBEAT_SECONDS", 30))
+        _number(environment, name, default, least)
+        for name, default, least in (("GENDIFF_START_SECONDS", 300, 1), ("GENDIFF_HEARTBEAT_SECONDS", 30, 5))
     )
     own: dict[str, Any] = {}
     if given:
         missing = [name for name in names if name not in given]
         if missing:
             raise StartError(f"{', '.join(missing)}: expected with {', '.join(given)}, given none")
-        count, index = (_number(environment, name, 0) for name in names[1:])
+        count, index = (_number(environment, name, 0, least) for name, least in zip(names[1:], (1, 0), strict=True))
         if not 0 <= index < count:
             raise StartError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, given {index}")
         if count == 1:
@@ -109,10 +110,12 @@ def _leave(message: str) -> NoReturn:
     os._exit(2)
 
 
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+def _number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
     text = environment.get(name) or str(default)
     if not text.isdecimal():
         raise StartError(f"{name}: expected a whole number, given {text!r}")
+    if int(text) < least:
+        raise StartError(f"{name}: expected {least} or more, given {text}")
     return int(text)
 
 
@@ -265,6 +268,8 @@ def make_mesh(devices: list[jax.Device] | None = None, replica: int = 1) -> jax.
       replica: length of the axis `replica`; `data` has the rest.
     """
     devices = jax.devices() if devices is None else devices
+    if not devices:
+        raise ValueError("distributed: devices: expected one or more, given none")
     if replica < 1 or len(devices) % replica:
         raise ValueError(f"distributed: replica: expected a divisor of {len(devices)} devices, given {replica}")
     data = len(devices) // replica

@@ -66,6 +66,8 @@ def _train(
     report_each: Callable[[int, list[Metrics | None]], None],
 ) -> State:
     runs = len(keys)
+    if runs < 1:
+        raise ValueError("replicas: expected one run or more, given none")
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
     mesh = default_mesh(keys, params, task, context, own) if host.mesh is None else host.mesh

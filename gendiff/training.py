@@ -118,6 +118,8 @@ def make_step(
         return parted(params, keys, batch)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        if any(leaf.shape[:1] == (0,) for leaf in jax.tree.leaves(batch)):
+            raise ValueError("training: batch: expected one example or more, given none")
         key = jax.random.fold_in(state.key, state.step)
         value, gradient = value_and_gradient(state.params, key, batch)
         updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)

@@ -143,6 +143,11 @@ def test_slices_are_neighbours_on_data(replica):
     assert (np.diff(slices, axis=1) != 0).sum() == (replica == 1)
 
 
+def test_a_mesh_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="devices: expected one or more, given none"):
+        distributed.make_mesh([])
+
+
 def test_slices_that_differ_are_an_error():
     with pytest.raises(ValueError, match=r"expected slices of one size, given \[1, 4\] devices"):
         distributed.make_mesh(chips(2)[:5])
@@ -221,6 +226,8 @@ def test_no_examples_are_an_error():
         ),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS: expected with JAX_NUM_PROCESSES"),
         (ADDRESS | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: expected 0 to 1, given 2"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES: expected 1 or more, given 0"),
+        (ADDRESS | {"GENDIFF_HEARTBEAT_SECONDS": "1"}, "GENDIFF_HEARTBEAT_SECONDS: expected 5 or more, given 1"),
         (ADDRESS | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID: expected a whole number, given 'one'"),
         (ADDRESS | {"GENDIFF_START_SECONDS": "1.5"}, "GENDIFF_START_SECONDS: expected a whole number, given '1.5'"),
         (

@@ -333,6 +333,14 @@ def test_without_validation_the_newest_is_the_best():
     assert float(kept.best) == 3.0
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_an_empty_batch_is_an_error(devices):
+    host = Host(distributed.make_mesh(jax.devices()[:devices]))
+    task = lambda data: Task(noisy, lambda key: data[:0])
+    with pytest.raises(ValueError, match="batch: expected one example or more, given none"):
+        training.train(jax.random.key(0), START, task, jnp.asarray(DATA), SETTINGS, host)
+
+
 def test_too_few_batches():
     with pytest.raises(ValueError, match="expected 16 batches, given 5"):
         training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), SETTINGS, data=SEQUENCE[:5])
