@@ -875,7 +875,7 @@ INTRODUCTION = """\
 The main programs of each experiment's `paper` preset, compiled ahead of time for slices of TPUs, on a CPU machine
 without a TPU. **Nothing was executed**: memory, FLOP, bytes and collectives are the compiler's word
 ({versions}), times are predicted from them. Made by `python -m tpu.plan --output tpu/plan.md`, which needs
-`pip install -e '.[tpu]'`.
+`pip install -e '.[tpu]'`; with `--results tpu/plan.json` programs that were compiled at an earlier commit are kept.
 
 ## Chips
 
