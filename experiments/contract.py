@@ -8,6 +8,7 @@ and FOLDER gets `config.json`, `metrics.jsonl`, `results.json`, `table.md`, figu
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -168,8 +169,7 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
     def work() -> Results:
         runtime.start()
         given = distributed.everywhere(lambda: parse(config, presets, sys.argv[1:]))
-        distributed.agree("the configuration", repr(given))
-        distributed.agree("the code", code())
+        agree("the configuration", given)
         return run(given)
 
     results = guarded(work)
@@ -178,19 +178,34 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
         print(f"\nResults, figures and checkpoints: {results.folder}")
 
 
+def agree(what: str, given: Any) -> None:
+    """Compares over the processes what they were asked for, and their code.
+
+    Raises:
+      distributed.Disagreement: on all of them.
+    """
+    if jax.process_count() > 1:
+        distributed.agree(what, repr(given))
+        distributed.agree("the code", code())
+
+
 def guarded(work: Callable[[], T]) -> T:
     """`work()`; what goes wrong in it is one line, and an exit status of its own."""
     try:
         return work()
     except BaseException as error:
-        if traced() and not isinstance(error, distributed.Preempted | SystemExit):
-            traceback.print_exc()
-        if known := said(error):
-            leave(*known)
-        if distributed.joined():  # else Python would wait for the other processes, and they for this one
-            traceback.print_exc()
-            leave("", 1)
+        end(error)
         raise
+
+
+def end(error: BaseException) -> None:
+    """Ends the process for an error; returns where Python ends a process alone for one that only a traceback tells."""
+    known = said(error)
+    if known is None and not distributed.joined():  # else Python would wait for the others, and they for this one
+        return
+    if known is None or (traced() and not isinstance(error, distributed.Preempted | SystemExit)):
+        traceback.print_exception(error)
+    leave(*(known or ("", 1)))
 
 
 def said(error: BaseException) -> tuple[str, int] | None:
@@ -281,15 +296,12 @@ class Folder:
     def append(self, **values: Any) -> None:
         """`log` of one process alone."""
         path = self.path / "metrics.jsonl"
-        try:
-            with path.open("ab+") as file:
-                # A line that a full disk cut off must not swallow this one.
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                start = b"" if file.read(1) in (b"", b"\n") else b"\n"
-                file.write(start + json.dumps(_jsonable(values)).encode() + b"\n")
-        except OSError as error:
-            raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
+        with writing(path), path.open("ab+") as file:
+            # A line that a full disk cut off must not swallow this one.
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(start + json.dumps(_jsonable(values)).encode() + b"\n")
 
     def finish(self, rows: list[Row], columns: Sequence[Column], notes: str = "") -> Results:
         """Writes results.json and table.md, and returns them."""
@@ -316,8 +328,15 @@ class Folder:
 
 def write(path: Path, text: str) -> None:
     """Writes a whole file or leaves the old one."""
-    try:
+    with writing(path):
         files.store_text(path, text)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails in it is told of the file."""
+    try:
+        yield
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 

@@ -10,6 +10,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments import contract
 from gendiff import distributed
 from gendiff.data import files
 
@@ -18,17 +19,15 @@ GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 
 def _save(figure: Any, path: Path) -> None:
     """Writes a whole PNG or leaves the old one; the first process does."""
+
+    def store() -> None:
+        with contract.writing(path):
+            files.store(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
+
     try:
-        distributed.first(lambda: _store(figure, path))
+        distributed.first(store)
     finally:
         plt.close(figure)
-
-
-def _store(figure: Any, path: Path) -> None:
-    try:
-        files.store(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
-    except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
 
 
 def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], limit: float, cells: int) -> None:

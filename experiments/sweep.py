@@ -154,19 +154,14 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
 def run_one(what: Experiment, config: Config) -> Results:
     """A run of the grid.  Of several processes, what may have failed on one alone ends the job, since the others would
     wait for it in their next collective."""
-    if jax.process_count() == 1:
+    try:
         return what.run(config)
-
-    def work() -> Results | BaseException:
-        try:
-            return what.run(config)
-        except (training.NotFinite, distributed.Preempted) as error:  # of what all of them have
-            return error
-
-    outcome = contract.guarded(work)
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
+    except (training.NotFinite, distributed.Preempted):  # of what all of them have
+        raise
+    except BaseException as error:
+        if jax.process_count() > 1:
+            contract.end(error)
+        raise
 
 
 @contextlib.contextmanager
@@ -230,8 +225,7 @@ def main() -> None:
     def work() -> tuple[str, Path, dict[str, BaseException]]:
         runtime.start()
         options, what, planned, folder = distributed.everywhere(asked)
-        distributed.agree("the sweep", repr(planned))
-        distributed.agree("the code", contract.code())
+        contract.agree("the sweep", planned)
         distributed.first(lambda: contract.make_folder(folder))
         failed = sweep(what, planned, folder, options.at_once)
         return report(folder, planned), folder, failed

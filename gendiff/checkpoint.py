@@ -258,22 +258,18 @@ def _verify(folder: Path, tree: Any, stored: Any) -> None:
         )
 
 
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    with _failing(
+def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return _failing(
         f"checkpoint {folder}: expected a complete checkpoint of this run, given one that cannot be read",
         "Delete this folder and run the same command again; what is beside it is kept.",
-    ):
-        yield
+    )
 
 
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    with _failing(
+def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return _failing(
         f"checkpoint {folder}: could not be written",
         "What was stored before is complete: make room or mend the cause, and run the same command again.",
-    ):
-        yield
+    )
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         if missing:
             raise StartError(f"{', '.join(missing)}: expected with {', '.join(given)}, given none")
         count, index = (_number(environment, name, 0, least) for name, least in zip(names[1:], (1, 0), strict=True))
-        if not 0 <= index < count:
+        if index >= count:
             raise StartError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, given {index}")
         if count == 1:
             return
@@ -389,8 +389,7 @@ def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     """
     if jax.process_count() > 1 and mesh.shape["replica"] > 1:
         raise ValueError(f"batch: expected all {mesh.size} devices on the axis `data`, given a mesh of {mesh.shape}")
-    places = [place for (_, place), device in np.ndenumerate(mesh.devices) if device in mesh.local_devices]
-    here = len(set(places))
+    here = len(mesh.local_devices) // mesh.shape["replica"]
     for leaf in jax.tree.leaves(local):
         if len(leaf) % here:
             raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {len(leaf)} rows")

@@ -51,30 +51,16 @@ def train(
     """
     if settings.every < 1:
         raise ValueError(f"replicas: every: expected 1 or more steps, given {settings.every}")
-    with training.written(host):
-        return _train(keys, params, task, context, own, settings, host, report_each)
-
-
-def _train(
-    keys: PRNGKey,
-    params: Params,
-    task: Callable[[Any, Any], Task],
-    context: Any,
-    own: Any,
-    settings: Settings,
-    host: Host,
-    report_each: Callable[[int, list[Metrics | None]], None],
-) -> State:
     runs = len(keys)
     if runs < 1:
         raise ValueError("replicas: expected one run or more, given none")
     if potential.leading_size((params, own)) != runs:
         raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
-    mesh = default_mesh(keys, params, task, context, own) if host.mesh is None else host.mesh
-    if mesh.shape["data"] > 1 and _shared(keys, params, task, context, own, mesh.shape["data"]) is None:
-        raise ValueError(
-            f"replicas: expected batches that {mesh.shape['data']} devices on the axis `data` can share, given others"
-        )
+    examples = shareable(keys, params, task, context, own)
+    mesh = together.over_runs(None, runs, examples) if host.mesh is None else host.mesh
+    parts = mesh.shape["data"]
+    if parts > 1 and (examples is None or examples % parts):
+        raise ValueError(f"replicas: expected batches that {parts} devices on the axis `data` can share, given others")
     state = _begin(settings, keys, params)
     if host.checkpoints is not None:  # of the runs alone: it serves any number of devices
         state = host.checkpoints.restore(state)
@@ -90,58 +76,46 @@ def _train(
     context = distributed.replicate(mesh, context)
     host.report(done, {})
     report_each(done, [{}] * runs)
-    while going.any():
-        size = min(settings.every, settings.steps - done)
-        state, metrics = _block(task, settings, size, some_end, mesh, state, context, own)
-        done += size
-        values = {name: distributed.gather(each)[:runs] for name, each in metrics.items()}
-        for name, each in values.items():
-            if not np.isfinite(each[going]).all():
-                which = ", ".join(map(str, np.flatnonzero(going & ~np.isfinite(each))))
-                raise NotFinite(f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}")
-        stop = distributed.preempted()
-        if host.checkpoints is not None:
-            host.checkpoints.save(done, _first(mesh, runs, state))
-        host.report(done, {name: float(each[going].mean()) for name, each in values.items()})
-        of_run = lambda k: {name: float(each[k]) for name, each in values.items()}  # noqa: B023 (used at once)
-        report_each(done, [of_run(k) if going[k] else None for k in range(runs)])
-        going = _going(state, settings)[:runs]
-        if stop and going.any():
-            distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
+    with training.written(host):
+        while going.any():
+            size = min(settings.every, settings.steps - done)
+            state, metrics = _block(task, settings, size, some_end, mesh, state, context, own)
+            done += size
+            values = {name: distributed.gather(each)[:runs] for name, each in metrics.items()}
+            for name, each in values.items():
+                if not np.isfinite(each[going]).all():
+                    which = ", ".join(map(str, np.flatnonzero(going & ~np.isfinite(each))))
+                    raise NotFinite(
+                        f"replicas: {name}: expected finite numbers by step {done}, given none in runs {which}"
+                    )
+            stop = distributed.preempted()
+            if host.checkpoints is not None:
+                host.checkpoints.save(done, _first(mesh, runs, state))
+            host.report(done, {name: float(each[going].mean()) for name, each in values.items()})
+            of_run = lambda k: {name: float(each[k]) for name, each in values.items()}  # noqa: B023 (used at once)
+            report_each(done, [of_run(k) if going[k] else None for k in range(runs)])
+            going = _going(state, settings)[:runs]
+            if stop and going.any():
+                distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
     # On every device: programs with a collective, such as those that read a state split over the devices, must not be
     # under way at the same time, and on a CPU can block each other.
     return distributed.local(_first(mesh, runs, state))
 
 
-def default_mesh(
-    keys: PRNGKey,
-    params: Params,
-    task: Callable[[Any, Any], Task],
-    context: Any,
-    own: Any,
-    devices: list[jax.Device] | None = None,
-) -> jax.sharding.Mesh:
-    """The mesh of `train`, of whose arguments shapes are enough."""
-    return together.over_runs(devices, keys.shape[0], _shared(keys, params, task, context, own))
-
-
-def _shared(
-    keys: PRNGKey, params: Params, task: Callable[[Any, Any], Task], context: Any, own: Any, parts: int = 1
-) -> int | None:
-    """Examples of a run's batch that devices can share in so many parts; None where they cannot, as where the loss of
-    an example depends on the others."""
+def shareable(keys: PRNGKey, params: Params, task: Callable[[Any, Any], Task], context: Any, own: Any) -> int | None:
+    """Examples in a batch of a run of `train`, whose arguments these are, or their shapes; None where devices cannot
+    share them, since the loss of an example depends on the others."""
     found: list[int | None] = []
 
     def look(keys: PRNGKey, params: Params, context: Any, own: Any) -> None:
         key, start, mine = jax.tree.map(lambda a: a[0], (keys, params, own))
         loss, draw, *_ = task(context, mine)
         batch = None if draw is None else draw(key)
-        alone = batch is not None and not losses.looks_at_batch(loss, start, jax.random.clone(key), batch)
-        found.append(training.examples(batch) if alone else None)
+        apart = batch is not None and not losses.looks_at_batch(loss, start, jax.random.clone(key), batch)
+        found.append(training.examples(batch) if apart else None)
 
     jax.eval_shape(look, keys, params, context, own)
-    (size,) = found
-    return None if size is None or size % parts else size
+    return found[0]
 
 
 def _going(state: State, settings: Settings) -> np.ndarray:

@@ -80,10 +80,12 @@ def test_a_loss_that_looks_at_its_batch_is_of_one_device():
         loss = lambda params, key, x: (x - jax.lax.pmean(x, losses.BATCH)) ** 2 * params["a"]
         return Task(loss, lambda key: training.minibatch(key, points, 8))
 
-    chips = [Chip(i) for i in range(8)]
-    given = replicas.keys(jax.random.key(3), 5), START
-    assert replicas.default_mesh(*given, regression, POINTS, OWN, chips).devices.shape == (1, 8)
-    assert replicas.default_mesh(*given, contrast, POINTS, OWN, chips).devices.shape == (8, 1)
+    def mesh(task):
+        examples = replicas.shareable(replicas.keys(jax.random.key(3), 5), START, task, POINTS, OWN)
+        return together.over_runs([Chip(i) for i in range(8)], 5, examples)
+
+    assert mesh(regression).devices.shape == (1, 8)
+    assert mesh(contrast).devices.shape == (8, 1)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from tabulate import tabulate
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
-from gendiff import distributed, replicas, training
+from gendiff import distributed, replicas, together, training
 from gendiff.data.episodes import Windows
 from gendiff.losses import Aligned
 from gendiff.methods import censoring, genneg, relative_reward
@@ -227,15 +227,12 @@ class SideBySide(NamedTuple):
         padded, each = self.places(mesh, runs)
         params = many(self.params, padded)
         state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
-        batch = self.batch()
+        batch = jax.eval_shape(lambda key, *rest: drawn(self.task(*rest), key), KEY, self.context, self.own)
         given = shaped((state, many(batch, padded), many(self.own, padded)), each)
 
         def one(state: Any, batch: Any, own: Any, context: Any) -> Any:
-            settings = self.settings
-            parts = mesh.shape["data"]
-            step = training.make_step(
-                self.task(context, own).loss, training.adam(settings), settings.decay, parts=parts
-            )
+            optimiser, decay = training.adam(self.settings), self.settings.decay
+            step = training.make_step(self.task(context, own).loss, optimiser, decay, parts=mesh.shape["data"])
             return step(state, batch)
 
         axis, local = jax.P("replica"), jax.vmap(one, (0, 0, 0, None))
@@ -245,16 +242,12 @@ class SideBySide(NamedTuple):
     def mesh(self, devices: list[jax.Device], runs: int) -> jax.sharding.Mesh:
         """That of `replicas.train`."""
         keys, params, own = many(KEY, runs), many(self.params, runs), many(self.own, runs)
-        return replicas.default_mesh(keys, params, self.task, self.context, own, devices)
+        return together.over_runs(devices, runs, replicas.shareable(keys, params, self.task, self.context, own))
 
     def places(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[int, jax.NamedSharding]:
         """How many runs there are on a mesh with the copies that fill it up, and how they are split."""
         rows = mesh.shape["replica"]
         return -(-runs // rows) * rows, jax.NamedSharding(mesh, jax.P("replica"))
-
-    def batch(self) -> Tree:
-        """That of one run."""
-        return jax.eval_shape(lambda key, *rest: drawn(self.task(*rest), key), KEY, self.context, self.own)
 
 
 PAPER = "paper"
@@ -984,9 +977,9 @@ def main() -> None:
             for where in given.topology or SLICES:
                 for batch in batches(program, SLICES[where].chips):
                     place = f"{experiment} {name} {where} {batch}"
-                    if place not in held and given.held:
-                        continue
                     if place not in held:
+                        if given.held:
+                            continue
                         held[place] = measure(experiment, name, where, batch, given.limit)._asdict()
                     entry = Entry(experiment, name, where, batch, decoded(held[place]))
                     entries.append(entry)

@@ -296,7 +296,7 @@ class Run:
         self.progress(f"evaluate {name}", 0, config.samples, {})
         for first in range(0, config.samples, batch):
             key = jax.random.fold_in(self.fold(SAMPLES), first)
-            points = np.asarray(genneg.draw(setup, guided, key, batch, self.mesh))
+            points = genneg.draw(setup, guided, key, batch, self.mesh)
             kept.append(points[: config.samples - first])
             self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
         points = np.concatenate(kept)

@@ -424,8 +424,7 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         try:
             if config.data is not None:
                 recipe = (data.recipe_of(folder) or recipe)._replace(seed=config.data_seed)
-            show = distributed.is_first()
-            with tqdm(total=wanted, desc="scenes", unit=" scenes", disable=not show) as bar:
+            with tqdm(total=wanted, desc="scenes", unit=" scenes", disable=not distributed.is_first()) as bar:
 
                 def report(have: int) -> None:
                     distributed.stop_if_noticed("every map that was finished")
@@ -657,7 +656,7 @@ class Run:
             conditions = rows_of(given, rows[np.arange(first, first + size) % n])
             begun = time.perf_counter()
             draw_key = jax.random.fold_in(key, first)
-            kept.append(np.asarray(genneg.draw(setup, guided, draw_key, size, self.mesh, scale, conditions)))
+            kept.append(genneg.draw(setup, guided, draw_key, size, self.mesh, scale, conditions))
             seconds.append(time.perf_counter() - begun)
             self.progress(phase, min(first + size, n), n, {})
         samples = np.concatenate(kept)[:n]

@@ -175,7 +175,7 @@ def draw(
     mesh: jax.sharding.Mesh | None = None,
     scale: float = 1.0,
     conditions: Any = None,
-) -> Samples:
+) -> np.ndarray:
     """n samples of a model, whole on every process; `conditions`, a pytree with n rows, one for each."""
     return distributed.gather(together.call(_draw, (problem, n), mesh, (guided, key, scale, conditions)), n)
 
@@ -243,7 +243,7 @@ def _labelled(
         choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         rows = choice.integers(0, len(jax.tree.leaves(conditions)[0]), n)
         given = jax.tree.map(lambda a: a[rows], conditions)
-    samples = np.asarray(draw(problem, guided, key, n, mesh, conditions=given))
+    samples = draw(problem, guided, key, n, mesh, conditions=given)
     if not np.isfinite(samples).all():
         raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
     labels = verdicts(problem.oracle, samples, given)
@@ -654,7 +654,7 @@ def accepted(
     """At least n samples of a model that the oracle calls good: rejection sampling."""
     kept: list[np.ndarray] = []
     for i in range(-(-settings.budget // settings.batch)):
-        samples = np.asarray(draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh))
+        samples = draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh)
         if not np.isfinite(samples).all():
             raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
         kept.append(samples[verdicts(problem.oracle, samples)])

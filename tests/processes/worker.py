@@ -32,7 +32,7 @@ from gendiff import (
     smc,
     together,
     training,
-)  # fmt: skip
+)
 from gendiff.checkpoint import Archive, Checkpoints
 from gendiff.data import stream
 from gendiff.methods import censoring, genneg, relative_reward
@@ -108,11 +108,6 @@ def censored():
     return censoring.Problem(DDPM, gaussian(DDPM), classifier, (2,), steps=10, chunk=4, low=-9.0, high=9.0)
 
 
-@cache
-def teaching():
-    return problem()._replace(chunk=8)
-
-
 def reward(phi, x, t):
     return jnp.sum(jnp.tanh(x @ phi["w"])) + phi["b"] * jnp.sum(x) * jnp.asarray(t, jnp.float32) / 100
 
@@ -137,7 +132,7 @@ def pieces() -> dict[str, Any]:
     return {
         "classifier": genneg.fit_classifier(problem(), train, held_out, np.float32(0.5), how, key)["net"],
         "student": genneg.distill(
-            teaching(), guided, DATA[:45, :2], np.float32([0.3, 0.2]), 8, settings, key, mesh=mesh
+            problem(), guided, DATA[:45, :2], np.float32([0.3, 0.2]), 8, settings, key, mesh=mesh
         ),
         "censoring": censoring.fit(
             censored(), censoring.Sets(images, labels), np.float32([0.1, 0.2, 0.3]), labelled, key
