@@ -29,7 +29,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from experiments import runtime
-from gendiff import distributed
+from gendiff import distributed, together, training
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.data import files
 from gendiff.metrics.rates import Estimate
@@ -99,13 +99,19 @@ def make_folder(path: Path) -> None:
         raise ConfigError(f"--output: expected a folder, given {path} ({error.strerror})") from None
 
 
+VALUES: dict[str, Any] = {"seed": 0, "output": None, "guidance_scale": 1.0}
+"""Fields of configurations that no program is made of, and what stands for them there."""
+
+
 def of_program(function: F) -> F:
-    """A cache of what is made from a configuration: two that differ in their seeds share it, and so their programs."""
+    """A cache of what is made from a configuration: two that differ in what programs take as a value, such as their
+    seeds, share it, and so their programs."""
     cached = functools.cache(function)
 
     @functools.wraps(function)
     def shared(config: Config, *more: Any, **named: Any) -> Any:
-        return cached(dataclasses.replace(config, seed=0, output=None), *more, **named)
+        values = {name: value for name, value in VALUES.items() if hasattr(config, name)}
+        return cached(dataclasses.replace(config, **values), *more, **named)
 
     return cast(F, shared)
 
@@ -206,6 +212,23 @@ def end(error: BaseException) -> None:
     if known is None or (traced() and not isinstance(error, distributed.Preempted | SystemExit)):
         traceback.print_exception(error)
     leave(*(known or ("", 1)))
+
+
+def side_by_side(works: Sequence[Callable[[], T]], note: Callable[..., None] = lambda *_: None) -> list:
+    """`together.runs`.  Of several processes, what may have failed on one alone ends the job, since the others would
+    wait for it in their next collective."""
+
+    def alone(work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (training.NotFinite, distributed.Preempted):  # of what all of them have
+            raise
+        except BaseException as error:
+            if jax.process_count() > 1:
+                end(error)
+            raise
+
+    return together.runs([functools.partial(alone, work) for work in works], note)
 
 
 def said(error: BaseException) -> tuple[str, int] | None:

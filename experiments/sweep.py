@@ -20,13 +20,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import tyro
 from tqdm import tqdm
 
 from experiments import contract, runtime, tables
 from experiments.contract import Config, ConfigError, Results
-from gendiff import distributed, together, training
+from gendiff import distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +138,7 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
     for first in range(0, len(waiting), at_once):
         part = waiting[first : first + at_once]
         with quiet():  # as many bars as runs would overwrite each other; their metrics.jsonl have it all
-            outcomes = together.runs([partial(run_one, what, each.config) for each in part], note)
+            outcomes = contract.side_by_side([partial(what.run, each.config) for each in part], note)
         for each, outcome in zip(part, outcomes, strict=True):
             if outcome.error is None:
                 bar.update()
@@ -149,19 +148,6 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
                 failed[each.name] = outcome.error
     bar.close()
     return failed
-
-
-def run_one(what: Experiment, config: Config) -> Results:
-    """A run of the grid.  Of several processes, what may have failed on one alone ends the job, since the others would
-    wait for it in their next collective."""
-    try:
-        return what.run(config)
-    except (training.NotFinite, distributed.Preempted):  # of what all of them have
-        raise
-    except BaseException as error:
-        if jax.process_count() > 1:
-            contract.end(error)
-        raise
 
 
 @contextlib.contextmanager

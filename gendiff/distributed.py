@@ -385,13 +385,13 @@ def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     """Global arrays from this process's rows of a batch, split over the axis `data`.
 
     Raises:
-      ValueError: the batch is not divided by the devices.
+      ValueError: the devices do not divide the batch.
     """
     if jax.process_count() > 1 and mesh.shape["replica"] > 1:
         raise ValueError(f"batch: expected all {mesh.size} devices on the axis `data`, given a mesh of {mesh.shape}")
     here = len(mesh.local_devices) // mesh.shape["replica"]
     for leaf in jax.tree.leaves(local):
-        if len(leaf) % here:
+        if leading(leaf) % here:
             raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {len(leaf)} rows")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
 
@@ -427,7 +427,7 @@ def by_process(function: Callable[..., Any], *inputs: Any) -> Any:
         most.
     """
     here = lambda *inputs: jax.tree.map(np.asarray, function(*inputs))
-    n, processes = len(jax.tree.leaves(inputs)[0]), jax.process_count()
+    n, processes = leading(inputs), jax.process_count()
     if processes == 1 or n == 0:
         return here(*inputs)
     # Equal shares, the last rows again where they do not come out even.
@@ -452,6 +452,18 @@ def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     return jax.tree.map(constrain, batch)
 
 
+def leading(tree: Any) -> int:
+    """The size of the leading axis that all arrays of a pytree have.
+
+    Raises:
+      ValueError: they have none, or not the same.
+    """
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
+        raise ValueError(f"batch: expected arrays with a common leading axis, given the shapes {shapes}")
+    return int(shapes[0][0])
+
+
 def chunked(
     function: Callable[[Any], Any],
     inputs: Any,
@@ -471,7 +483,7 @@ def chunked(
       cut: False leaves the results of these copies at the end: rows that the devices do not divide could not stay where
         they are.  `gather(results, n)` cuts them off outside of the program.
     """
-    n = jax.tree.leaves(inputs)[0].shape[0]
+    n = leading(inputs)
     if n < 1:
         raise ValueError("distributed: chunked: expected one example or more, given none")
     devices = 1 if mesh is None else mesh.size

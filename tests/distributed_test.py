@@ -82,6 +82,16 @@ def test_a_batch_that_the_mesh_does_not_divide_is_an_error():
         distributed.shard(mesh_of(8), np.zeros(9))
 
 
+@pytest.mark.parametrize(
+    "batch", [{"x": np.zeros((5, 2)), "y": np.zeros(4)}, {"x": np.zeros(5), "y": np.zeros(())}, {}]
+)
+def test_arrays_without_a_common_leading_axis_are_an_error(batch):
+    same = lambda batch: batch
+    for given in (lambda: distributed.chunked(same, batch, 2), lambda: distributed.by_process(same, batch)):
+        with pytest.raises(ValueError, match="expected arrays with a common leading axis, given the shapes"):
+            given()
+
+
 def test_cpu_trains_on_one_device():
     assert distributed.training_mesh().size == 1
 

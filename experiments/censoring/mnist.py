@@ -125,7 +125,7 @@ class MnistConfig(Config):
 
     sampler_steps: Annotated[int, Between(2, 1000)] = 40
     """Steps of ancestral sampling, at equal distances in the 1,000 of the model."""
-    scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
+    guidance_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
     """omega of the ensemble; single rewards and the union take `members` times as much. 0 chooses it by the sweep, on
     labels and noise of its own, before all other rows; 1 is what the sweep of seed 0 chose (so report other seeds)."""
     sweep: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
@@ -180,7 +180,7 @@ PRESETS = {
         base_steps=100_000, base_batch=256, base_rate=1e-4, base_schedule="constant", base_decay=0.9999,
         second_steps=20_000, reward_width=128, reward_multipliers=(1, 2, 2, 2), reward_blocks=2,
         reward_attention=(16, 8, 4), reward_steps=1001, reward_batch=128, reward_rate=3e-4,
-        resnet_widths=(64, 128, 256, 512), resnet_blocks=(2, 2, 2, 2), sampler_steps=1000, scale=1.0,
+        resnet_widths=(64, 128, 256, 512), resnet_blocks=(2, 2, 2, 2), sampler_steps=1000, guidance_scale=1.0,
         universal_scale=2.0, sweep=(0.25, 0.5, 1.0, 2.0, 4.0), recurrence=4, backward=5, backward_rate=2e-4,
         few_trials=5, samples=1000, active_pool=2000,
     ),
@@ -295,7 +295,7 @@ class Run:
         self.sheets: dict[str, Samples] = {}
         # As many as are drawn at a time for a row: one compiled program less.
         self.seen_at_once = config.samples // 2 if config.rater == "oracle" else min(config.label_budget, 400)
-        self.scale, self.universal_scale = config.scale, config.universal_scale
+        self.scale, self.universal_scale = config.guidance_scale, config.universal_scale
 
     def all(self) -> None:
         """Every row of the table, in its order."""
@@ -710,7 +710,7 @@ def run(config: MnistConfig) -> Results:
     progress.close()
     draw_figures(folder, each)
     how = lambda given: "" if given else " (chosen by its sweep)"
-    scales = {"scale": each.scale, "chosen": how(config.scale)}
+    scales = {"scale": each.scale, "chosen": how(config.guidance_scale)}
     scales |= {"universal": each.universal_scale, "universal_chosen": how(config.universal_scale)}
     return folder.finish(each.rows, COLUMNS, NOTES.format(**scales, recurrence=config.universal_recurrence))
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import figures
+from experiments import contract, figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown, of_program
 from gendiff import denoiser, distributed, likelihood, losses, process, sampling, smc, together, training
 from gendiff.checkpoint import Archive
@@ -50,7 +50,7 @@ class CheckerboardConfig(Config):
     mode: Literal["stack", "distill"] = "stack"
     """What a round's classifier becomes: one more in the stack, or distilled into the model at once."""
     seeds: Annotated[int, Between(1, 100)] = 1
-    """Independent runs; with more than one, intervals are over the runs (Student)."""
+    """Independent runs, side by side; with more than one, intervals are over the runs (Student)."""
 
     width: Annotated[int, Between(8, 4096)] = 128
     """Width of the denoiser."""
@@ -82,6 +82,8 @@ class CheckerboardConfig(Config):
     stored: Annotated[int, Between(1, 1_000_000_000)] = 2**18
     """Answers of the teacher that a student learns from."""
 
+    guidance_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
+    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
     sampler_steps: Annotated[int, Between(2, 10_000)] = 18
     """Heun steps, for synthetic data and evaluation alike."""
     smc_steps: Annotated[int, Between(2, 10_000)] = 100
@@ -132,8 +134,8 @@ minus ln(alpha), with alpha of the Heun sampler for one and estimated by SMC, fo
 outer density: density of the frame that takes the outer 5 % of a filled cell's width on each side, relative to uniform.
 evaluations: of a network the size of the baseline, (1 + 3 K) a step's evaluation with K classifiers, over the share of
 accepted samples; for `smc` over its effective number of samples. oracle calls and seconds: to make the model and all
-that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the samples. `-`:
-not reported."""
+that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the samples. Seeds are
+made side by side: their seconds are those of all. `-`: not reported."""
 
 
 def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
@@ -249,6 +251,7 @@ class Run:
         self.refit(theta, rounds[0])
         self.replay(theta, rounds)
         self.smc(theta, rounds[0])
+        self.progress.close()
 
     # Shared by the phases.
 
@@ -296,13 +299,14 @@ class Run:
         self.progress(f"evaluate {name}", 0, config.samples, {})
         for first in range(0, config.samples, batch):
             key = jax.random.fold_in(self.fold(SAMPLES), first)
-            points = genneg.draw(setup, guided, key, batch, self.mesh)
+            points = genneg.draw(setup, guided, key, batch, self.mesh, config.guidance_scale)
             kept.append(points[: config.samples - first])
             self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
         points = np.concatenate(kept)
         good = genneg.verdicts(setup.oracle, points)
         test = self.board(TEST, config.elbo_points)
-        elbo = together.call(elbos, (setup, config.elbo_levels), self.mesh, (guided, test, self.fold(ELBO)))
+        given = (guided, test, self.fold(ELBO), config.guidance_scale)
+        elbo = together.call(elbos, (setup, config.elbo_levels), self.mesh, given)
         return Evaluation(
             points[:10_000], points[good][:100_000], tally(config, points), distributed.gather(elbo, len(test))
         )
@@ -523,9 +527,11 @@ class Run:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def elbos(problem: genneg.Problem, levels: int, mesh: Any, guided: Guided, points: Array, key: Array) -> Array:
+def elbos(
+    problem: genneg.Problem, levels: int, mesh: Any, guided: Guided, points: Array, key: Array, scale: float
+) -> Array:
     """ELBO of each point (n, 2); the same key gives the same noise for every model."""
-    model = genneg.denoiser(problem, guided)
+    model = genneg.denoiser(problem, guided, scale)
     keys = jax.random.split(key, len(points))
     one = lambda given: likelihood.elbo(model, given[0], given[1], levels)
     return distributed.chunked(one, (keys, points), 1024, mesh, cut=False)
@@ -564,12 +570,14 @@ def run(config: CheckerboardConfig) -> Results:
     folder = Folder("genneg.checkerboard", config)
     runs = []
     for seed in range(config.seed, config.seed + config.seeds):
-        prefix = f"seed {seed}: " if config.seeds > 1 else ""
-        progress = Progress(folder, prefix)
-        each = Run(config, Archive(folder.path / "checkpoints" / f"seed-{seed}"), progress, seed)
-        each.all()
-        progress.close()
-        runs.append(each)
+        progress = Progress(folder, f"seed {seed}: " if config.seeds > 1 else "")
+        runs.append(Run(config, Archive(folder.path / "checkpoints" / f"seed-{seed}"), progress, seed))
+    if len(runs) == 1:
+        runs[0].all()
+    else:
+        for outcome in contract.side_by_side([each.all for each in runs]):
+            if outcome.error is not None:
+                raise outcome.error
     rows = merge([each.rows for each in runs])
     draw_figures(folder, config, rows, runs[0])
     return folder.finish(rows, COLUMNS, f"{NOTES}\n\n{calibration_table(runs[0], rows)}")

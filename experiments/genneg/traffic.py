@@ -133,8 +133,10 @@ class TrafficConfig(Config):
     """Batch of a classifier's step, half of it positives."""
     least_signal: Annotated[float, Between(0.0, 1.0)] = 0.95
     """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
+    guidance_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
+    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
     stronger: Annotated[float, Between(0.0, 100.0)] = 2.0
-    """Scale of guidance of the row `by-pair-stronger`; in all others it is 1."""
+    """Another such factor, of the row `by-pair-stronger` alone."""
     student_steps: Annotated[int, Between(10, 10_000_000)] = 4000
     """Training steps of a distilled or refitted model."""
     student_batch: Annotated[int, Between(1, 1_000_000)] = 64
@@ -644,6 +646,7 @@ class Run:
     ) -> Evaluation:
         """Samples, their verdicts, and the r-ELBO of test scenes with the same noise for every model."""
         config = self.config
+        scale = scale * config.guidance_scale
         n = config.samples
         size = -(-n // -(-n // config.draw_batch))  # equal batches, the last a little shorter
         rows = spread(n, len(given.present))

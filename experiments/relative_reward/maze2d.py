@@ -105,7 +105,7 @@ class MazeConfig(Config):
 
     plans: Annotated[int, Between(10, 1_000_000)] = 256
     """Paths from held-out starts, of which the share that ends at the goal is counted."""
-    steering_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
+    guidance_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
     """Factor on the reward's gradient when it steers; a perfect reward needs 1."""
     radius: Annotated[float, Between(0.05, 2.0)] = 0.5
     """Distance to the goal, in cells, that counts as having reached it."""
@@ -595,7 +595,7 @@ class Maze:
         for goal in range(GOALS):
             phi = at(all_rewards, goal * config.seeds)
             ends("unsteered", goal, at(thetas, 0), phi, 0.0)
-            ends("steered", goal, at(thetas, 0), phi, config.steering_scale)
+            ends("steered", goal, at(thetas, 0), phi, config.guidance_scale)
             ends("expert", goal, at(thetas, goal + 1), phi, 0.0)
         first = episodes.unnormalise(units, np.asarray(from_there[0][:, 0]))[:, PLACE]
         furthest = int(np.argmax(np.hypot(*(first - self.maze.goals[0]).T)))
@@ -608,7 +608,7 @@ class Maze:
         problem = reward_problem(config, family.switches, config.window)
         shown = jnp.linspace(0, config.diffusion_steps, 6).astype(int)
         self.paths_of_times: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for name, scale in (("unsteered", 0.0), ("steered", config.steering_scale)):
+        for name, scale in (("unsteered", 0.0), ("steered", config.guidance_scale)):
             kernel = _kernel(self.process, model(config), problem.network, family.switches, known, theta, phi, scale)
             grid = self.process.grid(config.diffusion_steps)
             path = lambda key, kernel=kernel, grid=grid: sampling.states(

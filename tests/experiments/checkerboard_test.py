@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.genneg import checkerboard
+from gendiff.checkpoint import Archive
+from gendiff.methods import genneg
 
 TINY = [
     "--preset", "smoke",
@@ -103,6 +108,43 @@ def test_a_second_run_reads_everything_and_says_the_same(whole: Path) -> None:
     code, _, err = finish(*TINY, "--output", str(whole))
     assert code == 0, err
     assert rows(whole) == before
+
+
+def test_guidance_scaled_by_two_is_that_of_two_equal_classifiers() -> None:
+    config = replace(checkerboard.PRESETS["smoke"], samples=200, elbo_points=50)
+    key = jax.random.key(5)
+    theta = checkerboard.initialised(checkerboard.denoiser_network(config), key)
+    net = checkerboard.initialised(checkerboard.classifier_network(config), jax.random.clone(key))
+    classifier = {"net": jax.tree.map(lambda a: a + 0.1, net), "shift": np.float32(0.3)}
+    none = genneg.Guided(theta)
+    one = genneg.append(none, classifier)
+    two = genneg.append(one, classifier)
+
+    def evaluation(guided: genneg.Guided, scale: float) -> checkerboard.Evaluation:
+        at = replace(config, guidance_scale=scale)
+        run = checkerboard.Run(at, Archive(None), lambda *_: None, 0)
+        return run.evaluate("it", guided, run.problem)
+
+    np.testing.assert_allclose(evaluation(one, 0.0).points, evaluation(none, 1.0).points, rtol=1e-4, atol=1e-5)
+    twice, both = evaluation(one, 2.0), evaluation(two, 1.0)
+    np.testing.assert_allclose(twice.points, both.points, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(twice.elbo, both.elbo, rtol=1e-3, atol=1e-4)
+    assert abs(twice.elbo - evaluation(one, 1.0).elbo).max() > 0.01
+
+
+@pytest.mark.slow
+def test_two_seeds_side_by_side_are_two_runs(whole: Path, tmp_path: Path) -> None:
+    code, _, err = finish(*TINY, "--seeds", "2", "--output", str(tmp_path))
+    assert code == 0, err
+    assert [row["name"] for row in rows(tmp_path)] == NAMES
+
+    def archived(folder: Path, phase: str) -> checkerboard.Evaluation:
+        never = lambda: pytest.fail(f"{phase} is not kept")
+        return Archive(folder / "checkpoints" / "seed-0").once(phase, never, checkerboard.Evaluation)
+
+    for phase in ("evaluate/baseline", "evaluate/round-1", "evaluate/distilled-2", "evaluate/replay"):
+        alone, beside = archived(whole, phase), archived(tmp_path, phase)
+        np.testing.assert_allclose(beside.elbo, alone.elbo, rtol=1e-3, atol=1e-3, err_msg=phase)
 
 
 @pytest.mark.parametrize(

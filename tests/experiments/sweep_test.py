@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 
 from experiments import contract, sweep
+from experiments.censoring import mnist
 from experiments.contract import Column, Config, ConfigError, Folder, Row
+from experiments.genneg import checkerboard, traffic
 from gendiff import training
 from gendiff.metrics import rates
 from gendiff.training import Settings, Task
@@ -127,9 +129,13 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     assert (held["fail"], held["steps"], held["seed"]) == (7, 4, 2)
 
 
-def test_programs_are_shared_by_configurations_that_differ_in_seed():
+def test_programs_are_shared_by_configurations_that_differ_in_values_alone():
     made = []
     function = contract.of_program(lambda config: made.append(config) or object())
     assert function(ToyConfig(seed=1)) is function(ToyConfig(seed=2))
     assert function(ToyConfig(rate=0.1)) is not function(ToyConfig(seed=2))
     assert len(made) == 2
+    for module in (checkerboard, traffic, mnist):
+        assert module.problem(module.PRESETS["smoke"]) is module.problem(
+            dataclasses.replace(module.PRESETS["smoke"], guidance_scale=3.0)
+        )
