@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from gendiff import distributed, losses, together
@@ -82,6 +83,7 @@ def make_step(
     decay: float = 0.999,
     mesh: jax.sharding.Mesh | None = None,
     *,
+    fully_sharded: bool = False,
     parts: int = 1,
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """One optimiser step on a batch.
@@ -89,9 +91,10 @@ def make_step(
     Args:
       loss: of one example.
       decay: of the EMA; the first steps use (1 + step) / (10 + step) where that is less.
-      mesh: of devices that hold the parameters whole: each on the axis `data` takes the gradient of its part of the
-        batch, and one all-reduce makes the mean.  Without it, where parts of the parameters lie on several devices,
-        the compiler decides; so it does where the loss of an example depends on the others of its batch.
+      mesh: each device on its axis `data` takes the gradient of its part of the batch, and one all-reduce makes the
+        mean.  Where the loss of an example depends on the others of its batch, the compiler decides.
+      fully_sharded: the devices hold parts of the parameters, as `distributed.fully_sharded` says.  Each array is
+        gathered before it is used, in the backward pass again, and its gradient is reduced to the parts.
       parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`, which divides
         the batch.
     """
@@ -99,6 +102,15 @@ def make_step(
 
     def here(params: Params, keys: PRNGKey, batch: Any, over: Any) -> tuple[Scalar, Params]:
         return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), over)
+
+    def of_parts(params: Params, keys: PRNGKey, batch: Any, places: Any) -> tuple[Scalar, Params]:
+        # What is gathered is not kept for the backward pass: whole, it would be as large as the model.
+        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+        def of_whole(params: Params) -> Scalar:
+            return losses.with_keys(loss)(jax.tree.map(_gathered, params, places), keys, batch)
+
+        value, gradient = jax.value_and_grad(of_whole)(params)
+        return jax.lax.pmean(value, distributed.EVERY_DEVICE), jax.tree.map(_mean, gradient, places)
 
     def value_and_gradient(params: Params, key: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
         shared = parts if mesh is None else mesh.shape["data"]
@@ -109,12 +121,15 @@ def make_step(
             each = len(keys) // parts
             mine = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * each, each)
             return here(params, mine(keys), jax.tree.map(mine, batch), "data")
-        split, whole = jax.P("data"), jax.P()
+        split, places = jax.P("data"), jax.P()
         # Over copies of a part too, so that they stay the same where sums have no fixed order.
+        of_part = partial(here, over=distributed.EVERY_DEVICE)
+        if fully_sharded:
+            places = jax.tree.map(lambda sharding: sharding.spec, distributed.fully_sharded(mesh, params))
+            of_part = partial(of_parts, places=places)
         parted = jax.shard_map(
-            partial(here, over=distributed.EVERY_DEVICE), mesh=mesh, in_specs=(whole, split, split),
-            out_specs=(whole, whole), check_vma=False,
-        )  # fmt: skip
+            of_part, mesh=mesh, in_specs=(places, split, split), out_specs=(jax.P(), places), check_vma=False
+        )
         return parted(params, keys, batch)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
@@ -130,6 +145,25 @@ def make_step(
         return moved, dict(zip(METRICS, (value, optax.global_norm(gradient)), strict=True))
 
     return step
+
+
+GATHERED = "gathered"
+"""Name of the arrays that a step gathers from their parts."""
+
+
+def _gathered(part: Array, place: jax.P) -> Array:
+    """Inside `shard_map`, the whole of an array of which a device has a part; the transpose is `psum_scatter`."""
+    if "data" not in place:
+        return part
+    return checkpoint_name(jax.lax.all_gather(part, "data", axis=tuple(place).index("data"), tiled=True), GATHERED)
+
+
+def _mean(gradient: Array, place: jax.P) -> Array:
+    """Inside `shard_map`, the mean over the devices of a gradient, of which the transpose of `_gathered` is the sum."""
+    if "data" not in place:
+        return jax.lax.pmean(gradient, distributed.EVERY_DEVICE)
+    mean = gradient / jax.lax.axis_size("data")
+    return jax.lax.pmean(mean, "replica") if jax.lax.axis_size("replica") > 1 else mean
 
 
 def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
@@ -427,8 +461,8 @@ def steps_at_once(
     loss, draw, _ = task(context)
     if draw is None:
         raise ValueError("training: data: expected batches from the host, since the task draws none; given None")
-    whole = None if fully_sharded else mesh
-    one = make_drawn_step(make_step(loss, adam(settings), settings.decay, whole), draw, mesh)
+    step = make_step(loss, adam(settings), settings.decay, mesh, fully_sharded=fully_sharded)
+    one = make_drawn_step(step, draw, mesh)
     places = shardings(mesh, fully_sharded, state)
 
     def placed(state: State) -> tuple[State, Metrics]:
@@ -461,8 +495,8 @@ def _step(
     context: Any,
     batch: Any,
 ) -> tuple[State, Metrics]:
-    whole = None if fully_sharded else mesh
-    moved, metrics = make_step(task(context).loss, adam(settings), settings.decay, whole)(state, batch)
+    step = make_step(task(context).loss, adam(settings), settings.decay, mesh, fully_sharded=fully_sharded)
+    moved, metrics = step(state, batch)
     return jax.lax.with_sharding_constraint(moved, shardings(mesh, fully_sharded, state)), metrics
 
 

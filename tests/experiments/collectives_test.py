@@ -195,5 +195,6 @@ def test_a_fully_sharded_state_is_gathered_and_never_whole():
     ]
     assert held == [(256,), (32, 128), (128, 32)]
     found = collectives(steps_text(task, theta, data, fully_sharded=True))
-    assert found["all-gather"] > 0
-    assert not found.keys() - {"all-gather", "all-reduce", "reduce-scatter"}
+    # One all-reduce of the loss, the small array's gradient and the norms; arrays are gathered once a pass at most.
+    assert 2 <= found.pop("all-gather") <= 4
+    assert found == {"reduce-scatter": 2, "all-reduce": 1}
