@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from gendiff import distributed, losses, together
@@ -105,7 +104,7 @@ def make_step(
 
     def of_parts(params: Params, keys: PRNGKey, batch: Any, places: Any) -> tuple[Scalar, Params]:
         # What is gathered is not kept for the backward pass: whole, it would be as large as the model.
-        @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+        @partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
         def of_whole(params: Params) -> Scalar:
             return losses.with_keys(loss)(jax.tree.map(_gathered, params, places), keys, batch)
 
@@ -147,15 +146,11 @@ def make_step(
     return step
 
 
-GATHERED = "gathered"
-"""Name of the arrays that a step gathers from their parts."""
-
-
 def _gathered(part: Array, place: jax.P) -> Array:
     """Inside `shard_map`, the whole of an array of which a device has a part; the transpose is `psum_scatter`."""
     if "data" not in place:
         return part
-    return checkpoint_name(jax.lax.all_gather(part, "data", axis=tuple(place).index("data"), tiled=True), GATHERED)
+    return jax.lax.all_gather(part, "data", axis=tuple(place).index("data"), tiled=True)
 
 
 def _mean(gradient: Array, place: jax.P) -> Array:

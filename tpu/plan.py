@@ -509,13 +509,18 @@ class Collective(NamedTuple):
 def collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of a compiled program, in HLO's text; one in a loop is one."""
     found, computation = [], ""
-    looped, uses = set[str](), dict[str, set[str]]()
+    looped, uses, chains = set[str](), dict[str, set[str]](), set[str]()
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
         if header := COMPUTATION.match(line):
             computation = header[1]
         looped.update(re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", line))
         uses.setdefault(computation, set()).update(re.findall(r"%([\w.\-]+)", line))
         if match := INSTRUCTION.match(line):
+            # TPU's compiler cuts a collective into a chain of steps that it fuses with other work.
+            if chain := re.search(r'chain_id="\w+"', line):
+                if chain[0] in chains:
+                    continue
+                chains.add(chain[0])
             group = _group(line)
             each = _collective(match[2], match[1], bool(match[3]), computation, group or devices)
             found.append((computation, each._replace(group=group)))
@@ -725,6 +730,10 @@ JOINED = 120 * 2**20
 reduced in pieces of at most so many.  With its option xla_jf_crs_combiner_threshold_in_bytes it is one."""
 
 
+MANY = 64
+"""Chips from which on TPU's compiler makes all-reduces of reduce-scatters and of all-gathers, on v5p of any size."""
+
+
 def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int | None = None) -> str:
     """What is wrong with a program's collectives; empty if nothing is.
 
@@ -744,7 +753,8 @@ def unexpected(kind: str, given: tuple[Collective, ...], devices: int, data: int
         smallest = sorted(each.size for each in given)[:2]
         pieces = set(kinds) == {"all-reduce"} and (len(kinds) == 1 or sum(smallest) > JOINED)
         return "" if pieces else f"expected one all-reduce, given {counted(given)}"
-    if {"all-gather", "reduce-scatter"} <= set(kinds) <= {"all-reduce", "all-gather", "reduce-scatter"}:
+    both = {"all-gather", "reduce-scatter"} if devices < MANY else set[str]()
+    if kinds and both <= set(kinds) <= {"all-reduce", "all-gather", "reduce-scatter"}:
         return ""
     return f"expected reduce-scatter and all-gather, given {counted(given)}"
 
@@ -907,7 +917,8 @@ a permutation.
 the gradient (reduce-scatter and all-gather where the state is sharded), in sampling and between replicas none (chips
 that they would leave idle share the batches of a run, with one all-reduce among themselves). libtpu reduces gradients
 of more than 120 MiB in pieces, as few as that allows, unless it is given a higher
-`xla_jf_crs_combiner_threshold_in_bytes`. The others:
+`xla_jf_crs_combiner_threshold_in_bytes`. On 64 and 256 chips it makes all-reduces of reduce-scatters and of most
+all-gathers, which move up to twice as many bytes. The others:
 
 {findings}
 

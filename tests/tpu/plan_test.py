@@ -33,6 +33,14 @@ HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
   %fusion.1 = f32[8]{0} fusion(%x), calls=%all-reduce-scatter.fused, metadata={op_name="a all-reduce(b)"}
 }
 
+%fused.1 (p: f32[8]) -> f32[32] {
+  ROOT %all-gather.5 = f32[32]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%fused.2 (p: f32[8]) -> f32[32] {
+  ROOT %all-gather.6 = f32[32]{0} all-gather(%p), dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
 %all-reduce-scatter.fused (p: f32[64]) -> f32[8] {
   %all-reduce.9 = f32[64]{0} all-reduce(%p), to_apply=%sum
   ROOT %slice = f32[8]{0} dynamic-slice(%all-reduce.9, %i), dynamic_slice_sizes={8}
@@ -54,6 +62,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_collectives_of_a_text():
     assert plan.collectives(HLO, 8) == [
         Collective("all-reduce", 4 + 2048, True),
+        Collective("all-gather", 128),  # one, in two steps
         Collective("reduce-scatter", 256, True),
         Collective("all-gather", 256),
         Collective("reduce-scatter", 64, group=2),
@@ -141,6 +150,9 @@ def test_unexpected_collectives():
     assert "given 1 all-gather" in plan.unexpected("training", (gather,), 8)
     assert plan.unexpected("sharded", (gather, scatter, reduce), 8) == ""
     assert "given 1 all-reduce" in plan.unexpected("sharded", (reduce,), 8)
+    assert plan.unexpected("sharded", (reduce, reduce), 64) == ""
+    permute = Collective("collective-permute", 8)
+    assert "1 collective-permute" in plan.unexpected("sharded", (gather, scatter, permute), 64)
     assert plan.unexpected("replicas", (gather,), 8) == "expected no collective, given 1 all-gather (8 B)"
     once = Collective("all-reduce", 4)
     assert plan.unexpected("training", (reduce, once), 8) == ""
