@@ -93,7 +93,7 @@ def make_step(
       mesh: each device on its axis `data` takes the gradient of its part of the batch, and one all-reduce makes the
         mean.  Where the loss of an example depends on the others of its batch, the compiler decides.
       fully_sharded: the devices hold parts of the parameters, as `distributed.fully_sharded` says.  Each array is
-        gathered before it is used, in the backward pass again, and its gradient is reduced to the parts.
+        gathered before it is used, once a step, and its gradient is reduced to the parts.
       parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`, which divides
         the batch.
     """
@@ -103,11 +103,8 @@ def make_step(
         return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), over)
 
     def of_parts(params: Params, keys: PRNGKey, batch: Any, places: Any) -> tuple[Scalar, Params]:
-        # What is gathered is not kept for the backward pass: whole, it would be as large as the model.
-        @partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather")
-        def of_whole(params: Params) -> Scalar:
-            return losses.with_keys(loss)(jax.tree.map(_gathered, params, places), keys, batch)
-
+        # Once a step: `jax.checkpoint`, to gather again in the backward pass, keeps more than it lets go.
+        of_whole = lambda params: losses.with_keys(loss)(jax.tree.map(_gathered, params, places), keys, batch)
         value, gradient = jax.value_and_grad(of_whole)(params)
         return jax.lax.pmean(value, distributed.EVERY_DEVICE), jax.tree.map(_mean, gradient, places)
 

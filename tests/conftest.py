@@ -23,6 +23,15 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+# Files that take longest come first, so that at the end no worker waits for another's.
+LONGEST = ("processes", "experiments.traffic", "experiments.collectives", "experiments.checkerboard")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"tests/{name.replace('.', '/')}_test.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+
+
 # The same examples in every run, and no deadline: the first example of a test pays for compilation.
 hypothesis.settings.register_profile("gendiff", derandomize=True, deadline=None, max_examples=30)
 hypothesis.settings.load_profile("gendiff")

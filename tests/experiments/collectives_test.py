@@ -195,9 +195,5 @@ def test_a_fully_sharded_state_is_gathered_and_never_whole():
     ]
     assert held == [(256,), (32, 128), (128, 32)]
     found = collectives(steps_text(task, theta, data, fully_sharded=True))
-    step = training.make_step(loss, training.adam(SETTINGS), SETTINGS.decay, mesh, fully_sharded=True)
-    written = str(jax.make_jaxpr(step)(state, data[:16]))
-    assert written.count("all_gather[") == 3, "both on the way there; on the way back `w` is not needed"
-    # One all-reduce of the loss, the small array's gradient and the norms.  CPU's compiler may gather once for both.
-    assert 2 <= found.pop("all-gather") <= 4
-    assert found == {"reduce-scatter": 2, "all-reduce": 1}
+    # One all-reduce of the loss, the small array's gradient and the norms.
+    assert found == {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 1}

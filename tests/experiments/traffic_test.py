@@ -88,9 +88,9 @@ def test_the_absent_cost_nothing(scenes, chain):
     setup = traffic.problem(config)
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
     place = place._replace(present=jnp.arange(12) < 5)
-    theta = traffic.denoiser_network(config).init(jax.random.key(0), place)
+    theta = jax.jit(traffic.denoiser_network(config).init)(jax.random.key(0), place)
     t = setup.process.grid(config.sampler_steps)[2]
-    x0 = setup.model(setup.bind(theta, place), jnp.ones((12, 7)), t)
+    x0 = jax.jit(lambda theta, place: setup.model(setup.bind(theta, place), jnp.ones((12, 7)), t))(theta, place)
     assert (np.asarray(x0)[5:] == 0).all()
     assert np.isfinite(np.asarray(x0)).all()
 
@@ -104,18 +104,19 @@ def test_heads_are_taught_their_labels(scenes):
     for head, count in (("scene", ()), ("agent", (12,)), ("pair", (78,))):
         setup = traffic.problem(SMOKE, head)
         place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-        phi = traffic.classifier_network(SMOKE, head).init(jax.random.key(0), place)
-        logits = setup.network(setup.bind_network(phi, place), jnp.ones((12, 7)), jnp.asarray(3))
+        phi = jax.jit(traffic.classifier_network(SMOKE, head).init)(jax.random.key(0), place)
+        bound = jax.jit(setup.bind_network)(phi, place)
+        logits = jax.jit(setup.network)(bound, jnp.ones((12, 7)), jnp.asarray(3))
         assert logits.shape == count
 
 
 def test_a_timeless_classifier_is_told_no_time(scenes):
     setup = traffic.problem(SMOKE, "agent", True)
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-    phi = traffic.classifier_network(SMOKE, "agent").init(jax.random.key(0), place)
+    phi = jax.jit(traffic.classifier_network(SMOKE, "agent").init)(jax.random.key(0), place)
     phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
-    bound, u = setup.bind_network(phi, place), jax.random.normal(jax.random.key(1), (12, 7))
-    one, two = (setup.network(bound, u, jnp.asarray(t)) for t in (5, 900))
+    bound, u = jax.jit(setup.bind_network)(phi, place), jax.random.normal(jax.random.key(1), (12, 7))
+    one, two = (jax.jit(setup.network)(bound, u, jnp.asarray(t)) for t in (5, 900))
     np.testing.assert_allclose(one, two, atol=1e-6)
     times = {int(setup.classifier_time(jax.random.key(i))) for i in range(5)}
     assert times == {int(setup.process.grid(SMOKE.sampler_steps)[-2])}
@@ -124,9 +125,9 @@ def test_a_timeless_classifier_is_told_no_time(scenes):
 def test_classifiers_do_not_guide_in_noise(scenes):
     setup = traffic.problem(SMOKE, "agent")
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-    phi = traffic.classifier_network(SMOKE, "agent").init(jax.random.key(0), place)
+    phi = jax.jit(traffic.classifier_network(SMOKE, "agent").init)(jax.random.key(0), place)
     phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
-    theta = traffic.denoiser_network(SMOKE).init(jax.random.key(1), place)
+    theta = jax.jit(traffic.denoiser_network(SMOKE).init)(jax.random.key(1), place)
     guided = genneg.append(Guided(theta), {"net": phi, "shift": jnp.zeros(())})
     plain, steered = (genneg.denoiser(setup, genneg.bound(setup, each, place)) for each in (Guided(theta), guided))
     u, seen = jax.random.normal(jax.random.key(2), (12, 7)), set()
@@ -292,7 +293,7 @@ def test_the_same_noise_for_every_model(scenes):
     config = SMOKE
     setup = traffic.problem(config)
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-    theta = traffic.denoiser_network(config).init(jax.random.key(0), place)
+    theta = jax.jit(traffic.denoiser_network(config).init)(jax.random.key(0), place)
     x = traffic.UNITS.normalised(jnp.asarray(scenes.vehicles), jnp.asarray(scenes.present))
     bounds = [
         np.asarray(traffic.elbos(setup, 4, None, guided, x, traffic.places(scenes), jax.random.key(3)))
