@@ -19,7 +19,7 @@ WORKER = ROOT / "tests" / "processes" / "worker.py"
 
 
 def environment(**more: str) -> dict[str, str]:
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GENDIFF_"))}
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "GENDIFF_"))}
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
     return plain | cache | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | more
 

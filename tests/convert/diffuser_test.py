@@ -1,7 +1,6 @@
 """The U-Net against a statement in PyTorch of the same blocks, with the names of Diffuser's checkpoints."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +88,6 @@ class Rival(nn.Module):
 
 
 NETS = {"maze": TemporalUnet(8, (1, 4, 8)), "locomotion": TemporalUnet(8, (1, 2, 2, 3))}
-# Most of the time goes into machine code that runs once; the program stays the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def like(net):
@@ -135,7 +131,7 @@ def answers(theirs, x, t, dtype):
 def test_values_and_gradients_are_those_of_pytorch(net):
     theirs, (x, t, _) = rival(net), batch()
     params = diffuser.temporal_unet(arrays(theirs), like(net))
-    both = jit(lambda params: (jax.vmap(net.apply, (None, 0, 0))(params, x, t), slopes(net, params, x, t)))
+    both = jax.jit(lambda params: (jax.vmap(net.apply, (None, 0, 0))(params, x, t), slopes(net, params, x, t)))
     # As near to double precision as PyTorch's own single precision, but for four times its rounding.
     single, double = (answers(theirs, x, t, dtype) for dtype in (torch.float, torch.double))
     for given, rounded, expected in zip(both(params), single, double, strict=True):
@@ -150,7 +146,7 @@ def test_second_derivatives_are_those_of_pytorch():
     net = TemporalUnet(8, (1, 2))
     theirs, (x, t, y) = rival(net), batch()
     params = diffuser.temporal_unet(arrays(theirs), like(net))
-    given = jit(jax.grad(lambda params: jnp.mean((slopes(net, params, x, t) - y) ** 2)))(params)
+    given = jax.jit(jax.grad(lambda params: jnp.mean((slopes(net, params, x, t) - y) ** 2)))(params)
     z = torch.tensor(x, dtype=torch.double, requires_grad=True)
     value = theirs.double()(z, torch.tensor(t))
     (slope,) = torch.autograd.grad((value**2).sum(), z, create_graph=True)

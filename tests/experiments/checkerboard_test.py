@@ -44,7 +44,6 @@ CACHE = Path(__file__).parents[2] / ".cache" / "experiments"
 def start(*arguments: str) -> subprocess.Popen:
     """The experiment in a process of its own, with two virtual devices and a compile cache."""
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "2"}
-    environment.pop("XLA_FLAGS", None)
     command = [sys.executable, "-m", "experiments.genneg.checkerboard", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

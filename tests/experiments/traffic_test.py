@@ -104,9 +104,9 @@ def test_heads_are_taught_their_labels(scenes):
     for head, count in (("scene", ()), ("agent", (12,)), ("pair", (78,))):
         setup = traffic.problem(SMOKE, head)
         place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-        phi = jax.jit(traffic.classifier_network(SMOKE, head).init)(jax.random.key(0), place)
-        bound = jax.jit(setup.bind_network)(phi, place)
-        logits = jax.jit(setup.network)(bound, jnp.ones((12, 7)), jnp.asarray(3))
+        phi = jax.eval_shape(traffic.classifier_network(SMOKE, head).init, jax.random.key(0), place)
+        bound = jax.eval_shape(setup.bind_network, phi, place)
+        logits = jax.eval_shape(setup.network, bound, jnp.ones((12, 7)), jnp.asarray(3))
         assert logits.shape == count
 
 
@@ -129,7 +129,10 @@ def test_classifiers_do_not_guide_in_noise(scenes):
     phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
     theta = jax.jit(traffic.denoiser_network(SMOKE).init)(jax.random.key(1), place)
     guided = genneg.append(Guided(theta), {"net": phi, "shift": jnp.zeros(())})
-    plain, steered = (genneg.denoiser(setup, genneg.bound(setup, each, place)) for each in (Guided(theta), guided))
+    plain, steered = (
+        jax.jit(lambda u, t, each=each: genneg.denoiser(setup, genneg.bound(setup, each, place))(u, t))
+        for each in (Guided(theta), guided)
+    )
     u, seen = jax.random.normal(jax.random.key(2), (12, 7)), set()
     for t in map(jnp.asarray, (1, 50, 200, 400, 1000)):
         alpha, sigma = setup.process.alpha(t), setup.process.sigma(t)
@@ -237,7 +240,7 @@ def test_other_scenes_are_refused(tmp_path, scenes):
 def test_a_streamed_baseline_learns_and_goes_on_with_the_next_batch(tmp_path):
     pytest.importorskip("grain")
     every = {name: data.embedded(name) for name in ("train", "validation", "test")}
-    config = dataclasses.replace(SMOKE, stream=True, quarters=True, base_steps=260)  # blocks of 250
+    config = dataclasses.replace(SMOKE, stream=True, quarters=True, base_steps=260, base_batch=8)  # blocks of 250
     seen: list[float] = []
 
     class Stopped(Exception):

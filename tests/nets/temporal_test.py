@@ -1,5 +1,4 @@
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,6 @@ from gendiff.nets import temporal
 from gendiff.nets.temporal import GroupNorm, TemporalUnet
 
 TINY = TemporalUnet(width=8, multipliers=(1, 2))
-# Most of the time goes into machine code that runs once; the program stays the same.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def normal(seed, *shape):
@@ -81,8 +77,8 @@ def test_group_norm_of_one_sequence():
 
 def test_one_example_at_a_time():
     params, x, t = start(TINY, 8, 3), normal(1, 3, 8, 3), np.int32([0, 7, 99])
-    one = jit(TINY.apply)
-    together = jit(jax.vmap(TINY.apply, (None, 0, 0)))(params, x, t)
+    one = jax.jit(TINY.apply)
+    together = jax.jit(jax.vmap(TINY.apply, (None, 0, 0)))(params, x, t)
     assert together.shape == x.shape
     for i in range(3):
         np.testing.assert_allclose(together[i], one(params, x[i], t[i]), atol=2e-5)
@@ -109,7 +105,7 @@ def test_channels_must_divide_into_groups():
 
 def test_bfloat16_stays():
     half = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), tree)
-    params, x, one = start(TINY, 8, 3), normal(0, 8, 3), jit(TINY.apply)
+    params, x, one = start(TINY, 8, 3), normal(0, 8, 3), jax.jit(TINY.apply)
     given = one(half(params), half(x), 5)
     assert given.dtype == jnp.bfloat16
     np.testing.assert_allclose(given.astype(np.float32), one(params, x, 5), rtol=0, atol=0.2)
@@ -162,7 +158,7 @@ def test_loops_hold_only_the_fast_convolution(run):
     if jax.default_backend() != "cpu":
         pytest.skip("of the CPU's formulations")
     # Of lengths 8 and 4, which is less than the window.
-    text = jit(run).lower(start(TINY, 8, 3), normal(0, 2, 8, 3)).compile().as_text()
+    text = jax.jit(run).lower(start(TINY, 8, 3), normal(0, 2, 8, 3)).compile().as_text()
     lines = [line for line in text.splitlines() if " convolution(" in line]
     assert lines
     assert all("dim_labels=b0f_0io->b0f" in line for line in lines)
