@@ -110,11 +110,16 @@ def test_heads_are_taught_their_labels(scenes):
         assert logits.shape == count
 
 
+def classifier_of_agents(place):
+    """Parameters of which none is 0, so that the classifier depends on all that it is given."""
+    phi = jax.jit(traffic.classifier_network(SMOKE, "agent").init)(jax.random.key(0), place)
+    return jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
+
+
 def test_a_timeless_classifier_is_told_no_time(scenes):
     setup = traffic.problem(SMOKE, "agent", True)
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-    phi = jax.jit(traffic.classifier_network(SMOKE, "agent").init)(jax.random.key(0), place)
-    phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
+    phi = classifier_of_agents(place)
     bound, u = jax.jit(setup.bind_network)(phi, place), jax.random.normal(jax.random.key(1), (12, 7))
     one, two = (jax.jit(setup.network)(bound, u, jnp.asarray(t)) for t in (5, 900))
     np.testing.assert_allclose(one, two, atol=1e-6)
@@ -125,8 +130,7 @@ def test_a_timeless_classifier_is_told_no_time(scenes):
 def test_classifiers_do_not_guide_in_noise(scenes):
     setup = traffic.problem(SMOKE, "agent")
     place = traffic.rows_of(traffic.places(scenes), np.asarray(0))
-    phi = jax.jit(traffic.classifier_network(SMOKE, "agent").init)(jax.random.key(0), place)
-    phi = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(a.size), a.shape), phi)
+    phi = classifier_of_agents(place)
     theta = jax.jit(traffic.denoiser_network(SMOKE).init)(jax.random.key(1), place)
     guided = genneg.append(Guided(theta), {"net": phi, "shift": jnp.zeros(())})
     plain, steered = (
