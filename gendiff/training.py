@@ -138,7 +138,7 @@ def make_step(
         rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, rate)
         moved = state._replace(step=state.step + 1, params=params, ema=ema, optimiser=optimiser_state)
-        return moved, dict(zip(METRICS, (value, optax.global_norm(gradient)), strict=True))
+        return moved, dict(zip(METRICS, (value, optax.tree.norm(gradient)), strict=True))
 
     return step
 

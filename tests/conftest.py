@@ -1,8 +1,11 @@
 """What every test runs under, and the Gaussian mixture whose every quantity has a closed form."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hypothesis
 import jax
@@ -15,12 +18,24 @@ from gendiff.denoiser import Denoiser
 from gendiff.potential import Potential
 from gendiff.process import Process
 
-# Nearly all the time of the tests goes into machine code that runs once.  XLA's own passes, hence the program, stay;
-# with `XLA_FLAGS=` (nothing, or what one likes) it is compiled as everywhere else, in half as much time again.
-QUICK = (
-    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
-os.environ.setdefault("XLA_FLAGS", QUICK)
+# Nearly all the time of the tests goes into machine code that runs once, so most of LLVM's passes are left out.  XLA's own
+# passes, hence the program, stay.  `XLA_FLAGS=` (nothing, or other flags) before the command turns this off.
+QUICK = ("--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true")
+# Halves the compilation of JAX 0.10; XLA of JAX 0.12 ends every process that sets it.
+QUICK_BEFORE = "--xla_cpu_use_fusion_emitters=false"
+
+
+def accepted(flags: Sequence[str]) -> list[str]:
+    """The flags that this XLA knows, tried in processes of their own, because an unknown flag ends the process."""
+    run = [sys.executable, "-c", "import jax; jax.devices()"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    tried = [subprocess.Popen(run, env=environment | {"XLA_FLAGS": flag}, **quiet) for flag in flags]
+    return [flag for flag, process in zip(flags, tried, strict=True) if process.wait() == 0]
+
+
+if "XLA_FLAGS" not in os.environ:  # the workers of pytest-xdist inherit what the first process finds
+    os.environ["XLA_FLAGS"] = " ".join(accepted((*QUICK, QUICK_BEFORE)))
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -36,6 +51,27 @@ LONGEST = ("processes", "experiments/traffic", "experiments/collectives", "exper
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"tests/{name}_test.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+
+
+dead_workers: list[str] = []
+
+
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Note a worker of pytest-xdist that died."""
+    if error:
+        dead_workers.append(f"{node.gateway.id}: {error}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a worker died, because pytest-xdist reports success if the tests that are left are skipped."""
+    if dead_workers and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the dead workers in the last lines."""
+    for worker in dead_workers:
+        terminalreporter.write_line(f"FAILED: a test process died, {worker}", red=True)
 
 
 # The same examples in every run, and no deadline: the first example of a test pays for compilation.

@@ -26,6 +26,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tabulate import tabulate
 
 from experiments.censoring import mnist
@@ -521,7 +522,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
                 if chain[0] in chains:
                     continue
                 chains.add(chain[0])
-            group = _group(line)
+            members = groups(line)
+            group = None if members is None else len(members[0])
             each = _collective(match[2], match[1], bool(match[3]), computation, group or devices)
             found.append((computation, each._replace(group=group)))
     names, new = set(uses), looped
@@ -544,10 +546,25 @@ def _collective(kind: str, shapes: str, start: bool, computation: str, devices: 
     return Collective(kind, sum(sizes))
 
 
-def _group(line: str) -> int | None:
-    """The number of devices in the groups of a collective: {{0,1},{2,3}} or [2,2]<=[4]; {} is all."""
-    match = re.search(r"replica_groups=(?:\{\{([0-9,]+)\}|\[[0-9]+,([0-9]+)\])", line)
-    return None if match is None else int(match[2]) if match[2] else match[1].count(",") + 1
+def groups(line: str) -> list[list[int]] | None:
+    """The groups of devices of a collective, as places in the mesh; None where all devices are one group.
+
+    XLA has three spellings: {{0,1},{2,3}}, an iota such as [2,2]<=[4] or [4,2]<=[2,4]T(1,0), and, of JAX 0.12 on, the
+    axes of a mesh, mesh['replica'=2,'data'=4] {'data'}.
+    """
+    if match := re.search(r"replica_groups=\{(\{[0-9,{}]+\})\}", line):
+        return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([0-9,]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line):
+        shape, sizes, order = ([int(n) for n in text.split(",")] if text else None for text in match.groups())
+        assert shape is not None and sizes is not None
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape).tolist()
+    if match := re.search(r"replica_groups=mesh\[([^\]]+)\] *\{([^}]*)\}", line):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=([0-9]+)", match[1])}
+        inside = [list(axes).index(name) for name in re.findall(r"'(\w+)'", match[2])]
+        devices = np.arange(math.prod(axes.values())).reshape([*axes.values()])
+        last = np.moveaxis(devices, inside, range(-len(inside), 0))
+        return last.reshape(-1, math.prod(last.shape[devices.ndim - len(inside) :])).tolist()
+    return None
 
 
 def _size(dtype: str, dimensions: str) -> int:

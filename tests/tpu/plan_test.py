@@ -72,6 +72,23 @@ def test_collectives_of_a_text():
     ]
 
 
+@pytest.mark.parametrize(
+    ("spelling", "wanted"),
+    [
+        ("{}", None),
+        ("{{0,1,2,3},{4,5,6,7}}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("{{0},{1}}", [[0], [1]]),
+        ("[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['replica'=2,'data'=4] {'data'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("mesh['replica'=2,'data'=4] {'replica'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['replica'=2,'data'=4] {'replica','data'}", [[0, 1, 2, 3, 4, 5, 6, 7]]),
+    ],
+)
+def test_groups_in_every_spelling(spelling, wanted):
+    assert plan.groups(f"%a = f32[] all-reduce(%p), channel_id=1, replica_groups={spelling}, to_apply=%sum") == wanted
+
+
 def lower(fsdp: bool) -> tuple[plan.Trained, jax.sharding.Mesh]:
     """A small training whose task draws from a pool."""
     pool = plan.of((4096, 256))
