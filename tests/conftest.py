@@ -1,5 +1,6 @@
 """What every test runs under, and the Gaussian mixture whose every quantity has a closed form."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from gendiff.denoiser import Denoiser
 from gendiff.potential import Potential
 from gendiff.process import Process
 
-# Nearly all the time of the tests goes into machine code that runs once, so most of LLVM's passes are left out.  XLA's own
-# passes, hence the program, stay.  `XLA_FLAGS=` (nothing, or other flags) before the command turns this off.
+# Nearly all the time of the tests goes into machine code that runs once, so most of LLVM's passes are left out.
+# XLA's own passes, hence the program, stay.  `XLA_FLAGS=` (nothing, or other flags) turns this off.
 QUICK = ("--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true")
 # Halves the compilation of JAX 0.10; XLA of JAX 0.12 ends every process that sets it.
 QUICK_BEFORE = "--xla_cpu_use_fusion_emitters=false"
@@ -51,6 +52,11 @@ LONGEST = ("processes", "experiments/traffic", "experiments/collectives", "exper
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"tests/{name}_test.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], len(places)))
+    if importlib.util.find_spec("torch") is None:
+        skip = pytest.mark.skip(reason="PyTorch is not installed: pip install torch==2.13.0")
+        for item in items:
+            if item.get_closest_marker("torch"):
+                item.add_marker(skip)
 
 
 dead_workers: list[str] = []

@@ -555,8 +555,8 @@ def groups(line: str) -> list[list[int]] | None:
     if match := re.search(r"replica_groups=\{(\{[0-9,{}]+\})\}", line):
         return [[int(device) for device in group.split(",")] for group in re.findall(r"\{([0-9,]+)\}", match[1])]
     if match := re.search(r"replica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?", line):
-        shape, sizes, order = ([int(n) for n in text.split(",")] if text else None for text in match.groups())
-        assert shape is not None and sizes is not None
+        shape, sizes = ([int(n) for n in text.split(",")] for text in match.groups()[:2])
+        order = [int(n) for n in match[3].split(",")] if match[3] else range(len(sizes))
         return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(shape).tolist()
     if match := re.search(r"replica_groups=mesh\[([^\]]+)\] *\{([^}]*)\}", line):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=([0-9]+)", match[1])}

@@ -107,8 +107,10 @@ def test_chosen_scale_keeps_recall():
     assert mnist.chosen({0.0: point(0.1, 0.8), 1.0: point(0.05, 0.2), 2.0: point(0.01, 0.1)}) == 1.0
 
 
+@pytest.mark.torch
 def test_imagenet_weights_are_read_but_for_the_last_layer(tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     small = dataclasses.replace(mnist.PRESETS["smoke"], resnet_weights=tmp_path / "resnet.pth")
     shapes = jax.eval_shape(mnist.resnet_of(small).clone(outputs=1000).init, jax.random.key(0), np.zeros((16, 16, 3)))
     rng, name = np.random.default_rng(0), lambda path: convert.name(tuple(part.key for part in path))

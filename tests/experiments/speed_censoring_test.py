@@ -13,9 +13,6 @@ from experiments.contract import ConfigError, Folder, parse
 from experiments.speed import censoring, ours_censoring, table
 from experiments.speed.worker import Worker
 
-NEEDS_TORCH = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed: pip install -e .[speed]"
-)
 SMALL = dataclasses.replace(censoring.PRESETS["smoke"], members=(2,))
 
 
@@ -31,7 +28,7 @@ def compared(ours, answers):
         return table.compare(ours.answers["answers"], rival.answers, sides.tolerance)
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_rival_gives_the_same_answers(ours):
     errors = compared(ours, ours.answers)
     asked = {"epsilon", "log_reward", "guidance", "samples"}
@@ -45,7 +42,7 @@ def test_rival_gives_the_same_answers(ours):
     assert answers["small/epsilon"].std() > 1e-2
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_comparison_notices_one_wrong_parameter(ours):
     wrong = jax.tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, ours.answers)
     wrong["nets"]["small"]["rewards"][1]["middle_block.1.qkv.weight"][3] += 0.5
@@ -53,7 +50,7 @@ def test_comparison_notices_one_wrong_parameter(ours):
         compared(ours, wrong)
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_work_is_what_pytorch_counts():
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

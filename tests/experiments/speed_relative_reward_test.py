@@ -14,9 +14,6 @@ from experiments.relative_reward import maze2d
 from experiments.speed import memory, ours_relative_reward, relative_reward, table
 from experiments.speed.worker import Worker
 
-NEEDS_TORCH = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed: pip install -e .[speed]"
-)
 SMALL = relative_reward.PRESETS["smoke"]
 
 
@@ -32,7 +29,7 @@ def compared(ours, answers):
         return table.compare(ours.answers["answers"], rival.answers, sides.tolerance)
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_rival_gives_the_same_answers(ours):
     errors = compared(ours, ours.answers)
     asked = {"denoised", "mean", "target", "reward", "slope", "samples"}
@@ -44,7 +41,7 @@ def test_rival_gives_the_same_answers(ours):
     assert np.isfinite(answers["samples"]).all()
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_comparison_notices_one_wrong_parameter(ours):
     wrong = jax.tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, ours.answers)
     wrong["expert"]["ups.0.0.time_mlp.1.bias"][3] += 0.5
@@ -52,7 +49,7 @@ def test_comparison_notices_one_wrong_parameter(ours):
         compared(ours, wrong)
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_work_of_the_diffusion_model_is_what_pytorch_counts():
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -13,9 +13,6 @@ from experiments.contract import parse
 from experiments.speed import genneg, table
 from experiments.speed.worker import Worker
 
-NEEDS_TORCH = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed: pip install -e .[speed]"
-)
 SMALL = dataclasses.replace(genneg.PRESETS["smoke"], repetitions=2)
 
 
@@ -25,7 +22,7 @@ def ours():
         yield worker
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_rival_gives_the_same_answers(ours):
     setup = genneg.setup(SMALL) | ours.answers | {"chunk": SMALL.chunk}
     with Worker(genneg.RIVAL, setup, {}) as rival:
@@ -38,7 +35,7 @@ def test_rival_gives_the_same_answers(ours):
     assert answers["samples"].std() > 1e-2
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_comparison_notices_one_wrong_parameter(ours):
     wrong = jax.tree.map(np.array, ours.answers)
     wrong["classifiers"][0]["net"]["params"]["trunk"]["block0_time"]["kernel"][3] += 0.1

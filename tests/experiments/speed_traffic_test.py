@@ -13,9 +13,6 @@ from experiments.speed import ours_traffic, table, traffic
 from experiments.speed.worker import Worker
 from gendiff.nets.scene_transformer import Place
 
-NEEDS_TORCH = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="PyTorch is not installed: pip install -e .[speed]"
-)
 SMALL = traffic.PRESETS["smoke"]
 VERDICTS = {"pairs", "collides", "off_road", "degenerate"}
 
@@ -32,7 +29,7 @@ def replies(answers):
         return rival.answers
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_rival_gives_the_same_answers(ours):
     answers, given = ours.answers["answers"], replies(ours.answers)
     errors = table.compare(answers, given, traffic.TOLERANCE)
@@ -52,7 +49,7 @@ def test_rival_gives_the_same_answers(ours):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-3 * np.abs(mine).max(), err_msg=name)
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 @pytest.mark.parametrize("part", ["denoiser", "classifier"])
 def test_comparison_notices_one_wrong_parameter(ours, part):
     wrong = jax.tree.map(lambda a: a.copy() if isinstance(a, np.ndarray) else a, ours.answers)
@@ -61,7 +58,7 @@ def test_comparison_notices_one_wrong_parameter(ours, part):
         table.compare(wrong["answers"], replies(wrong), traffic.TOLERANCE)
 
 
-@NEEDS_TORCH
+@pytest.mark.torch
 def test_work_is_what_pytorch_counts():
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,0 +1,36 @@
+"""A command for an environment that has the installed wheel alone: imports every module and reads the package's data.
+
+python tests/wheel.py
+"""
+
+import importlib
+import importlib.util
+import pkgutil
+from importlib import resources
+from pathlib import Path
+
+import gendiff
+
+HERE = Path(__file__).parents[1]
+DATA = ("data/crossed_sevens.npz", "data/traffic_smoke.npz", "feedback/page/index.html", "oracles/crossed_seven_32.npz")
+
+
+def main() -> None:
+    """Fail where a module or a data file is missing, or where the modules are the clone's."""
+    assert HERE not in Path(gendiff.__file__).resolve().parents, f"{gendiff.__file__}: expected an installed package"
+    names = [module.name for module in pkgutil.walk_packages(gendiff.__path__, "gendiff.")]
+    for name in names:
+        try:
+            if not name.endswith("__main__"):
+                importlib.import_module(name)
+        except ModuleNotFoundError as error:  # of an extra, which the error has to name
+            if "pip install 'gendiff[" not in str(error):
+                raise
+    for name in DATA:
+        assert resources.files("gendiff").joinpath(name).read_bytes(), name
+    assert importlib.util.find_spec("experiments") is None, "the wheel has a package called experiments"
+    print(f"gendiff {gendiff.__version__}: {len(names)} modules and the data files are in the wheel")
+
+
+if __name__ == "__main__":
+    main()
