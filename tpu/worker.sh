@@ -23,7 +23,7 @@ install() {
   set -x # every command is printed before it runs
   # The runtimes' Ubuntu 22.04 has Python 3.10; uv brings a newer one, without root.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
-  [[ -x $python ]] || python3 -m uv venv --quiet --seed --python 3.12 .venv
+  [[ -x $python ]] || python3 -m uv venv --quiet --seed --python 3.13 .venv
   "$python" -m pip install --quiet ".[$extras]"
   if mountpoint -q "$mount"; then
     echo "$me: $mount is mounted already"
