@@ -191,7 +191,8 @@ def test_judged_samples_of_a_mixture(mixture):
     # Welch's tests.  Samples are weighted within each population, which biases their mean by O(1 / particles) of the
     # spread of the weights: far below its error here.
     assert (stats.ttest_ind(np.array(means), accepted, equal_var=False).pvalue > FALSE_ALARM / 2).all()
-    assert stats.ttest_ind(alphas, reference[:, 0] > edge, equal_var=False).pvalue > FALSE_ALARM
+    inside = np.asarray(reference[:, 0] > edge, float)
+    assert stats.ttest_ind(alphas, inside, equal_var=False).pvalue > FALSE_ALARM
 
 
 def test_judge_weighs_and_counts():
