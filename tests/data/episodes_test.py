@@ -138,6 +138,32 @@ def test_files_that_are_damaged_or_missing_are_named(tmp_path):
         episodes.read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["shard-00001.npz", "info.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_told_at_once(kind, name, tmp_path):
+    episodes.write(tmp_path, {}, stream, 30, 10)
+    path = tmp_path / name
+    path.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path)}[kind](path)
+    for call in (lambda: episodes.read(tmp_path), lambda: episodes.write(tmp_path, {}, stream, 30, 10)):
+        with pytest.raises(DataError, match=f"{name} must be a file, got (a named pipe|a folder|none)"):
+            call()
+
+
+def test_shards_whose_rows_do_not_fit_are_named(tmp_path):
+    episodes.write(tmp_path, {}, stream, 30, 10)
+    with np.load(tmp_path / "shard-00001.npz") as stored:
+        right = dict(stored)
+    for name, array, message in (
+        ("lengths", right["lengths"] + 1, "lengths must be >= 1 with sum"),
+        ("actions", right["actions"][:-1], ".* must have one n"),
+        ("observations", np.full_like(right["observations"], np.nan), "observations must be a finite number, got nan"),
+    ):
+        np.savez(tmp_path / "shard-00001.npz", **right | {name: array})
+        with pytest.raises(DataError, match=rf"shard-00001\.npz: {message}"):
+            episodes.read(tmp_path)
+
+
 def test_episodes_are_a_source():
     given = numbered([3, 1, 4])
     source = episodes.Source(given)
