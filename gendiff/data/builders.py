@@ -30,7 +30,7 @@ Examples: TypeAlias = Callable[[], Iterator[tuple[Any, Row]]]
 """Keys and rows of a shard."""
 
 
-class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A data set whose splits are iterables of rows, in their order.
 
     A data set is its SPLITS, its `_features` and its `_rows`.  The builders of TFDS that shuffle need TensorFlow beyond

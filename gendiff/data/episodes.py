@@ -314,7 +314,7 @@ def _hdf5(path: Path) -> Iterator[Any]:
 def _array(path: Path, file: Any, name: str) -> np.ndarray:
     """An array of one axis or more."""
     try:
-        array = file[name][()] if hasattr(file.get(name), "shape") else None
+        array: Any = file[name][()] if hasattr(file.get(name), "shape") else None
     except Exception as error:  # damage has many kinds
         raise DataError(f"episodes: {path}: {name} must be a whole array, got a damaged one ({error})") from None
     if not np.ndim(array):

@@ -36,7 +36,7 @@ def accuracy(
     scored = [each[1::2] if held_out else each for each in groups]
     low, high = np.quantile(np.concatenate(fitted), [tails, 1 - tails])
     cut = [np.clip(each, low, high) for each in fitted]
-    middle, width = np.mean(np.concatenate(cut)), np.std(np.concatenate(cut))
+    middle, width = float(np.mean(np.concatenate(cut))), float(np.std(np.concatenate(cut)))
     # Values that differ by rounding alone are equal; the units of a reward do not matter.
     width = width if width > 1e-12 * abs(middle) else 1.0
     unit = lambda each: (np.clip(each, low, high) - middle) / width
