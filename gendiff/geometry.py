@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gendiff import check
+
 Boxes = Float[Array, "*n 6"]
 """x, y of the centre, length along and width across the heading, cos and sin of the heading."""
 Points = Float[Array, "*n p 2"]
@@ -13,8 +15,20 @@ AROUND = np.array([(1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1),
 """Corners and, between them, the middles of the edges, in units of length and width."""
 
 
+def wide(values: Array) -> Array:
+    """Numbers in float32 or wider: in bfloat16 a place 50 m away is rounded to 0.25 m."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
 def outline(boxes: Boxes, corners_only: bool = False) -> Points:
-    """The four corners, in order around the box, and the middle of the edge after each: (8, 2), or (4, 2)."""
+    """The four corners, in order around the box, and the middle of the edge after each: (8, 2), or (4, 2).
+
+    Raises:
+      ValueError: the last axis of the boxes has another length than 6.
+    """
+    boxes = wide(boxes)
+    check.shape("outline: boxes", boxes, (*boxes.shape[:-1], 6))
     around = jnp.asarray(AROUND[::2] if corners_only else AROUND, boxes.dtype)
     around = around.reshape((1,) * (boxes.ndim - 1) + around.shape)
     along, across = jnp.moveaxis(around * boxes[..., None, 2:4], -1, 0)

@@ -16,7 +16,7 @@ def read(file: str | Path, weights: Literal["ema", "model"] = "ema") -> StateDic
     """One of the two state dicts in a checkpoint of Diffuser's trainer, in float32; no code in the file is run.
 
     Raises:
-      ValueError: the checkpoint has no such part.
+      DataError: as `state_dict.read`, also where the checkpoint has no such part.
     """
     return state_dict.read(file, weights)
 
@@ -31,8 +31,9 @@ def temporal_unet(state: StateDict, like: Params) -> Params:
     Raises:
       ValueError: keys or shapes differ from the network's; the message names them.
     """
+    state = state_dict.unwrapped(state)
     inside = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-    return state_dict.parameters(inside or state, like, name)
+    return state_dict.parameters(state_dict.unwrapped(inside or state), like, name)
 
 
 def name(path: tuple[str, ...]) -> str:

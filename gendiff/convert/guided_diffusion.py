@@ -33,7 +33,7 @@ def unet(state: StateDict, like: Params) -> Params:
     Raises:
       ValueError: keys or shapes differ from the network's; the message names them.
     """
-    state = dict(state)
+    state = state_dict.unwrapped(state)
     if "label_emb.weight" in state:  # a table, not a kernel
         state["label_emb.weight"] = state["label_emb.weight"].T
     return state_dict.parameters(state, like, name)

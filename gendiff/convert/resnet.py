@@ -20,6 +20,7 @@ def resnet(state: StateDict, like: Params) -> Params:
     Raises:
       ValueError: keys or shapes differ from the network's; the message names them.
     """
+    state = state_dict.unwrapped(state)
     kept = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     return state_dict.parameters(kept, like, name)
 

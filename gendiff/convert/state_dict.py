@@ -1,44 +1,77 @@
 """PyTorch's state dicts, read and laid out as Flax parameters."""
 
-from collections.abc import Callable, Mapping
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
-from typing import TypeAlias
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from gendiff.data import DataError, regular
 from gendiff.types import Params
 
 StateDict: TypeAlias = dict[str, np.ndarray]
 Name: TypeAlias = Callable[[tuple[str, ...]], str]
 """The path of a Flax leaf -> the key of a state dict."""
 
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, `torch.compile` and a module around the network put before all keys."""
+SHOWN = 10
+"""Keys of a kind that an error names."""
+NUMBERS: dict[str, Any] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?", "I64": "<i8", "I32": "<i4",
+    "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
+"""Types of numbers of a safetensors file."""
+
 
 def read(file: str | Path, part: str | None = None) -> StateDict:
     """The arrays of a checkpoint in float32, `.safetensors` or PyTorch's own; no code in the file is run.
 
     Args:
-      part: of a checkpoint that is a dict of state dicts.
+      file: what `torch.save` wrote of a state dict or of `dict(model.named_parameters())`, or a safetensors file.
+      part: of a checkpoint that is a dict of state dicts; a safetensors file has no parts.
 
     Raises:
-      ValueError: the file, or its part, is no flat dict of tensors.
+      DataError: a ValueError: the path is no file, the file is no checkpoint or a damaged one, or it, or its part, is
+        no flat dict of tensors.  The message names the file and the cause.
     """
-    if Path(file).suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        return {key: np.asarray(value, np.float32) for key, value in load_file(file).items()}
-    import torch
-
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    path = regular(file)
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    torch = _library("torch")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds; those of torch advise to run the file's code
+        raise DataError(f"{file} must be a PyTorch checkpoint, got {_cause(path, error)}") from None
     if part is not None:
-        given = state if isinstance(state, Mapping) else {}
-        if not isinstance(given.get(part), Mapping):
-            what = ", ".join(map(str, given)) or type(state).__name__
-            raise ValueError(f"{file}: expected a checkpoint with a state dict {part!r}, given {what[:200]}")
-        state = given[part]
+        found = state if isinstance(state, Mapping) else {}
+        if not isinstance(found.get(part), Mapping):
+            raise DataError(f"{file} must have a state dict {part!r}, got {_contents(state)}")
+        state = found[part]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file}: expected a flat dict of tensors; give the part of it that is a state dict")
-    return {key: value.float().numpy() for key, value in state.items()}
+        raise DataError(f"{file} must be a flat dict of tensors, got {_contents(state)}; name its part that is one")
+    try:
+        return unwrapped(state, ())
+    except Exception as error:  # such as tensors without memory
+        raise DataError(f"{file} must hold plain tensors, got others ({_line(error)})") from None
+
+
+def unwrapped(state: Mapping[str, Any], wrappers: Iterable[str] = WRAPPERS) -> StateDict:
+    """The arrays of a state dict in float32, without the `wrappers` that stand before all of its keys.
+
+    Args:
+      state: arrays, or PyTorch's tensors and parameters.
+    """
+    keys = [str(key) for key in state]
+    while prefix := next((each for each in wrappers if keys and all(key.startswith(each) for key in keys)), None):
+        keys = [key.removeprefix(prefix) for key in keys]
+    return {key: _array(value) for key, value in zip(keys, state.values(), strict=True)}
 
 
 def parameters(state: StateDict, like: Params, name: Name) -> Params:
@@ -49,22 +82,40 @@ def parameters(state: StateDict, like: Params, name: Name) -> Params:
       name: of a leaf's path in it.
 
     Raises:
-      ValueError: a key is missing, unknown, asked for twice or of another shape; the message has all of them.
+      ValueError: a key is missing, unknown, asked for twice or of another shape; the message names keys of each kind,
+        and a prefix that all unknown ones share.
     """
     leaves, structure = jax.tree.flatten_with_path(like)
     keys = [name(tuple(part.key for part in path)) for path, _ in leaves]
-    wrong = [f"{key}: missing" for key in dict.fromkeys(keys) if key not in state]
-    wrong += [f"{key}: unknown" for key in state if key not in set(keys)]
-    wrong += [f"{key}: asked for {keys.count(key)} times" for key in dict.fromkeys(keys) if keys.count(key) > 1]
     leaf_of = {key: leaf for key, (_, leaf) in zip(keys, leaves, strict=True) if key in state}
     arrays = {key: _laid_out(state[key], len(leaf.shape)) for key, leaf in leaf_of.items()}
-    for key, array in arrays.items():
-        if array.shape != leaf_of[key].shape:
-            wrong.append(f"{key}: expected shape {leaf_of[key].shape}, given {array.shape} (in our order)")
-    if wrong:
-        shown = "\n  ".join(wrong[:20])
-        raise ValueError(f"state dict: {len(wrong)} keys do not fit the network:\n  {shown}")
+    unknown = [key for key in state if key not in set(keys)]
+    kinds = {
+        "missing": [f"{key}: missing" for key in dict.fromkeys(keys) if key not in state],
+        "unknown": [f"{key}: unknown" for key in unknown],
+        "asked for again": [f"{key}: asked for {keys.count(key)} times" for key in leaf_of if keys.count(key) > 1],
+        "of another shape": [
+            f"{key}: shape must be {leaf_of[key].shape}, got {array.shape} (in our order)"
+            for key, array in arrays.items()
+            if array.shape != leaf_of[key].shape
+        ],
+    }
+    if wrong := sum(map(len, kinds.values())):
+        lines = []
+        for kind, found in kinds.items():
+            more = len(found) - SHOWN
+            lines += found[:SHOWN] + [f".. and {more} more that are {kind}"] * (more > 0)
+        if len(unknown) > 1 and (prefix := _shared(unknown)):
+            lines.append(f"all unknown keys begin with {prefix!r}: take it off, or give the part that lacks it")
+        shown = "\n  ".join(lines)
+        raise ValueError(f"state dict: {wrong} keys must fit the network, got {len(state)} keys:\n  {shown}")
     return jax.tree.unflatten(structure, [np.array(arrays[key], np.float32) for key in keys])
+
+
+def _shared(keys: list[str]) -> str:
+    """The layers, up to a dot, that all keys begin with."""
+    pairs = zip(min(keys).split(".")[:-1], max(keys).split(".")[:-1], strict=False)
+    return "".join(f"{a}." for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _laid_out(array: np.ndarray, rank: int) -> np.ndarray:
@@ -72,3 +123,53 @@ def _laid_out(array: np.ndarray, rank: int) -> np.ndarray:
     while array.ndim > max(rank, 2) and array.shape[-1] == 1:
         array = array[..., 0]
     return array.transpose(*range(2, array.ndim), 1, 0) if array.ndim >= 2 else array
+
+
+def _array(value: Any) -> np.ndarray:
+    """An array in float32.  NumPy reads no tensor that requires a gradient, nor PyTorch's bfloat16."""
+    return np.asarray(value.detach().float().cpu() if hasattr(value, "detach") else value, np.float32)
+
+
+def _safetensors(path: Path) -> StateDict:
+    library = _library("safetensors")
+    try:
+        tensors = library.deserialize(path.read_bytes())  # not its arrays of NumPy, which lack bfloat16
+    except Exception as error:  # of its own kind
+        raise DataError(f"{path} must be a safetensors checkpoint, got {_cause(path, error)}") from None
+    if other := sorted({each["dtype"] for _, each in tensors} - NUMBERS.keys()):
+        raise DataError(f"{path} must hold numbers of {', '.join(NUMBERS)}, got {', '.join(other)}")
+    array = lambda each: np.frombuffer(each["data"], NUMBERS[each["dtype"]]).reshape(each["shape"])
+    return {key: array(each).astype(np.float32) for key, each in tensors}
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f"state dict: {name} must be installed, got none: pip install 'gendiff[convert]'") from None
+
+
+def _cause(path: Path, error: Exception) -> str:
+    """Why a file is no checkpoint, by its first bytes and by the error."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "an empty file: download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS: run `git lfs pull`, or download the file itself"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page: download the file itself"
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"an object of {code[1]}, whose code is not run: save its state dict instead"
+    return f"another file, or one that was cut off or damaged ({_line(error)})"
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, without PyTorch's advice to run the file's code."""
+    text = next(iter(str(error).splitlines()), "")
+    return type(error).__name__ if "weights" in text.lower() or not text else f"{type(error).__name__}: {text[:200]}"
+
+
+def _contents(state: Any) -> str:
+    """What a checkpoint holds, for an error."""
+    return (", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__)[:200] or "an empty dict"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gendiff import check
 from gendiff.types import PRNGKey
 
 
@@ -15,7 +16,13 @@ def draw(key: PRNGKey, n: int, cells: int = 4, half_width: float = 1.0) -> Float
     half_width)^2.
 
     Their density is 1 / area, with area about 2 half_width^2: the largest possible mean log-likelihood is -ln(area).
+
+    Raises:
+      ValueError: `n` is negative, `cells` is below 1, or `half_width` is not positive.
     """
+    check.number("checkerboard: n", n, at_least=0, whole=True)
+    check.number("checkerboard: cells", cells, at_least=1, whole=True)
+    check.number("checkerboard: half_width", half_width, above=0)
     filled = jnp.array([(i, j) for i in range(cells) for j in range(cells) if (i + j) % 2 == 0])
     cell_key, place_key = jax.random.split(key)
     corner = filled[jax.random.randint(cell_key, (n,), 0, len(filled))]

@@ -11,6 +11,7 @@ Drivable is the union of the lanelets, but for footways and cycle tracks.  What 
 is not drivable on these maps.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ from xml.parsers import expat
 import numpy as np
 from jaxtyping import Float, Int
 
-from gendiff.data import sumo, traffic
+from gendiff import check
+from gendiff.data import DataError, regular, sumo, traffic
 from gendiff.data.traffic import Cut, Scenes
 
 VERSIONS = ("2018b", "2020a")
@@ -44,12 +46,13 @@ def read_world(path: Path | str, every: float = EVERY) -> sumo.World:
       every: seconds from one moment to the next, from the first state on; rounded to steps of the file, one or more.
 
     Raises:
-      ValueError: the file is missing, or is no CommonRoad file, or has no lanelets, no vehicles or a damaged value.
+      ValueError: `every` is not positive.
+      DataError: the file is missing, or is no CommonRoad file, or has no lanelets, no vehicles or a damaged value.
       ImportError: shapely is not installed.
     """
     _, world = _recorded(Path(path), every)
     if not world.moments:
-        raise ValueError(f"commonroad: {path}: expected moving vehicles ({', '.join(sorted(VEHICLES))}), given none")
+        raise DataError(f"commonroad: {path}: expected moving vehicles ({', '.join(sorted(VEHICLES))}), given none")
     return world
 
 
@@ -60,7 +63,7 @@ def scenes(
     seed: int = 0,
     keep_invalid: bool = False,
 ) -> Scenes:
-    """Windows of all moments of a file, or of all files *.xml in a folder and its folders.
+    """Windows of all moments of a file, or of all files *.xml in a folder and its folders, also behind links.
 
     Maps are numbered by the names of their places in order, such as USA_US101 of the benchmark USA_US101-26_1_T-1:
     files of one place may show the same road.  Files of a folder without vehicles are maps only, and give no scenes.
@@ -79,20 +82,21 @@ def scenes(
       keep_invalid: whether scenes with an overlap, or with a vehicle off the drivable area, are kept.
 
     Raises:
-      ValueError: there is no such file, or it is damaged (see `read_world`), or there are no scenes.
+      ValueError: a number is out of range.
+      DataError: there is no such file, or it is damaged (see `read_world`), or there are no scenes.
       ImportError: shapely is not installed.
     """
     path = Path(path)
-    files = sorted(path.rglob("*.xml")) if path.is_dir() else [path]
+    files = _xml(path) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"commonroad: {path}: expected files *.xml, given a folder without")
+        raise DataError(f"commonroad: {path}: expected files *.xml, given a folder without")
     recorded = [_recorded(file, every) for file in files]
     names = sorted({name for name, _ in recorded})
     parts = [traffic.windows(world, names.index(name), seed, how) for name, world in recorded]
     found = traffic.joined([traffic.empty(how), *parts])
     if not len(found.world):
         most = max((len(moment.vehicles) for _, world in recorded for moment in world.moments), default=0)
-        raise ValueError(
+        raise DataError(
             f"commonroad: {path}: expected {how.least} or more vehicles in a window of {2 * how.half:g} m, "
             f"given {most} at most at one moment, on all of a map"
         )
@@ -100,16 +104,28 @@ def scenes(
         return found
     good = traffic.valid(found, how)
     if not good.any():
-        raise ValueError(
+        raise DataError(
             f"commonroad: {path}: expected valid scenes, given {len(good)} with overlaps or vehicles off the lanelets"
         )
     return traffic.take(found, good)
 
 
+def _xml(folder: Path) -> list[Path]:
+    """Files *.xml in a folder and its folders, each folder once: a link may lead to one above it."""
+    found, seen = [], set()
+    for name, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(name)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()  # so that the same folder is kept of two that are one
+        found += [Path(name) / each for each in names if each.endswith(".xml")]
+    return sorted(found)
+
+
 def _recorded(path: Path, every: float) -> tuple[str, sumo.World]:
     """The name of the file's place, and what was seen there."""
-    if not 0 < every < np.inf:
-        raise ValueError(f"commonroad: every: expected positive seconds, given {every}")
+    check.number("commonroad: every", every, above=0)
     with _told(f"commonroad: {path}"):
         root = _root(path)
         # Country and map; C- in front of them stands for cooperative.
@@ -122,7 +138,7 @@ def _told(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
 
 
 # Lanelets.
@@ -236,7 +252,7 @@ def _root(path: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.EntityDeclHandler = _refused
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             parser.ParseFile(file)
     except OSError as error:
         raise ValueError(f"expected a file, given none that can be read ({error.strerror})") from None

@@ -3,11 +3,19 @@
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from gendiff import check
+
 SIDE = 28
 
 
 def draw(n: int, seed: int) -> UInt8[np.ndarray, "n 28 28"]:
-    """n sevens in 0..255, 255 is ink: a bar and a stem of random places, slopes and thickness, no stroke across."""
+    """n sevens in 0..255, 255 is ink: a bar and a stem of random places, slopes and thickness, no stroke across.
+
+    Raises:
+      ValueError: `n` or `seed` is negative.
+    """
+    check.number("drawn_sevens: n", n, at_least=0, whole=True)
+    check.number("drawn_sevens: seed", seed, at_least=0, whole=True)
     rng = np.random.default_rng(seed)
     jitter = lambda centre, width: rng.uniform(centre - width, centre + width, n)
     left = np.stack([jitter(7.0, 1.5), jitter(7.0, 1.5)], -1)
@@ -20,9 +28,12 @@ def draw(n: int, seed: int) -> UInt8[np.ndarray, "n 28 28"]:
 
 
 def to_segment(start: Float[np.ndarray, "n 2"], end: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 28 28"]:
-    """Distance of each pixel (x, y) to the segment of each image, in pixels."""
+    """Distance of each pixel (x, y) to the segment of each image, which may be a point, in pixels."""
+    check.shape("to_segment: start", start, (None, 2))
+    check.shape("to_segment: end", end, start.shape)
     y, x = np.mgrid[:SIDE, :SIDE]
     pixels = np.stack([x, y], -1)[None].astype(np.float64)
     along = (end - start)[:, None, None]
-    share = np.clip(np.sum((pixels - start[:, None, None]) * along, -1) / np.sum(along**2, -1), 0, 1)
+    length = np.sum(along**2, -1)
+    share = np.clip(np.sum((pixels - start[:, None, None]) * along, -1) / np.where(length > 0, length, 1), 0, 1)
     return np.linalg.norm(pixels - start[:, None, None] - share[..., None] * along, axis=-1)

@@ -5,7 +5,7 @@ observation) and normalised, as Diffuser (Janner et al. 2022) and the paper of r
 """
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from gendiff.data import files
+from gendiff import check
+from gendiff.data import DataError, files, regular
 
 LIMIT = 1000
 """Rows of an episode that windows are cut from."""
@@ -65,24 +66,35 @@ class Source:
 def take(attempts: Attempts, transitions: int, report: Report = lambda rows: None) -> tuple[Episodes, int]:
     """The attempts that are kept, until they have `transitions` rows or more: the last one is whole.
 
+    Args:
+      attempts: without end.
+      transitions: 1 or more.
+
     Returns:
       The episodes in float32, and how many attempts they took.
 
     Raises:
-      ValueError: 2,000 attempts in a row were discarded.
+      ValueError: `transitions` is below 1, 2,000 attempts in a row were discarded, or the attempts end.
+      DataError: an attempt has no rows, or differs in its shapes, or is not finite.
     """
+    check.number("episodes: transitions", transitions, at_least=1, whole=True)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     rows = tried = failed = 0
     while rows < transitions:
-        attempt, tried, failed = next(attempts), tried + 1, failed + 1
+        try:
+            attempt = next(attempts)
+        except StopIteration:
+            raise ValueError(f"episodes: attempts must go on to {transitions} rows, got {rows} of {tried}") from None
+        tried, failed = tried + 1, failed + 1
         if attempt is not None:
             kept.append(attempt)
+            if not len(attempt[0]):  # which would never be enough
+                raise DataError(f"episodes: attempt {tried} must have a row or more, got none")
             rows, failed = rows + len(attempt[0]), 0
             report(rows)
         elif failed == PATIENCE:
-            raise ValueError(f"episodes: expected one that is kept, given {PATIENCE} discarded attempts in a row")
-    observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*kept, strict=True))
-    return Episodes(observations, actions, np.array([len(each) for each, _ in kept])), tried
+            raise ValueError(f"episodes: an attempt must be kept, got {PATIENCE} discarded ones in a row")
+    return _joined("episodes", kept), tried
 
 
 class Holds(NamedTuple):
@@ -114,8 +126,8 @@ def write(
     Raises:
       ValueError: the folder holds episodes of another configuration, or a damaged file.
     """
-    if transitions < 1 or shard < 1:
-        raise ValueError(f"episodes: transitions and shard: expected 1 or more, given {transitions} and {shard}")
+    check.number("episodes: transitions", transitions, at_least=1, whole=True)
+    check.number("episodes: shard", shard, at_least=1, whole=True)
     # Through JSON and back, for what it makes of tuples.
     configuration = json.loads(json.dumps({**configuration, "transitions": transitions, "shard": shard}))
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +139,7 @@ def write(
         raise ValueError(f"episodes: {folder}: expected a folder of {wanted}, given one of {given}")
     holds = Holds()
     for path in _shards(folder):
-        holds = _plus(holds, *files.load(path, SHARD, "lengths", "attempts"))
+        holds = _plus(holds, *files.load(regular(path), SHARD, "lengths", "attempts"))
     report(holds.transitions)
     with closing(attempts(holds.attempts)) as stream:
         while (before := holds.transitions) < transitions:
@@ -153,7 +165,7 @@ def read(folder: Path) -> Episodes:
             f"episodes: {folder}: expected a complete data set, given {len(shards)} shards of an unfinished one; run "
             "the command that writes it again"
         )
-    parts = [files.load(path, SHARD, *Episodes._fields) for path in shards]
+    parts = [_checked(str(path), Episodes(*files.load(regular(path), SHARD, *Episodes._fields))) for path in shards]
     return Episodes(*map(np.concatenate, zip(*parts, strict=True)))
 
 
@@ -168,10 +180,10 @@ def _json(configuration: Any, holds: Holds | None) -> str:
 
 def _info(folder: Path) -> dict[str, Any]:
     try:
-        info = json.loads((folder / "info.json").read_text())
+        info = json.loads(regular(folder / "info.json").read_text())
         return {"configuration": dict(info["configuration"]), "holds": info["holds"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"episodes: {folder}: expected an info.json of episodes, given {error!r}") from None
+        raise DataError(f"episodes: {folder} must have an info.json of episodes, got {error!r}") from None
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -180,6 +192,41 @@ def _shards(folder: Path) -> list[Path]:
     if found != wanted:
         raise ValueError(f"episodes: {folder}: expected {[path.name for path in wanted]}, given others")
     return found
+
+
+def _joined(where: str, attempts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Episodes:
+    """Observations and actions of episodes in float32, one after the other, checked."""
+    try:
+        observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*attempts, strict=True))
+    except (TypeError, ValueError) as error:  # not numbers, or of other widths
+        raise DataError(f"{where}: episodes must have numbers of one width, got others ({error})") from None
+    return _checked(where, Episodes(observations, actions, np.array([len(seen) for seen, _ in attempts])))
+
+
+def _checked(where: str, episodes: Episodes) -> Episodes:
+    """The episodes, whose rows fit each other and are finite.
+
+    Raises:
+      DataError: they are not; one NaN would spread to the normaliser, hence to all rows.
+    """
+    observations, actions, lengths = episodes
+    if observations.ndim != 2 or actions.ndim != 2 or len(observations) != len(actions):
+        raise DataError(
+            f"{where}: observations (n, o) and actions (n, a) must have one n, "
+            f"got {observations.shape}, {actions.shape}"
+        )
+    if lengths.ndim != 1 or (lengths < 1).any() or lengths.sum() != len(actions):
+        raise DataError(f"{where}: lengths must be >= 1 with sum {len(actions)}, got sum {lengths.sum()}")
+    for name, rows in (("observations", observations), ("actions", actions)):
+        _finite(where, name, rows)
+    return episodes
+
+
+def _finite(where: str, name: str, array: np.ndarray) -> None:
+    try:
+        check.number(f"{where}: {name}", array)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 # Files of others.
@@ -192,23 +239,37 @@ def d4rl(path: Path) -> Episodes:
     What follows the last end is left out: it is no whole episode.
 
     Raises:
-      ValueError: no HDF5 file, arrays missing or of different lengths, or no end of an episode.
+      DataError: no HDF5 file or a damaged one, arrays missing, of different lengths or not finite, ends of episodes
+        that are not true or false, or no end.
     """
     with _hdf5(path) as file:
         arrays = {name: _array(path, file, name) for name in ("observations", "actions", "terminals")}
         optional = {name: _array(path, file, name) for name in ("timeouts", "infos/goal") if name in file}
     sizes = {name: len(each) for name, each in (arrays | optional).items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"d4rl: {path}: expected arrays of one length, given {sizes}")
-    last = arrays["terminals"].astype(bool).ravel() | optional.get("timeouts", np.zeros(1)).astype(bool).ravel()
+        raise DataError(f"d4rl: {path}: arrays must have one length, got {sizes}")
+    last = _ends(path, "terminals", arrays["terminals"])
+    if "timeouts" in optional:
+        last |= _ends(path, "timeouts", optional["timeouts"])
     if not last.any() and "infos/goal" in optional:
+        # Each NaN would differ from the one before it, and end an episode of one row.
+        _finite(f"d4rl: {path}", "infos/goal", optional["infos/goal"])
         goals = optional["infos/goal"].reshape(len(last), -1)
         last[:-1] = (goals[1:] != goals[:-1]).any(1)
     ends = np.flatnonzero(last) + 1
     if not len(ends):
-        raise ValueError(f"d4rl: {path}: expected the end of an episode, given none in {len(last)} rows")
-    rows = lambda name: arrays[name][: ends[-1]].astype(np.float32)
-    return Episodes(rows("observations"), rows("actions"), np.diff(ends, prepend=0))
+        raise DataError(f"d4rl: {path}: episodes must end, got no end in {len(last)} rows")
+    whole = _joined(f"d4rl: {path}", [(arrays["observations"][: ends[-1]], arrays["actions"][: ends[-1]])])
+    return whole._replace(lengths=np.diff(ends, prepend=0))
+
+
+def _ends(path: Path, name: str, flags: np.ndarray) -> Bool[np.ndarray, " n"]:
+    """Flags (n,) or (n, 1) as Booleans: a NaN counts as true in NumPy, and would end an episode."""
+    others = flags[~np.isin(flags, (0, 1))]
+    if flags.size != len(flags) or flags.dtype.kind not in "biuf" or others.size:
+        example = f" with {others[0]}" if others.size else ""
+        raise DataError(f"d4rl: {path}: {name} must be (n,) true or false, got {flags.dtype} {flags.shape}{example}")
+    return flags.astype(bool).ravel()
 
 
 def minari(path: Path) -> Episodes:
@@ -219,22 +280,21 @@ def minari(path: Path) -> Episodes:
     the middle, x is the column and y points up.
 
     Raises:
-      ValueError: no such file, arrays missing, or no episode.
+      DataError: no such file or a damaged one, arrays missing, of other widths or not finite, or no episode.
     """
     path = path / "data" / "main_data.hdf5" if path.is_dir() else path
     episodes = []
     with _hdf5(path) as file:
         for name in sorted((name for name in file if name.startswith("episode_")), key=lambda name: (len(name), name)):
-            nested = "observations/observation" in file[name]
+            nested = f"{name}/observations/observation" in file
             seen = _array(path, file, f"{name}/observations{'/observation' if nested else ''}")
             done = _array(path, file, f"{name}/actions")
             if len(seen) != len(done) + 1:
-                raise ValueError(f"minari: {path}: {name}: expected {len(done) + 1} observations, given {len(seen)}")
+                raise DataError(f"minari: {path}: {name} must have {len(done) + 1} observations, got {len(seen)}")
             episodes.append((seen[:-1], done))
     if not episodes:
-        raise ValueError(f"minari: {path}: expected groups episode_0, episode_1 .., given none")
-    observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*episodes, strict=True))
-    return Episodes(observations, actions, np.array([len(each) for _, each in episodes]))
+        raise DataError(f"minari: {path} must have groups episode_0, episode_1 .., got none")
+    return _joined(f"minari: {path}", episodes)
 
 
 @contextmanager
@@ -244,17 +304,22 @@ def _hdf5(path: Path) -> Iterator[Any]:
     except ImportError:
         raise ImportError("episodes: expected h5py, given none: pip install 'gendiff[maze]'") from None
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(regular(path), "r")
     except OSError as error:
-        raise ValueError(f"episodes: {path}: expected an HDF5 file, given {error}") from None
+        raise DataError(f"episodes: {path} must be an HDF5 file, got {error}") from None
     with file:
         yield file
 
 
 def _array(path: Path, file: Any, name: str) -> np.ndarray:
-    if not hasattr(file.get(name), "shape"):
-        raise ValueError(f"episodes: {path}: expected an array {name}, given {sorted(file)}")
-    return file[name][()]
+    """An array of one axis or more."""
+    try:
+        array: Any = file[name][()] if hasattr(file.get(name), "shape") else None
+    except Exception as error:  # damage has many kinds
+        raise DataError(f"episodes: {path}: {name} must be a whole array, got a damaged one ({error})") from None
+    if not np.ndim(array):
+        raise DataError(f"episodes: {path} must have an array {name}, got {sorted(file)}")
+    return np.asarray(array)
 
 
 # Windows to train on.
@@ -270,11 +335,22 @@ class Normaliser(NamedTuple):
 
 
 def fit(episodes: Episodes, limit: int = LIMIT) -> Normaliser:
-    """The normaliser of the rows that windows are cut from; a constant coordinate has low, high = value -+ 1."""
+    """The normaliser of the rows that windows are cut from, in float32 or wider.
+
+    A constant coordinate has low, high = value -+ max(1, |value| / 8192): 1 is nothing beside 1e8 in float32.
+
+    Raises:
+      ValueError: no episode is long enough, a row is not finite, or high - low overflows.
+    """
     rows = _rows(trimmed(episodes, limit))
+    rows = rows.astype(np.promote_types(rows.dtype, np.float32))  # in 16 bits the difference may overflow
+    check.number("episodes: rows", rows)
     low, high = rows.min(0), rows.max(0)
-    constant = (low == high).astype(rows.dtype)
-    return Normaliser(low - constant, high + constant)
+    width = np.where(low == high, np.maximum(1, np.abs(low) / 8192), 0).astype(rows.dtype)
+    with np.errstate(over="ignore"):
+        found = Normaliser(low - width, high + width)
+        check.number("episodes: high - low", found.high - found.low, above=0)
+    return found
 
 
 def normalise(normaliser: Normaliser, rows: Rows) -> Rows:
@@ -298,8 +374,9 @@ def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
     """The first `limit` rows of each episode without its last one; an episode that keeps fewer than two is left out.
 
     Raises:
-      ValueError: no episode is left.
+      ValueError: no episode is left, or `limit` is below 2.
     """
+    check.number("episodes: limit", limit, at_least=2, whole=True)
     lengths = np.minimum(episodes.lengths - 1, limit)
     lengths = np.where(lengths > 1, lengths, 0)
     if not lengths.any():
@@ -313,8 +390,7 @@ def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
 
 def thinned(episodes: Episodes, stride: int) -> Episodes:
     """Every `stride`-th row of each episode, counted from its last but one: the last is not used in windows."""
-    if stride < 1:
-        raise ValueError(f"episodes: stride: expected 1 or more, given {stride}")
+    check.number("episodes: stride", stride, at_least=1, whole=True)
     from_end = np.repeat(episodes.lengths, episodes.lengths) - 1 - _place(episodes.lengths)
     keep = ((from_end - 1) % stride == 0) | (from_end == 0) if stride > 1 else np.ones(len(from_end), bool)
     owner = np.repeat(np.arange(len(episodes.lengths)), episodes.lengths)[keep]
@@ -341,8 +417,7 @@ def windows(episodes: Episodes, normaliser: Normaliser, horizon: int, limit: int
     An episode of L rows (`trimmed`) has windows from its rows 0 .. M - 1, M = max(L - horizon, 1), and these
     floor(max M / M) times: the paper's code.
     """
-    if horizon < 1:
-        raise ValueError(f"windows: horizon: expected 1 or more, given {horizon}")
+    check.number("windows: horizon", horizon, at_least=1, whole=True)
     used = trimmed(episodes, limit)
     starts = np.maximum(used.lengths - horizon, 1)
     each = starts.max() // starts * starts
@@ -356,6 +431,7 @@ def windows(episodes: Episodes, normaliser: Normaliser, horizon: int, limit: int
 
 def window(source: Windows, i: int | Int[Array, ""], horizon: int) -> Float[Array, "horizon d"]:
     """Window i.  After the end of its episode the last observation stays, and the action is 0."""
+    check.number("window: horizon", horizon, at_least=1, whole=True)
     row = jnp.take(source.begin, i) + jnp.arange(horizon)
     last = jnp.take(source.last, i)
     rows = jnp.take(source.rows, jnp.minimum(row, last), 0)

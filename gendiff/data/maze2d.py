@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse.csgraph import shortest_path
 from tqdm import tqdm
 
+from gendiff import check
 from gendiff.data import episodes
 from gendiff.data.episodes import Attempts, Episodes, Holds, Report
 
@@ -99,9 +100,16 @@ def wall_distance(maze: Maze, points: Points) -> Float[np.ndarray, " n"]:
     """Distance to the squares of the walls in a point's cell and the eight around it; infinite without one.
 
     The physical walls lie elsewhere: next to a wall the ball's centre moves in [i - 0.6, i + 0.2] (D4RL's offset).
+    Beyond the maze all is wall.
+
+    Raises:
+      ValueError: the points are not (n, 2), or one is not finite.
     """
+    check.shape("wall_distance: points", points, (None, 2))
+    check.number("wall_distance: points", points)
     around = np.rint(points).astype(int)[:, None] + _AROUND
-    solid = np.pad(walls(maze), 1, constant_values=True)[around[..., 0] + 1, around[..., 1] + 1]
+    beside = np.clip(around + 1, 0, np.array(maze.extent) + 1)
+    solid = np.pad(walls(maze), 1, constant_values=True)[beside[..., 0], beside[..., 1]]
     gap = np.maximum(abs(points[:, None] - around) - 0.5, 0)
     return np.where(solid, np.hypot(gap[..., 0], gap[..., 1]), np.inf).min(1)
 
@@ -140,7 +148,15 @@ def physics(maze: Maze, threads: int | None = None, largest_speed: float | None 
     Args:
       threads: default: one a core.
       largest_speed: of each axis, clipped before a step: 5 in D4RL, none in the paper's data.
+
+    Raises:
+      ValueError: `threads` is below 1, or `largest_speed` is not positive.
+      ImportError: MuJoCo is not installed.
     """
+    if threads is not None:
+        check.number("maze2d: threads", threads, at_least=1, whole=True)
+    if largest_speed is not None:
+        check.number("maze2d: largest_speed", largest_speed, above=0)
     try:
         import mujoco
         from mujoco import rollout
@@ -398,9 +414,7 @@ def write(
 
 def named(maze: str | Maze) -> Maze:
     """A maze of its name, or itself."""
-    if isinstance(maze, str) and maze not in MAZES:
-        raise ValueError(f"maze2d: maze: expected one of {', '.join(MAZES)}, given {maze!r}")
-    return MAZES[maze] if isinstance(maze, str) else maze
+    return MAZES[check.choice("maze2d: maze", maze, list(MAZES))] if isinstance(maze, str) else maze
 
 
 def _run(
@@ -419,10 +433,11 @@ def _run(
         ("environments", environments, 1),
         ("limit", rules.limit, 1),
     ):
-        if given < least:
-            raise ValueError(f"maze2d: {name}: expected {least} or more, given {given}")
-    if rules.start not in get_args(Start):
-        raise ValueError(f"maze2d: start: expected one of {', '.join(get_args(Start))}, given {rules.start!r}")
+        check.number(f"maze2d: {name}", given, at_least=least, whole=True)
+    check.number("maze2d: clearance", rules.clearance, at_least=0, below=0.5)
+    if threads is not None:
+        check.number("maze2d: threads", threads, at_least=1, whole=True)
+    check.choice("maze2d: start", rules.start, get_args(Start))
     if goal is not None and not any(np.array_equal(np.rint(goal), cell) for cell in cells(maze)):
         raise ValueError(f"maze2d: goal: expected a point in a free cell of the maze {maze.name}, given {goal}")
     # Few environments for few rows: those that are still under way at the end are in vain.
@@ -453,7 +468,7 @@ def main() -> None:
         try:
             what = (given.maze, given.transitions, given.seed, goal, Rules(start=given.start))
             holds = write(given.folder, *what, threads=given.threads, report=report)
-        except (ValueError, ImportError) as error:
+        except (ValueError, OSError, ImportError) as error:
             parser.error(str(error))
     print(f"{given.folder}: {holds.episodes} episodes, {holds.transitions} transitions")
 

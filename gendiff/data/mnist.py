@@ -6,8 +6,8 @@ set with any share of them, and knows which they are.
 
 import gzip
 import hashlib
+import math
 import os
-import zipfile
 import zlib
 from functools import cache, partial
 from pathlib import Path
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from gendiff import check
+from gendiff.data import DataError, regular
 from gendiff.types import PRNGKey, Scalar
 
 Split: TypeAlias = Literal["train", "test"]
@@ -31,10 +33,6 @@ SIDE = 28
 CHUNK = 512
 """Images that strokes are drawn on at a time."""
 FILES: dict[str, str] = {"train": "train", "test": "t10k"}
-
-
-class DataError(ValueError):
-    """A data set that is missing or damaged; the message says where it was looked for."""
 
 
 # Reading.
@@ -55,22 +53,39 @@ def read(digit: int = 7, split: Split = "train", place: Path | None = None) -> P
     Args:
       digit: 0..9.
       split: train or test.
-      place: folder with the four IDX files, plain or as .gz, or with an `mnist.npz` (x_train, y_train, x_test, y_test).
-        Default: the folder that the variable GENDIFF_DATA names, and if there is none, TFDS.
+      place: folder with the four IDX files, plain or as .gz, or with an `mnist.npz` (x_train, y_train, x_test, y_test);
+        its labels are 0..9, also as floats, or one-hot.  Default: the folder that the variable GENDIFF_DATA names, and
+        if there is none, TFDS.
 
     Raises:
-      DataError: there is no such folder, the files are damaged, or TFDS has no MNIST and cannot prepare it.
+      DataError: there is no such folder, the files are damaged, hold other images or labels or no image of the digit,
+        or TFDS has no MNIST and cannot prepare it.
     """
     if digit not in range(10) or split not in FILES:
         raise DataError(f"mnist: expected a digit 0..9 of train or test, given {digit!r} of {split!r}")
     folder = place or os.environ.get(FOLDER)
-    images, labels = _from_tfds(split) if folder is None else _from_folder(Path(folder), split)
-    if images.shape[1:] != (SIDE, SIDE) or images.dtype != np.uint8 or len(images) != len(labels):
+    images, labels = _from_folder(Path(folder), split) if folder else _from_tfds(split)
+    images = images[..., 0] if images.shape[1:] == (SIDE, SIDE, 1) else images
+    if images.shape[1:] != (SIDE, SIDE) or images.dtype != np.uint8:
+        raise DataError(f"mnist: images must be (n, 28, 28) in uint8, got {images.dtype} {images.shape}")
+    found = images[_digits(labels, len(images)) == digit]
+    if not len(found):
+        raise DataError(f"mnist: {split} must hold images of the digit {digit}, got none among {len(images)}")
+    return found
+
+
+def _digits(labels: np.ndarray, n: int) -> Int[np.ndarray, " n"]:
+    """Labels 0..9 of n images, which may be stored as floats, as a column or one-hot."""
+    known = labels.reshape(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if known.dtype.kind in "biuf" and known.shape == (n, 10) and np.isin(known, (0, 1)).all():
+        known = np.where(known.sum(1) == 1, known.argmax(1), -1)
+    if known.dtype.kind not in "iuf" or known.shape != (n,) or not np.isin(known, range(10)).all():
+        others = known[~np.isin(known, range(10))] if known.shape == (n,) else np.zeros(0)
+        example = f", such as {others[0]}" if others.size else ""
         raise DataError(
-            f"mnist: expected images (n, 28, 28) in uint8 and n labels, given {images.dtype} {images.shape} and "
-            f"{len(labels)} labels"
+            f"mnist: labels of {n} images must be 0..9 or one-hot, got {labels.dtype} {labels.shape}{example}"
         )
-    return images[labels == digit]
+    return known.astype(int)
 
 
 def _from_folder(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -92,22 +107,23 @@ def _find(path: Path) -> Path | None:
 
 def _arrays(archive: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with np.load(archive, allow_pickle=False) as stored:
+        with np.load(regular(archive), allow_pickle=False) as stored:
             return stored[f"x_{split}"], stored[f"y_{split}"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged archive has many ways to say so
         raise DataError(f"mnist: {archive}: expected the arrays x_{split} and y_{split}, given {error}") from None
 
 
 def _idx(path: Path) -> np.ndarray:
     """An IDX file of unsigned bytes: two zeros, 8, the rank, the extents as big-endian 32-bit integers, the bytes."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = regular(path).read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"mnist: {path}: expected a whole file, given one that cannot be read ({error})") from None
     rank = content[3] if content[:3] == b"\0\0\x08" and len(content) > 3 else 0
     shape = np.frombuffer(content[4 : 4 + 4 * rank].ljust(4 * rank, b"\0"), ">u4").astype(int)
     body = content[4 + 4 * rank :]
-    if not rank or len(content) < 4 + 4 * rank or len(body) != np.prod(shape):
+    if not rank or len(content) < 4 + 4 * rank or len(body) != math.prod(map(int, shape)):
         raise DataError(f"mnist: {path}: expected an IDX file of bytes, given a damaged one of {len(content)} bytes")
     return np.frombuffer(body, np.uint8).reshape(shape)
 
@@ -135,7 +151,12 @@ def scaled(images: Pixels, size: int = 32) -> Float[np.ndarray, "n s s 1"]:
     """Images (n, 28, 28) in 0..255 -> float32 (n, size, size, 1) in [-1, 1], resized as Pillow does, bilinearly.
 
     Pillow rounds to 0..255 after the columns and after the rows, and so does this.
+
+    Raises:
+      ValueError: the images are not in uint8, such as images in [-1, 1], or `size` is below 1.
     """
+    _pixels("scaled", images, None)
+    check.number("scaled: size", size, at_least=1, whole=True)
     weights = triangle(images.shape[-1], size)
     columns = np.floor(images.astype(np.float32) @ weights.T + 0.5)
     rows = np.floor(weights @ columns + 0.5)
@@ -145,6 +166,8 @@ def scaled(images: Pixels, size: int = 32) -> Float[np.ndarray, "n s s 1"]:
 @cache
 def triangle(before: int, after: int) -> Float[np.ndarray, "after before"]:
     """Weights of Pillow's bilinear filter along one axis; its width grows with the reduction, against aliases."""
+    check.number("triangle: before", before, at_least=1, whole=True)
+    check.number("triangle: after", after, at_least=1, whole=True)
     ratio = before / after
     reach = max(ratio, 1.0)
     centre = (np.arange(after) + 0.5) * ratio
@@ -169,7 +192,12 @@ def naturally_crossed(images: Pixels) -> Bool[np.ndarray, " n"]:
 
 
 def fingerprints(images: Pixels) -> np.ndarray:
-    """The first eight bytes of each image's BLAKE2b hash, (n,) in uint64."""
+    """The first eight bytes of each image's BLAKE2b hash, (n,) in uint64.
+
+    Raises:
+      ValueError: the images are not in uint8: other types of the same image have other hashes.
+    """
+    _pixels("fingerprints", images)
     digest = lambda image: hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=8).digest()
     return np.frombuffer(b"".join(map(digest, images)), np.uint64)
 
@@ -178,6 +206,13 @@ def fingerprints(images: Pixels) -> np.ndarray:
 def _known() -> np.ndarray:
     with np.load(Path(__file__).with_name("crossed_sevens.npz"), allow_pickle=False) as stored:
         return stored["crossed"]
+
+
+def _pixels(name: str, images: Pixels, side: int | None = SIDE) -> None:
+    """Check that images are (n, side, side) in 0..255, which other types do not say of themselves."""
+    check.shape(f"{name}: images", images, (None, side, side))
+    if images.dtype != np.uint8:
+        raise ValueError(f"{name}: images must be uint8 in 0..255, got {images.dtype}")
 
 
 # Drawing a stroke.
@@ -201,6 +236,7 @@ def extent(ink: Ink) -> tuple[Scalar, Scalar]:
 
 def stem(ink: Ink, row: Scalar) -> Stem:
     """Fits the stem of a seven through the centroids of its rows, below 40 % of its height and mostly near `row`."""
+    check.shape("stem: ink", ink, (SIDE, SIDE))
     top, bottom = extent(ink)
     y = jnp.arange(SIDE) * 1.0
     weight = jnp.sum(ink, 1)
@@ -295,7 +331,13 @@ def _drawn(images: UInt8[Array, "n 28 28"], keys: PRNGKey) -> UInt8[Array, "n 28
 
 
 def crossed(images: Pixels, seed: int) -> Pixels:
-    """Every seven with a stroke across its stem, rounded to 0..255; image i has the key `fold_in(key(seed), i)`."""
+    """Every seven with a stroke across its stem, rounded to 0..255; image i has the key `fold_in(key(seed), i)`.
+
+    Raises:
+      ValueError: the images are not (n, 28, 28) in uint8, or `seed` is not in 0..2^32 - 1.
+    """
+    _pixels("crossed", images)
+    check.number("crossed: seed", seed, at_least=0, below=2**32, whole=True)
     key = jax.random.key(seed)
     parts = []
     for first in range(0, len(images), CHUNK):  # one compiled program, and little memory
@@ -328,9 +370,12 @@ def mix(images: Pixels, share: float, seed: int) -> Mix:
       images: sevens of MNIST, or others.
       share: of drawn strokes, in [0, 1].
       seed: of the choice and of the strokes.
+
+    Raises:
+      ValueError: as `crossed`, or `share` is outside of [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"mix: share: expected 0 to 1, given {share}")
+    check.number("mix: share", share, at_least=0, at_most=1)
+    check.number("mix: seed", seed, at_least=0, below=2**32, whole=True)
     source = np.flatnonzero(~naturally_crossed(images))
     chosen = np.random.default_rng(seed).permutation(len(source)) < round(share * len(source))
     pixels = np.where(chosen[:, None, None], crossed(images[source], seed), images[source])

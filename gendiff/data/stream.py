@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import grain
 import jax
 
+from gendiff import check
+
 
 class Source(Protocol):
     """What TFDS's data sources, ArrayRecord readers, lists and arrays are."""
@@ -36,18 +38,24 @@ def batches(
       source: elements are arrays or trees of them.
       size: of the global batch.
       change: of one element, on the host, such as decoding.
-      threads, ahead: readers, and elements that they read ahead.
+      seed: of the order, 0 or more.
+      threads, ahead: readers, and elements that they read ahead, 1 or more.
       process, processes: default to JAX's.
 
     Raises:
-      ValueError: the source is empty, or the processes do not divide the batch.
+      ValueError: the source is empty, the processes do not divide the batch, or a number is out of range.
     """
     index = jax.process_index() if process is None else process
     count = jax.process_count() if processes is None else processes
-    if not len(source):
-        raise ValueError("stream: source: expected one element or more, given none")
-    if size < 1 or size % count:
-        raise ValueError(f"stream: size: expected a multiple of the {count} processes, given {size}")
+    check.number("stream: elements of the source", len(source), at_least=1)
+    check.number("stream: processes", count, at_least=1, whole=True)
+    check.number("stream: process", index, at_least=0, below=count, whole=True)
+    check.number("stream: size", size, at_least=1, whole=True)
+    check.number("stream: seed", seed, at_least=0, below=2**32, whole=True)
+    check.number("stream: threads", threads, at_least=1, whole=True)
+    check.number("stream: ahead", ahead, at_least=1, whole=True)
+    if size % count:
+        raise ValueError(f"stream: size must be a multiple of the {count} processes, got {size}")
     # Endless in effect: a length that Grain's own arithmetic can hold.
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat(-(-(2**50) // len(source)))
     elements = order if change is None else order.map(change)

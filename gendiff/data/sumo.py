@@ -14,11 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from jaxtyping import Float
+
+from gendiff import check
 
 Kind: TypeAlias = Literal["junction", "roundabout", "bs3d", "drt", "a10kw", "ingolstadt", "fokr_bs"]
 """Random junctions and roundabouts, and five real places that come with SUMO."""
@@ -85,8 +87,14 @@ def simulate(kind: Kind, seed: int, seconds: float = 450.0, warm_up: float = 240
     The same arguments give the same traffic, with the same version of SUMO.
 
     Raises:
+      ValueError: an unknown kind, or a number out of range.
       SumoError: SUMO is not installed, or fails.
     """
+    check.choice("sumo: kind", kind, get_args(Kind))
+    check.number("sumo: seed", seed, at_least=0, below=2**31, whole=True)
+    check.number("sumo: seconds", seconds, above=0)
+    check.number("sumo: warm_up", warm_up, at_least=0)
+    check.number("sumo: every", every, at_least=STEP)
     home = _home()
     with tempfile.TemporaryDirectory(prefix="gendiff-sumo-") as name:
         folder = Path(name)

@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 from tqdm import tqdm
 
-from gendiff.data import files, sumo
+from gendiff import check
+from gendiff.data import DataError, files, regular, sumo
 from gendiff.oracles import traffic as oracle
 from gendiff.oracles.drivable import signed_distance
 from gendiff.training import capacity, padded
@@ -79,6 +80,21 @@ class Cut(NamedTuple):
     """Metres that a vehicle may reach off the drivable area."""
 
 
+def _checked(how: Cut, seed: int = 0) -> None:
+    """Check how windows are cut, and the seed of their places.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    check.number("traffic: half", how.half, above=0)
+    check.number("traffic: cells", how.cells, at_least=1, whole=True)
+    check.number("traffic: least", how.least, at_least=1, whole=True)
+    check.number("traffic: most", how.most, at_least=how.least, whole=True)
+    check.number("traffic: near", how.near, at_least=0)
+    check.number("traffic: tolerance", how.tolerance)
+    check.number("traffic: seed", seed, at_least=0, whole=True)
+
+
 def cut(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
     """The windows of a place without those with an overlap, or a vehicle off the drivable area: simulators make a few.
 
@@ -93,8 +109,10 @@ def windows(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scen
     """Windows of all moments of a place: one each where it has a focus, else as many as do not share a vehicle.
 
     Raises:
-      ValueError: the place has no drivable area.
+      ValueError: the place has no drivable area, or a number is out of range.
     """
+    _checked(how, seed)
+    check.number("traffic: number of the map", number, at_least=0, whole=True)
     if place.drivable.is_empty:
         raise ValueError(f"traffic: map {number}: expected drivable area, given none")
     rng = np.random.default_rng((seed, number))
@@ -108,7 +126,12 @@ def windows(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scen
 
 
 def empty(how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
-    """No scene."""
+    """No scene.
+
+    Raises:
+      ValueError: a number is out of range.
+    """
+    _checked(how)
     shapes = {
         "vehicles": (VEHICLES, 7),
         "present": (VEHICLES,),
@@ -131,7 +154,13 @@ def joined(parts: Sequence[Scenes]) -> Scenes:
 
 
 def valid(scenes: Scenes, how: Cut = Cut()) -> Bool[np.ndarray, " s"]:  # noqa: B008 (immutable)
-    """Which scenes have neither an overlap nor a vehicle off the drivable area."""
+    """Which scenes have neither an overlap nor a vehicle off the drivable area.
+
+    Raises:
+      ValueError: arrays differ in their number of scenes, or a number is out of range.
+    """
+    _checked(how)
+    check.rows("traffic: scenes", scenes)
     n = len(scenes.world)
     given = scenes.vehicles, scenes.present, scenes.distance
     # Padded, so that maps with other numbers of scenes share the compiled program.
@@ -202,9 +231,17 @@ def distances(
 
     Args:
       drivable: a shapely geometry.
+
+    Raises:
+      ValueError: a window is not finite, or a number is out of range.
     """
     import shapely
 
+    check.shape("traffic: window", window, (None, 3))
+    check.number("traffic: window", window)
+    _checked(Cut(half, cells))
+    if not len(window):
+        return np.empty((0, cells, cells), np.float16)
     margin = half * np.sqrt(2) + REACH
     low, high = window[:, :2].min(0) - margin, window[:, :2].max(0) + margin
     if (high - low).max() > 400 and len(window) > 1:
@@ -292,8 +329,8 @@ def write(
       sumo.SumoError: SUMO is not installed, or fails.
     """
     for name, number in (("scenes", scenes), ("most", most)):
-        if number is not None and number < 1:
-            raise ValueError(f"traffic: {name}: expected 1 or more, given {number}")
+        if number is not None:
+            check.number(f"traffic: {name}", number, at_least=1, whole=True)
     folder.mkdir(parents=True, exist_ok=True)
     wanted, there = _told(recipe), recipe_of(folder)
     if there is None:
@@ -347,7 +384,7 @@ def recipe_of(folder: Path) -> Recipe | None:
     if not path.exists():
         return None
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(regular(path).read_text())
         return Recipe(**told | {"kinds": tuple(told["kinds"]), "cut": Cut(**told["cut"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: expected a recipe of scenes, given a damaged file ({error!r})") from None
@@ -364,7 +401,7 @@ def _file(folder: Path, number: int) -> Path:
 
 def counted(folder: Path, number: int, most: int | None = None) -> int:
     """How many scenes `stored` gives."""
-    n = len(files.load(_file(folder, number), SCENES, "world")[0])
+    n = len(files.load(regular(_file(folder, number)), SCENES, "world")[0])
     return n if most is None else min(n, most)
 
 
@@ -374,11 +411,22 @@ def stored(folder: Path, number: int, most: int | None = None) -> Scenes:
     Raises:
       ValueError: there is no such file, or it is damaged.
     """
-    return spread(Scenes(*files.load(_file(folder, number), SCENES, *Scenes._fields)), most)
+    scenes = Scenes(*files.load(regular(_file(folder, number)), SCENES, *Scenes._fields))
+    try:
+        check.rows(f"{_file(folder, number)}: arrays", scenes)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    return spread(scenes, most)
 
 
 def spread(scenes: Scenes, most: int | None) -> Scenes:
-    """Of more than `most` scenes as many, evenly spread."""
+    """Of more than `most` scenes as many, evenly spread.
+
+    Raises:
+      ValueError: `most` is below 1.
+    """
+    if most is not None:
+        check.number("traffic: most", most, at_least=1, whole=True)
     n = len(scenes.world)
     return scenes if most is None or n <= most else take(scenes, np.arange(most) * n // most)
 
@@ -390,8 +438,10 @@ def read(folder: Path, split: Split | None = None, scenes: int | None = None, mo
       most: of one map, spread evenly.
 
     Raises:
-      ValueError: the folder holds no scenes, or fewer.
+      ValueError: the folder holds no scenes, none of the split, or fewer, or a number is out of range.
     """
+    if scenes is not None:
+        check.number("traffic: scenes", scenes, at_least=1, whole=True)
     numbers = sorted(int(path.stem.removeprefix("map-")) for path in folder.glob("map-*.npz"))
     if not numbers:
         raise ValueError(f"traffic: {folder}: expected files map-000000.npz .., given none; see `--help`")
@@ -400,7 +450,12 @@ def read(folder: Path, split: Split | None = None, scenes: int | None = None, mo
         if len(every.world) < scenes:
             raise ValueError(f"traffic: {folder}: expected {scenes} scenes, given {len(every.world)}")
         every = take(every, slice(scenes))
-    return of_split(every, split)
+    found = of_split(every, split)
+    if not len(found.world):
+        raise DataError(
+            f"traffic: {folder}: maps of {split} must have scenes, got none; {len(numbers)} maps are too few"
+        )
+    return found
 
 
 def of_split(scenes: Scenes, split: Split | None) -> Scenes:
@@ -411,8 +466,7 @@ def of_split(scenes: Scenes, split: Split | None) -> Scenes:
     """
     if split is None:
         return scenes
-    if split not in get_args(Split):
-        raise ValueError(f"traffic: split: expected one of {', '.join(get_args(Split))}, given {split!r}")
+    check.choice("traffic: split", split, get_args(Split))
     return take(scenes, [split_of(int(number)) == split for number in scenes.world])
 
 
@@ -456,7 +510,12 @@ def embed(
 
 
 def halved(distance: Float[np.ndarray, "s 2*n 2*n"]) -> Float[np.ndarray, "s n n"]:
-    """Distances at the centres of cells twice as wide, bilinear between those of the smaller ones, in float32."""
+    """Distances at the centres of cells twice as wide, bilinear between those of the smaller ones, in float32.
+
+    Raises:
+      ValueError: the number of rows or columns is odd.
+    """
+    check.shape("halved: distance", distance, (None, 2 * (distance.shape[1] // 2), 2 * (distance.shape[2] // 2)))
     s, rows, columns = distance.shape
     return distance.reshape(s, rows // 2, 2, columns // 2, 2).mean((2, 4), dtype=np.float32)
 

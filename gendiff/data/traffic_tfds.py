@@ -18,19 +18,18 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from gendiff.data import sumo, traffic
+from gendiff.data import regular, sumo, traffic
+from gendiff.data.builders import Builder, Examples, scene, scene_rows
 from gendiff.data.traffic import Recipe, Scenes, Split
 
 try:
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordReader
 except ImportError as error:
-    raise ImportError(f"traffic_tfds: expected TFDS, given none ({error}): pip install 'gendiff[data]'") from None
+    raise ImportError(f"traffic_tfds: TFDS must be installed, got none ({error}): pip install array-record") from None
 
 MAPS = 32
 """Maps of a shard at most: about 2,900 scenes and 70 MB."""
-Examples: TypeAlias = Callable[[], Iterator[tuple[str, dict[str, Any]]]]
-"""Keys and scenes of a shard."""
 Report: TypeAlias = Callable[[str, int], Any]
 """Called with what was done, `simulated` or `packed`, and the number of scenes so far."""
 
@@ -45,18 +44,19 @@ class Config(tfds.core.BuilderConfig):
     recipe: Recipe = traffic.LONG
 
 
-class Traffic(tfds.core.ShardBasedBuilder):
+class Traffic(Builder):
     """The data set `traffic`; maps, not scenes, are split into train, validation and test.
 
     Maps are simulated into `downloads/traffic_maps` of the data's folder, which all configurations share: one file a
     map, so that after a kill the same call goes on.  Packing takes a minute for 100,000 scenes, and begins anew; what a
     kill leaves of it is a folder `incomplete..`, to be deleted.  The same maps give the same files.
 
-    Shards are written as their maps are read: the builders of TFDS that shuffle need TensorFlow beyond 1 GB.
+    Shards are written as their maps are read.
     """
 
     __module__ = "gendiff.data.traffic_tfds"  # which the files name, also where this one runs as a program
-    VERSION = tfds.core.Version("1.0.0")
+    ABOUT = "Scenes of vehicles on junctions and roundabouts in windows of 100 m, simulated by SUMO."
+    HOMEPAGE = "https://eclipse.dev/sumo"
     RELEASE_NOTES: Mapping[str, str] = {"1.0.0": "Junctions and roundabouts, seed 0."}
     BUILDER_CONFIGS: Sequence[Config] = [
         Config(
@@ -75,37 +75,13 @@ class Traffic(tfds.core.ShardBasedBuilder):
         *,
         workers: int | None = None,
         report: Report = lambda what, scenes: None,
-        file_format: str = "array_record",
         **given: Any,
     ) -> None:
-        super().__init__(file_format=file_format, **given)
+        super().__init__(**given)
         self.workers, self.report = workers, report
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        tensor, cells = tfds.features.Tensor, self.builder_config.recipe.cut.cells
-        features = {
-            "vehicles": tensor(
-                shape=(traffic.VEHICLES, 7),
-                dtype=np.float32,
-                doc="x, y, length, width in metres, cos and sin of the yaw, speed in m/s; zeros where there is none",
-            ),
-            "present": tensor(shape=(traffic.VEHICLES,), dtype=np.bool_),
-            "distance": tensor(
-                shape=(cells, cells),
-                dtype=np.float16,
-                encoding="bytes",  # numbers would be stored in 32 bits, and are slow to read
-                doc=f"metres to the edge of the drivable area, negative on it, cut to {traffic.REACH:.0f}",
-            ),
-            "window": tensor(shape=(3,), dtype=np.float32, doc="centre and angle in the map's frame, m and radians"),
-            "world": tfds.features.Scalar(dtype=np.int64, doc="number of the map"),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Scenes of vehicles on junctions and roundabouts in windows of 100 m, simulated by SUMO.",
-            homepage="https://eclipse.dev/sumo",
-            features=tfds.features.FeaturesDict(features),
-            disable_shuffling=True,
-        )
+    def _features(self) -> dict[str, Any]:
+        return scene(self.builder_config.recipe.cut.cells)
 
     def _shard_iterators_per_split(self, dl_manager: Any) -> dict[str, list[Examples]]:
         config, folder = self.builder_config, Path(self.data_dir_root) / "downloads" / "traffic_maps"
@@ -120,8 +96,8 @@ class Traffic(tfds.core.ShardBasedBuilder):
             nonlocal packed
             for number in numbers:
                 scenes = traffic.stored(folder, number, config.most)
-                for i, scene in zip(range(sizes[number]), zip(*scenes, strict=True), strict=False):
-                    yield f"{number}-{i}", dict(zip(Scenes._fields, scene, strict=True))
+                for i, row in zip(range(sizes[number]), scene_rows(scenes), strict=False):
+                    yield f"{number}-{i}", row
                 packed += sizes[number]
                 self.report("packed", packed)
 
@@ -172,7 +148,7 @@ def scenes(data_dir: Path, config: str = "default", split: Split = "train") -> S
 
 def _shard(path: Path, length: int, split: Split, features: Any) -> list[dict[str, Any]]:
     try:
-        records = ArrayRecordReader(str(path)).read_all()
+        records = ArrayRecordReader(str(regular(path))).read_all()
         rows = [features.deserialize_example_np(record) for record in records]
         found = {traffic.split_of(row["world"]) for row in rows}
     except Exception as error:  # of several kinds
@@ -207,7 +183,7 @@ def main() -> None:
     builder = Traffic(data_dir=given.folder, config=given.config, workers=given.workers, report=report)
     try:
         builder.download_and_prepare()
-    except (ValueError, sumo.SumoError) as error:
+    except (ValueError, OSError, sumo.SumoError) as error:
         parser.error(str(error))
     finally:
         for bar in bars.values():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gendiff import check
 from gendiff.process import Process
 from gendiff.training import capacity, padded
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
@@ -44,12 +45,20 @@ def calibrate(
     Args:
       positives, negatives: samples that C was not trained on; weighted alpha and 1 - alpha in all.
       alpha: share of positives among the model's samples, in (0, 1).
-      times: in the units of the process.
+      times: in the units of the process, one or more.
+      bins: of C, one or more.
+
+    Raises:
+      ValueError: a class has no samples, shapes or numbers are out of range, or C is no probability of each sample.
     """
+    check.number("calibrate: positives", len(positives), at_least=1)
+    check.number("calibrate: negatives", len(negatives), at_least=1)
+    check.shape("calibrate: negatives", negatives, (None, *np.shape(positives)[1:]))
+    check.number("calibrate: alpha", alpha, above=0, below=1)
+    check.number("calibrate: bins", bins, at_least=1, whole=True)
+    check.number("calibrate: times", len(times), at_least=1)
+    check.number("calibrate: times", times)
     n = len(positives) + len(negatives)
-    if not len(positives) or not len(negatives):
-        given = f"{len(positives)} positives and {len(negatives)} negatives"
-        raise ValueError(f"calibrate: expected samples of both classes, given {given}")
     # Padded, so that reports on other numbers of samples share the compiled program.
     samples = jnp.asarray(padded(np.concatenate([positives, negatives]), capacity(n)))
     labels = np.repeat([1.0, 0.0], [len(positives), len(negatives)])
@@ -58,6 +67,9 @@ def calibrate(
     rows = []
     for i, t in enumerate(times):
         c = np.asarray(_predict(process, probability, params, samples, t, jax.random.fold_in(key, i))[:n], np.float64)
+        check.shape("calibrate: probability of the samples", c, (n,))
+        # Rounding may leave [0, 1] by a little.
+        check.number("calibrate: probability", c.round(3), at_least=0, at_most=1)
         index = np.minimum((c * bins).astype(int), bins - 1)
         share, predicted, positive = (np.bincount(index, weights * v, bins) for v in (np.ones_like(c), c, labels))
         with np.errstate(invalid="ignore"):

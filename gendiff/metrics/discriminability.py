@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression
 
+from gendiff import check
 from gendiff.metrics.rates import Estimate, rate
 
 
@@ -17,19 +18,27 @@ def accuracy(
 
     Args:
       held_out: fit on the even and score on the odd values; otherwise both on all, as the published code does.
-      tails: share that is cut at either end, of the values that are fitted.
+      tails: share that is cut at either end, of the values that are fitted, in [0, 0.5).
 
     Returns:
       With Wilson's interval, as if all values were independent.
+
+    Raises:
+      ValueError: a set has fewer than 4 values, or one that is not finite, or `tails` is out of range.
     """
+    check.number("discriminability: tails", tails, at_least=0, below=0.5)
     groups = [np.asarray(each, np.float64) for each in (base, expert)]
-    if min(map(len, groups)) < 4 or not all(np.isfinite(each).all() for each in groups):
-        raise ValueError(f"discriminability: expected 4 or more finite values of each, given {[*map(len, groups)]}")
+    for name, values in zip(("base", "expert"), groups, strict=True):
+        check.shape(f"discriminability: {name}", values, (None,))
+        check.number(f"discriminability: values of {name}", len(values), at_least=4)
+        check.number(f"discriminability: {name}", values)
     fitted = [each[::2] if held_out else each for each in groups]
     scored = [each[1::2] if held_out else each for each in groups]
     low, high = np.quantile(np.concatenate(fitted), [tails, 1 - tails])
     cut = [np.clip(each, low, high) for each in fitted]
-    middle, width = np.mean(np.concatenate(cut)), max(np.std(np.concatenate(cut)), 1e-12)
+    middle, width = float(np.mean(np.concatenate(cut))), float(np.std(np.concatenate(cut)))
+    # Values that differ by rounding alone are equal; the units of a reward do not matter.
+    width = width if width > 1e-12 * abs(middle) else 1.0
     unit = lambda each: (np.clip(each, low, high) - middle) / width
     values, labels = np.concatenate([unit(each) for each in cut])[:, None], np.repeat([0, 1], [*map(len, cut)])
     model = LogisticRegression(class_weight="balanced").fit(values, labels)

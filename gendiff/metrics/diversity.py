@@ -14,7 +14,9 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.spatial.distance import cdist
 
+from gendiff import check
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
 
@@ -23,6 +25,10 @@ Squares: TypeAlias = Float[np.ndarray, " n"]
 
 CHUNK = 1024
 """Rows whose distances are held at a time."""
+SLACK = 1e-14
+"""Relative error of a squared distance, and more."""
+LARGEST = 1e150
+"""Of a feature: squares of larger ones overflow."""
 
 
 class Diversity(NamedTuple):
@@ -46,14 +52,10 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Diversi
       k: neighbour that sets a ball's radius; 3 in the paper, up to 5 for less variance.
 
     Raises:
-      ValueError: shapes do not fit, a feature is not finite, or a set has less than k + 1 points.
+      ValueError: shapes do not fit, a feature is not finite or above LARGEST, or a set has less than k + 1 points.
     """
     real, generated = _checked("real", real, k), _checked("generated", generated, k)
-    if real.shape[1] != generated.shape[1]:
-        raise ValueError(f"diversity: expected features of one length, given {real.shape[1]} and {generated.shape[1]}")
-    # Distances stay what they are, and lose less to rounding around the origin.
-    centre = real.mean(0)
-    real, generated = real - centre, generated - centre
+    check.shape("diversity: generated", generated, (None, real.shape[1]))
     precise = inside(generated, real, radii(real, k))
     recalled = inside(real, generated, radii(generated, k))
     return Diversity(rates.rate(int(precise.sum()), len(precise)), rates.rate(int(recalled.sum()), len(recalled)))
@@ -70,10 +72,13 @@ def by_splits(real: Features, generated: Features, k: int = 3, splits: int = 5, 
       generated: features (m, d).
       k: as in `precision_recall`.
       splits: 2 or more.
-      seed: of the splits.
+      seed: of the splits, 0 or more.
+
+    Raises:
+      ValueError: as `precision_recall`, of a split.
     """
-    if splits < 2:
-        raise ValueError(f"diversity: splits: expected 2 or more, given {splits}")
+    check.number("diversity: splits", splits, at_least=2, whole=True)
+    check.number("diversity: seed", seed, at_least=0, whole=True)
     rng = np.random.default_rng(seed)
     parts = lambda a: (a[rows] for rows in np.array_split(rng.permutation(len(a)), splits))
     pairs = zip(parts(np.asarray(real)), parts(np.asarray(generated)), strict=True)
@@ -92,16 +97,18 @@ def inside(points: Features, centres: Features, squared_radii: Squares) -> Bool[
     """Which points (n, d) lie in a ball around any of the centres (m, d); its border belongs to it."""
     hits = []
     for rows in _chunks(points):
-        # The error of a squared distance, so that the border belongs to a ball however it was rounded.
-        slack = 1e-14 * (np.sum(rows**2, 1)[:, None] + np.sum(centres**2, 1))
-        hits.append(np.any(squared_distances(rows, centres) <= squared_radii + slack, 1))
+        # The slack is the error of a squared distance: the border belongs to a ball however it was rounded.
+        hits.append(np.any(squared_distances(rows, centres) <= squared_radii * (1 + SLACK), 1))
     return np.concatenate(hits)
 
 
 def squared_distances(rows: Float[np.ndarray, "r d"], points: Features) -> Float[np.ndarray, "r n"]:
-    """|x - y|^2 as |x|^2 + |y|^2 - 2 x y, a matrix product; in float32 its error would hide tight clusters."""
-    distances = np.sum(rows**2, 1)[:, None] + np.sum(points**2, 1) - 2 * rows @ points.T
-    return np.maximum(distances, 0)
+    """|x - y|^2 by differences in float64, each to a few digits of rounding.
+
+    |x|^2 + |y|^2 - 2 x y, a matrix product, loses all digits of a distance that is small beside |x|: one outlier, or
+    an offset that all features share, is enough.
+    """
+    return cdist(rows, points, "sqeuclidean")
 
 
 def _chunks(points: Features) -> list[np.ndarray]:
@@ -111,10 +118,9 @@ def _chunks(points: Features) -> list[np.ndarray]:
 def _checked(name: str, features: Features, k: int) -> np.ndarray:
     array = np.asarray(features, np.float64)
     if array.ndim != 2 or not array.shape[1]:
-        raise ValueError(f"diversity: {name}: expected features (n, d), given shape {array.shape}")
-    if not np.isfinite(array).all():
-        wrong = int((~np.isfinite(array).all(1)).sum())
-        raise ValueError(f"diversity: {name}: expected finite features, given {wrong} of {len(array)} that are not")
-    if k < 1 or len(array) <= k:
-        raise ValueError(f"diversity: {name}: expected k >= 1 and more than k points, given k = {k} and {len(array)}")
+        raise ValueError(f"diversity: {name} must be features (n, d) with d >= 1, got shape {array.shape}")
+    check.number(f"diversity: {name}", array, at_least=-LARGEST, at_most=LARGEST)
+    check.number("diversity: k", k, at_least=1, whole=True)
+    if len(array) <= k:
+        raise ValueError(f"diversity: {name} must have more than k = {k} points, got {len(array)}; take a smaller k")
     return array

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import ndimage
 
+from gendiff import check
+
 
 class Heat(NamedTuple):
     """A mean by bin; bin (i, j) covers [i, i + 1) x [j, j + 1) in units of `size`, from `origin` on."""
@@ -29,14 +31,25 @@ def heat(
 
     Args:
       points: (x, y) in cells, of a maze whose cell (0, 0) has its middle at the origin.
-      extent: cells along x and y.
-      bins: along a cell's side.
-      least: values that a bin needs.
-      tails: share that is cut at either end.
+      extent: cells along x and y, 1 or more.
+      bins: along a cell's side, 1 or more.
+      least: values that a bin needs, 1 or more.
+      tails: share that is cut at either end, in [0, 0.5).
+
+    Raises:
+      ValueError: shapes differ, a point or a value is not finite, or a number is out of range.
     """
     points, values = np.asarray(points, np.float64), np.asarray(values, np.float64)
-    if points.shape != (len(values), 2) or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"heat: expected n points (n, 2) with finite values, given {points.shape} and {values.shape}")
+    check.shape("heat: values", values, (None,))
+    check.shape("heat: points", points, (len(values), 2))
+    check.number("heat: number of points", len(points), at_least=1)
+    check.number("heat: points", points)
+    check.number("heat: values", values)
+    check.shape("heat: extent", extent, (2,))
+    check.number("heat: extent", extent, at_least=1, whole=True)
+    check.number("heat: bins", bins, at_least=1, whole=True)
+    check.number("heat: least", least, at_least=1, whole=True)
+    check.number("heat: tails", tails, at_least=0, below=0.5)
     low, high = np.quantile(values, [tails, 1 - tails])
     scaled = (np.clip(values, low, high) - low) / max(high - low, np.finfo(np.float64).tiny)
     edges: list[Any] = [np.linspace(0, cells, cells * bins + 1) for cells in extent]
@@ -48,7 +61,12 @@ def heat(
 
 
 def smoothed(each: Heat, width: float = 2.0) -> Float[np.ndarray, "rows columns"]:
-    """Gaussian smoothing by `width` bins of the bins that have values: empty ones neither draw down nor are filled."""
+    """Gaussian smoothing by `width` bins of the bins that have values: empty ones neither draw down nor are filled.
+
+    Raises:
+      ValueError: `width` is negative.
+    """
+    check.number("heat: width", width, at_least=0)
     there = (each.counts > 0).astype(np.float64)
     blur = lambda a: ndimage.gaussian_filter(a, width, mode="constant")
     mass = blur(there)
@@ -56,14 +74,25 @@ def smoothed(each: Heat, width: float = 2.0) -> Float[np.ndarray, "rows columns"
 
 
 def highest(each: Heat, width: float = 2.0) -> tuple[float, float]:
-    """The middle of the bin with the largest smoothed mean, in the units of the points."""
+    """The middle of the bin with the largest smoothed mean, in the units of the points.
+
+    Raises:
+      ValueError: no bin has enough values, or `width` is negative.
+    """
     smooth = smoothed(each, width)
     if not np.isfinite(smooth).any():
-        raise ValueError("heat: expected a bin with enough values, given none")
+        raise ValueError("heat: a bin must have enough values, got none; take fewer bins, or more points")
     i, j = np.unravel_index(int(np.argmax(smooth)), smooth.shape)
     return tuple(o + (k + 0.5) * each.size for o, k in zip(each.origin, (i, j), strict=True))  # type: ignore[return-value]
 
 
 def recovered(each: Heat, goal: tuple[float, float], within: float = 1.0, width: float = 2.0) -> bool:
-    """Whether the highest place lies within one cell of the goal (2306.01804, section 5.1)."""
+    """Whether the highest place lies within `within` cells of the goal: one in 2306.01804, section 5.1.
+
+    Raises:
+      ValueError: as `highest`, or the goal is no point (x, y).
+    """
+    check.shape("heat: goal", goal, (2,))
+    check.number("heat: goal", goal)
+    check.number("heat: within", within, at_least=0)
     return bool(np.hypot(*np.subtract(highest(each, width), goal)) <= within)

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from gendiff import check
+
 CONFIDENCE = 0.95
 
 
@@ -20,29 +22,45 @@ class Estimate(NamedTuple):
 
 
 def rate(events: int, n: int) -> Estimate:
-    """Share of `events` in `n` trials, in [0, 1], with Wilson's score interval (Wilson 1927)."""
-    if not 0 <= events <= n or n == 0:
-        raise ValueError(f"rate: expected 0 <= events <= n and n > 0, given events = {events}, n = {n}")
+    """Share of `events` in `n` trials, in [0, 1], with Wilson's score interval (Wilson 1927).
+
+    Raises:
+      ValueError: `n` is below 1, or `events` is outside of 0..n.
+    """
+    check.number("rate: n", n, at_least=1, whole=True)
+    check.number("rate: events", events, at_least=0, at_most=n, whole=True)
     interval = stats.binomtest(int(events), int(n)).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(events / n, float(interval.low), float(interval.high), int(n))
 
 
 def mean(values: ArrayLike) -> Estimate:
-    """Mean of independent values, with the normal interval; with few of them (< 30) Student's."""
-    values = np.asarray(values, np.float64).ravel()
+    """Mean of independent values, with the normal interval; with few of them (< 30) Student's.
+
+    One value says nothing of the spread: its interval has no bounds.
+
+    Raises:
+      ValueError: there is no value, or one is not finite.
+    """
+    values = _finite("mean", np.ravel(values))
     n = len(values)
-    if n == 0 or not np.isfinite(values).all():
-        raise ValueError(f"mean: expected finite values, given {n} of which {np.sum(~np.isfinite(values))} are not")
     value = float(values.mean())
     if n == 1:
-        return Estimate(value, float("-inf"), float("inf"), 1)
+        return _unbounded(value, 1)
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * values.std(ddof=1) / n**0.5)
     return Estimate(value, value - half, value + half, n)
 
 
 def change(after: ArrayLike, before: ArrayLike) -> Estimate:
     """Relative change of paired positive values: the geometric mean of their ratios less 1, with Student's interval of
-    its logarithm.  The mean of the ratios themselves is above 0 where both are equally noisy."""
+    its logarithm.  The mean of the ratios themselves is above 0 where both are equally noisy.
+
+    Raises:
+      ValueError: the shapes differ, or a value is not positive.
+    """
+    after, before = np.asarray(after, np.float64), np.asarray(before, np.float64)
+    check.shape("change: before", before, after.shape)
+    for name, values in (("after", after), ("before", before)):
+        check.number(f"change: {name}", values, above=0)
     logarithm = mean(np.log(after) - np.log(before))
     value, low, high = (float(np.expm1(each)) for each in logarithm[:3])
     return Estimate(value, low, high, logarithm.n)
@@ -52,14 +70,28 @@ def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed:
     """Mean of values that come in groups (samples of one scene), with the percentile bootstrap over the groups.
 
     Where all values are the same the bootstrap knows nothing: then it is Wilson's interval of one value a group, which
-    needs values in [0, 1].
+    needs values in [0, 1].  One group says nothing of the spread between groups: its interval has no bounds.
+
+    Args:
+      values: finite numbers (n,), n >= 1.
+      groups: the group of each value (n,).
+      resamples: 1 or more.
+      seed: of the bootstrap, 0 or more.
+
+    Raises:
+      ValueError: shapes differ, a value is not finite, a group is NaN, or a number is out of range.
     """
-    values, groups = np.asarray(values, np.float64), np.asarray(groups)
-    if values.ndim != 1 or values.shape != groups.shape or not len(values):
-        raise ValueError(f"clustered: expected a group for each value, given shapes {groups.shape}, {values.shape}")
+    values, groups = _finite("clustered", values), np.asarray(groups)
+    check.shape("clustered: groups", groups, values.shape)
+    if groups.dtype.kind == "f":
+        check.number("clustered: groups", groups)
+    check.number("clustered: resamples", resamples, at_least=1, whole=True)
+    check.number("clustered: seed", seed, at_least=0, whole=True)
     _, where = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(where, values), np.bincount(where)
     value = float(values.mean())
+    if len(counts) == 1:
+        return _unbounded(value, len(values))
     if np.all(values == values[0]) and value in (0.0, 1.0):
         return rate(round(value * len(counts)), len(counts))._replace(n=len(values))
     rows = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
@@ -72,8 +104,14 @@ def paired(one: ArrayLike, two: ArrayLike, groups: ArrayLike) -> Estimate:
     """Share of the trials of which `one` holds minus that of `two`, in [-1, 1]; the trials come in groups, as above.
 
     Where they agree in every trial, no group is known to differ: the interval is Wilson's bound of that, to both sides.
+    One group's interval has no bounds.
+
+    Raises:
+      ValueError: as `clustered`.
     """
-    difference = np.asarray(one, np.float64) - np.asarray(two, np.float64)
+    one, two = np.asarray(one, np.float64), np.asarray(two, np.float64)
+    check.shape("paired: two", two, one.shape)
+    difference = one - two
     if not difference.any():
         same = clustered(difference, groups)
         return same._replace(low=-same.high)
@@ -90,6 +128,7 @@ def exact(value: float, n: int = 1) -> Estimate:
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
     """The estimate of factor > 0 times the quantity."""
+    check.number("scaled: factor", factor, above=0)
     return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor, estimate.n)
 
 
@@ -102,7 +141,11 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """Mean over independent runs with Student's interval of the runs' own values; n is the sum of theirs.
 
     The interval is that of the spread between runs, which holds the error within each run.  One run keeps its own.
+
+    Raises:
+      ValueError: there is no estimate, or a value of several is not finite.
     """
+    check.number("over_seeds: estimates", len(estimates), at_least=1)
     if len(estimates) == 1:
         return estimates[0]
     spread = mean([estimate.value for estimate in estimates])
@@ -114,9 +157,24 @@ def over_trials(estimates: Sequence[Estimate], least: int = 5) -> Estimate:
 
     Fewer trials say next to nothing of their spread, and trials that agree by chance nothing at all: then the interval
     is the mean of the trials' own, which is wide enough also if their errors are one and the same.
+
+    Raises:
+      ValueError: as `over_seeds`.
     """
     spread = over_seeds(estimates)
     if len(estimates) >= least and spread.high > spread.low:
         return spread._replace(low=max(0.0, spread.low), high=min(1.0, spread.high))
     low, high = (float(np.mean([getattr(estimate, end) for estimate in estimates])) for end in ("low", "high"))
     return Estimate(spread.value, low, high, spread.n)
+
+
+def _unbounded(value: float, n: int) -> Estimate:
+    return Estimate(value, float("-inf"), float("inf"), n)
+
+
+def _finite(name: str, values: ArrayLike) -> np.ndarray:
+    """The values in float64; narrow types would lose digits in their sum."""
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name}: values must have shape (n,) with n >= 1, got {array.shape}")
+    return check.number(f"{name}: values", array)

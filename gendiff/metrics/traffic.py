@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 from scipy.stats import wasserstein_distance
 
+from gendiff import check
 from gendiff.oracles import boxes
 from gendiff.oracles.drivable import distance_at
 
@@ -24,7 +25,22 @@ def marginals(
     half: float,
 ) -> Marginals:
     """Speed in m/s; degrees, 0 to 90, between a vehicle and the nearest edge of the drivable area; metres of road to
-    the next vehicle ahead, negative where they overlap, of those that have one.  Each of all vehicles of all scenes."""
+    the next vehicle ahead, negative where they overlap, of those that have one.  Each of all vehicles of all scenes.
+
+    Args:
+      vehicles: as `gendiff.data.traffic.Scenes` has them; finite where they are present.
+      present: vehicles that count.
+      distance: signed distances to the edge of the drivable area, over `half` metres in each direction.
+
+    Raises:
+      ValueError: shapes differ, a vehicle that is present is not finite, or `half` is not positive.
+    """
+    vehicles, present, distance = np.asarray(vehicles), np.asarray(present, bool), np.asarray(distance)
+    check.shape("marginals: vehicles", vehicles, (None, None, 7))
+    check.shape("marginals: present", present, vehicles.shape[:2])
+    check.shape("marginals: distance", distance, (len(vehicles), None, None))
+    check.number("marginals: vehicles", vehicles[present])
+    check.number("marginals: half", half, above=0)
     shapes = boxes.mended(jnp.asarray(vehicles[..., :6]))
     angle = np.asarray(_angles(shapes, jnp.asarray(distance, jnp.float32), half))
     gap = np.asarray(_gaps(shapes, jnp.asarray(present)))
@@ -64,6 +80,14 @@ def _gaps(shapes: Float[Array, "s k 6"], present: Bool[Array, "s k"]) -> Float[A
 
 
 def differences(given: Marginals, real: Marginals) -> dict[str, float]:
-    """Wasserstein's distance of each marginal to the real one, in its unit; infinite where there is nothing."""
+    """Wasserstein's distance of each marginal to the real one, in its unit; infinite where there is nothing.
+
+    Raises:
+      ValueError: a marginal is missing, or a value is not finite.
+    """
+    if missing := sorted(real.keys() - given.keys()):
+        raise ValueError(f"differences: marginals must hold {', '.join(real)}, got none of {', '.join(missing)}")
     both = {name: (given[name], real[name]) for name in real}
+    for name, pair in both.items():
+        check.number(f"differences: {name}", np.concatenate(pair))
     return {name: float(wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf for name, pair in both.items()}

@@ -8,7 +8,8 @@ their edges are enough (Gottschalk, Lin and Manocha 1996, "OBBTree", section 5).
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gendiff.geometry import Boxes
+from gendiff import check
+from gendiff.geometry import Boxes, wide
 
 LEAST = 0.1
 """Metres: what a sampled length or width below it counts as."""
@@ -16,14 +17,21 @@ HEADING = 0.5
 """How far |(cos, sin)| of a sample may be from 1 before the box counts as degenerate."""
 
 
+def _boxes(name: str, boxes: Boxes) -> Boxes:
+    boxes = wide(boxes)
+    return check.shape(f"{name}: boxes", boxes, (*boxes.shape[:-1], 6))
+
+
 def degenerate(boxes: Boxes) -> Bool[Array, "*n"]:
     """Whether a box has a length or width that is not positive, or hardly a heading; NaN is degenerate."""
+    boxes = _boxes("degenerate", boxes)
     size = jnp.linalg.norm(boxes[..., 4:6], axis=-1)
     return ~(jnp.all(boxes[..., 2:4] > 0, -1) & (jnp.abs(size - 1) < HEADING))
 
 
 def mended(boxes: Boxes) -> Boxes:
     """With length and width of LEAST or more, and a heading of norm 1; a heading (0, 0) becomes (1, 0)."""
+    boxes = _boxes("mended", boxes)
     heading = boxes[..., 4:6]
     size = jnp.linalg.norm(heading, axis=-1, keepdims=True)
     ahead = jnp.zeros_like(heading).at[..., 0].set(1)
@@ -37,7 +45,12 @@ def overlap(a: Boxes, b: Boxes, margin: float = 0.0) -> Bool[Array, "*n"]:
     Args:
       a, b: with positive extents and headings of norm 1 (see `mended`), of shapes that broadcast.
       margin: metres; boxes count as apart only if more than this separates them along an axis.
+
+    Raises:
+      ValueError: the last axis has another length than 6, or `margin` is not finite.
     """
+    a, b = _boxes("overlap", a), _boxes("overlap", b)
+    check.number("overlap: margin", margin)
     return ~(_apart(a, b, margin) | _apart(b, a, margin))
 
 
@@ -55,7 +68,14 @@ def _apart(a: Boxes, b: Boxes, margin: float) -> Bool[Array, "*n"]:
 def collisions(
     boxes: Float[Array, "*n k 6"], present: Bool[Array, "*n k"] | None = None, margin: float = 0.0
 ) -> Bool[Array, "*n k k"]:
-    """Which pairs of k boxes overlap: symmetric, False for a box and itself and for boxes that are not present."""
+    """Which pairs of k boxes overlap: symmetric, False for a box and itself and for boxes that are not present.
+
+    Raises:
+      ValueError: as `overlap`, or `present` has another shape than (*n, k).
+    """
+    boxes = _boxes("collisions", boxes)
+    if present is not None:
+        check.shape("collisions: present", present, boxes.shape[:-1])
     pairs = overlap(boxes[..., :, None, :], boxes[..., None, :, :], margin)
     pairs &= jnp.broadcast_to(~jnp.eye(boxes.shape[-2], dtype=bool), pairs.shape)
     return pairs if present is None else pairs & present[..., :, None] & present[..., None, :]

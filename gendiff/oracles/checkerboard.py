@@ -6,11 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check
+from gendiff.geometry import wide
 from gendiff.oracles.oracle import Oracle
 
 
 def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Array, "*n 2"]:
-    """Coordinates in cells, 0..cells, of points in data units."""
+    """Coordinates in cells, 0..cells, of points in data units, in float32 or wider.
+
+    Raises:
+      ValueError: `cells` is below 1, `half_width` is not positive, or the points are not (*n, 2).
+    """
+    _board(cells, half_width)
+    x = wide(x)
+    check.shape("checkerboard: points", x, (*x.shape[:-1], 2))
     return (x / half_width + 1) * (cells / 2)
 
 
@@ -37,5 +46,15 @@ def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1
 
 
 def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
-    """The oracle of a board, for a batch of points (n, 2)."""
+    """The oracle of a board, for a batch of points (n, 2).
+
+    Raises:
+      ValueError: as `position`; of the points when they are judged.
+    """
+    _board(cells, half_width)
     return lambda samples: on_board(jnp.asarray(samples), cells, half_width)
+
+
+def _board(cells: int, half_width: float) -> None:
+    check.number("checkerboard: cells", cells, at_least=1, whole=True)
+    check.number("checkerboard: half_width", half_width, above=0)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gendiff import check
 from gendiff.nets.conv import correlate
 from gendiff.oracles.oracle import Oracle
 from gendiff.types import Params, PRNGKey, Samples, Scalar
@@ -57,7 +58,11 @@ def network(params: Params, image: Image) -> Answer:
     Args:
       params: of `initial` or `load`.
       image: (16, 16, 1) or (32, 32, 1), and parameters that were trained for this size.
+
+    Raises:
+      ValueError: the image has another shape.
     """
+    check.choice("crossed seven: shape of the image", image.shape, [(size, size, 1) for size in SIZES])
     strides = (1 if image.shape[0] == 16 else 2, 1, 2, 1, 2)
     layers = [params[f"layer_{i}"] for i in range(len(params))]
     h = image
@@ -84,26 +89,38 @@ def load(size: int) -> Params:
     Raises:
       ValueError: there are none for this size.
     """
-    if size not in SIZES:
-        raise ValueError(f"crossed seven: expected images of {' or '.join(map(str, SIZES))} pixels, given {size}")
+    check.choice("crossed seven: pixels along a side of the images", size, SIZES)
     return read(path(size))
 
 
 def read(file: Path) -> Params:
-    """Parameters that `save` wrote."""
+    """Parameters that `save` wrote.
+
+    Raises:
+      ValueError: the file is missing, damaged or of other things.
+    """
     params: Params = {}
-    with np.load(file, allow_pickle=False) as stored:
-        for name in stored.files:
-            layer, part = name.split(".")
-            params.setdefault(layer, {})[part] = stored[name].astype(np.float32)
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            for name in stored.files:
+                layer, part = name.split(".")
+                params.setdefault(layer, {})[part] = stored[name].astype(np.float32)
+    except Exception as error:  # a damaged archive has many ways to say so
+        raise ValueError(f"crossed seven: {file} must hold parameters, got a damaged file ({error!r})") from None
     return params
 
 
 def save(file: Path, params: Params) -> None:
-    """Keeps parameters in float16."""
-    flat = {
-        f"{layer}.{part}": np.asarray(a, np.float16) for layer, parts in params.items() for part, a in parts.items()
-    }
+    """Keeps parameters in float16.
+
+    Raises:
+      ValueError: a parameter is not finite, or too large for float16.
+    """
+    largest, flat = float(np.finfo(np.float16).max), {}
+    for layer, parts in params.items():
+        for part, a in parts.items():
+            check.number(f"crossed seven: {layer}.{part}", np.asarray(a), at_least=-largest, at_most=largest)
+            flat[f"{layer}.{part}"] = np.asarray(a, np.float16)
     np.savez_compressed(file, **flat)  # type: ignore[arg-type]
 
 
@@ -118,15 +135,20 @@ def judge(samples: Samples, params: Params | None = None) -> Answer:
       params: default: the kept ones for this size.
 
     Raises:
-      ValueError: no such images, or a pixel is NaN.
+      ValueError: no such images, a pixel is NaN, or they seem to be 0..255.
     """
     samples = np.asarray(samples)
     if samples.ndim != 4 or samples.shape[1] != samples.shape[2] or samples.shape[3] != 1:
-        raise ValueError(f"crossed seven: expected images (n, s, s, 1), given shape {samples.shape}")
+        raise ValueError(f"crossed seven: images must have shape (n, s, s, 1), got {samples.shape}")
     params = load(samples.shape[1]) if params is None else params
     if np.isnan(samples).any():
+        wrong = np.isnan(samples).any((1, 2, 3)).sum()
+        raise ValueError(f"crossed seven: pixels must be numbers, got NaN in {wrong} of {len(samples)} images")
+    # A sample beyond the range has values on both sides of it.
+    if samples.dtype.kind in "bu" or (samples.size and samples.min() >= 0 and samples.max() > 2):
         raise ValueError(
-            f"crossed seven: expected numbers, given NaN in {np.isnan(samples).any((1, 2, 3)).sum()} images"
+            f"crossed seven: pixels must be in [-1, 1], got {samples.dtype} up to {samples.max(initial=0)}; "
+            "scale 0..255 with x / 127.5 - 1"
         )
     answers = []
     for first in range(0, len(samples), CHUNK):
@@ -158,7 +180,7 @@ def features(samples: Samples) -> Float[np.ndarray, "n 64"]:
 
 
 def perturbed(key: PRNGKey, image: Image) -> Image:
-    """The image moved, turned, stretched, blurred, with another contrast, and noisy.
+    """The image (s, s, 1) moved, turned, stretched, blurred, with another contrast, and noisy.
 
     Shifts up to a 14th of the side, turns up to 8 degrees, stretches up to 8 %, blur up to 0.5 (of 16 pixels) or 0.8
     pixels (of 32), noise up to 0.1.
@@ -181,6 +203,9 @@ def perturbed(key: PRNGKey, image: Image) -> Image:
 
 def affine(image: Float[Array, "s s"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]) -> Float[Array, "s s"]:
     """image[M (p - c) + c + shift] at every pixel p, c the centre, bilinearly; -1 outside."""
+    check.shape("affine: image", image, (image.shape[0], image.shape[0]))
+    check.shape("affine: matrix", matrix, (2, 2))
+    check.shape("affine: shift", shift, (2,))
     centre = (image.shape[0] - 1) / 2
     places = jnp.stack(jnp.meshgrid(*[jnp.arange(side) - centre for side in image.shape], indexing="ij"))
     source = jnp.einsum("ij,jhw->ihw", matrix, places) + centre + shift[:, None, None]

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check
+from gendiff.geometry import wide
 from gendiff.oracles import boxes, drivable
 
 
@@ -34,7 +36,11 @@ def infractions(
       vehicles: x, y, length, width in metres, cos and sin of the yaw, and more that does not matter.
       present: vehicles that count.
       distance: signed distance to the edge of the drivable area, over `half` metres in each direction.
+
+    Raises:
+      ValueError: as `boxes.collisions` and `drivable.off_road`.
     """
+    vehicles = wide(vehicles)
     shapes = boxes.mended(vehicles[:, :6])
     pairs = boxes.collisions(shapes, present)
     off = drivable.off_road(distance, shapes, half, present, tolerance)
@@ -49,9 +55,14 @@ def constraints(found: Infractions) -> Bool[Array, "*s m"]:
 
 
 def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
-    """Which vehicles break no constraint; both of an overlapping pair do."""
+    """Which vehicles break no constraint; both of an overlapping pair do.
+
+    Raises:
+      ValueError: the number of constraints is not that of any number of vehicles.
+    """
     holds = np.asarray(holds)
     k = round((np.sqrt(1 + 8 * holds.shape[-1]) - 1) / 2)
+    check.shape("by_agent: holds", holds, (*holds.shape[:-1], k * (k + 1) // 2))
     pairs, good = holds[..., :-k], holds[..., -k:].copy()
     for each, (i, j) in enumerate(zip(*np.triu_indices(k, 1), strict=True)):
         good[..., i] &= pairs[..., each]

@@ -188,7 +188,7 @@ def test_checkpoints_of_the_trainer(tmp_path):
         expected = diffuser.temporal_unet(arrays(rival(net)), like(net))
         jax.tree.map(lambda a, b, times=times: np.testing.assert_array_equal(a, times * b), params, expected)
     torch.save({"step": 3}, file)
-    with pytest.raises(ValueError, match=r"480000\.pt: expected a checkpoint with a state dict 'ema', given step"):
+    with pytest.raises(ValueError, match=r"480000\.pt must have a state dict 'ema', got step"):
         diffuser.read(file)
 
 

@@ -27,6 +27,25 @@ def test_points_are_uniform_on_the_filled_cells(cells, half_width):
     assert stats.chisquare(counts[filled]).pvalue > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "n must be >= 0 and whole, got -1"),
+        ((1.5,), "n must be >= 0 and whole, got 1.5"),
+        ((9, 0), "cells must be >= 1 and whole, got 0"),
+        ((9, 4, 0.0), "half_width must be > 0, got 0.0"),
+        ((9, 4, float("nan")), "half_width must be > 0, got nan"),
+    ],
+)
+def test_impossible_boards_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        checkerboard.draw(jax.random.key(0), *arguments)
+
+
+def test_no_point_is_no_error():
+    assert checkerboard.draw(jax.random.key(0), 0).shape == (0, 2)
+
+
 def test_keys_make_the_points():
     points = lambda seed: np.asarray(draw(jax.random.key(seed), 100, 4, 1.0))
     np.testing.assert_array_equal(points(1), points(1))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gendiff.data import commonroad, traffic
+from gendiff.data import DataError, commonroad, traffic
 from gendiff.data.traffic import Cut
 
 shapely = pytest.importorskip("shapely")
@@ -346,12 +346,32 @@ def test_a_damaged_file_is_told_with_its_name_and_place(tmp_path, xml, said):
 
 def test_missing_files_and_empty_folders_are_told(tmp_path):
     for read in (commonroad.read_world, commonroad.scenes):
-        with pytest.raises(ValueError, match=r"away\.xml: expected a file, given none .*No such file"):
+        with pytest.raises(ValueError, match=r"away\.xml must be a file, got none .*No such file"):
             read(tmp_path / "away.xml")
-    with pytest.raises(ValueError, match=r"expected a file, given none"):
+    with pytest.raises(ValueError, match="must be a file, got a folder"):
         commonroad.read_world(tmp_path)
+    os.mkfifo(tmp_path / "pipe.xml")
+    for path in (tmp_path / "pipe.xml", tmp_path):
+        with pytest.raises(DataError, match=r"pipe\.xml must be a file, got a named pipe"):
+            commonroad.scenes(path)
+    (tmp_path / "pipe.xml").unlink()
+    (tmp_path / "loop.xml").symlink_to(tmp_path / "loop.xml")
+    with pytest.raises(DataError, match=r"loop\.xml must be a file, got none"):
+        commonroad.scenes(tmp_path)
+    (tmp_path / "loop.xml").unlink()
     with pytest.raises(ValueError, match=r"expected files \*\.xml, given a folder without"):
         commonroad.scenes(str(tmp_path))
+
+
+def test_linked_folders_are_read_once(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("links")
+    (place / "linked").symlink_to(folder)
+    (folder / "more" / "up").symlink_to(folder)
+    (folder / "more" / "self").symlink_to(folder / "more")
+    how = HOW._replace(least=12)
+    plain, linked = (commonroad.scenes(each, how, keep_invalid=True) for each in (folder, place))
+    for a, b in zip(plain, linked, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_too_few_vehicles_are_told(folder):
@@ -362,7 +382,7 @@ def test_too_few_vehicles_are_told(folder):
     with pytest.raises(ValueError, match=r"expected 12 or more vehicles .* given 0"):
         commonroad.scenes(folder / "map.xml")
     for every in (0, -1, np.nan, np.inf):
-        with pytest.raises(ValueError, match="every: expected positive seconds, given"):
+        with pytest.raises(ValueError, match="every must be > 0, got"):
             commonroad.scenes(folder, HOW, every=every)
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gendiff.data import episodes
+from gendiff.data import DataError, episodes
 from gendiff.data.episodes import Episodes
 
 
@@ -41,8 +42,33 @@ def test_the_last_episode_is_whole_and_attempts_are_counted():
 
 
 def test_attempts_that_all_fail_are_an_error():
-    with pytest.raises(ValueError, match="given 2000 discarded attempts in a row"):
+    with pytest.raises(ValueError, match="must be kept, got 2000 discarded ones in a row"):
         episodes.take((None for _ in iter(int, 1)), 1)
+
+
+@pytest.mark.parametrize("transitions", [0, -1, 1.5, np.nan])
+def test_taking_nothing_is_an_error(transitions):
+    with pytest.raises(ValueError, match="transitions must be >= 1 and whole"):
+        episodes.take(stream(), transitions)
+
+
+ATTEMPT = np.ones((3, 4)), np.ones((3, 2))
+
+
+@pytest.mark.parametrize(
+    ("attempts", "message"),
+    [
+        ([], "attempts must go on to 9 rows, got 0 of 0"),
+        ([ATTEMPT, None], "attempts must go on to 9 rows, got 3 of 2"),
+        ([ATTEMPT, (np.ones((0, 4)), np.ones((0, 2)))], "attempt 2 must have a row or more, got none"),
+        ([ATTEMPT] * 2 + [(np.full((3, 4), np.nan), np.ones((3, 2)))], "observations must be .* got nan"),
+        ([ATTEMPT] * 2 + [(np.ones((3, 4)), np.ones((2, 2)))], r"must have one n, got \(9, 4\), \(8, 2\)"),
+        ([ATTEMPT] * 2 + [(np.ones((3, 5)), np.ones((3, 2)))], "episodes must have numbers of one width"),
+    ],
+)
+def test_attempts_that_are_damaged_or_end_are_named(attempts, message):
+    with pytest.raises(ValueError, match=message):
+        episodes.take(iter(attempts), 9)
 
 
 def content(folder) -> dict[str, bytes]:
@@ -84,14 +110,14 @@ def test_a_folder_of_other_episodes_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"'transitions': 31.*'transitions': 30"):
         episodes.write(tmp_path, {"seed": 0}, stream, 31)
     (tmp_path / "info.json").unlink()
-    with pytest.raises(ValueError, match=r"expected an info\.json of episodes, given FileNotFoundError"):
+    with pytest.raises(ValueError, match=r"must have an info\.json of episodes, got .*must be a file, got none"):
         episodes.write(tmp_path, {"seed": 0}, stream, 30)
 
 
 def test_files_that_are_damaged_or_missing_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"expected an info\.json"):
+    with pytest.raises(ValueError, match=r"must have an info\.json"):
         episodes.read(tmp_path)
-    with pytest.raises(ValueError, match="expected 1 or more, given 0 and 100000"):
+    with pytest.raises(ValueError, match="transitions must be >= 1 and whole, got 0"):
         episodes.write(tmp_path, {}, stream, 0)
     episodes.write(tmp_path, {}, stream, 30, 10)
     shard = tmp_path / "shard-00001.npz"
@@ -108,8 +134,34 @@ def test_files_that_are_damaged_or_missing_are_named(tmp_path):
     with pytest.raises(ValueError, match="given 0 shards of an unfinished one"):
         episodes.read(tmp_path)
     (tmp_path / "info.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match=r"expected an info\.json of episodes, given TypeError"):
+    with pytest.raises(ValueError, match=r"must have an info\.json of episodes, got TypeError"):
         episodes.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npz", "info.json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_told_at_once(kind, name, tmp_path):
+    episodes.write(tmp_path, {}, stream, 30, 10)
+    path = tmp_path / name
+    path.unlink()
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path)}[kind](path)
+    for call in (lambda: episodes.read(tmp_path), lambda: episodes.write(tmp_path, {}, stream, 30, 10)):
+        with pytest.raises(DataError, match=f"{name} must be a file, got (a named pipe|a folder|none)"):
+            call()
+
+
+def test_shards_whose_rows_do_not_fit_are_named(tmp_path):
+    episodes.write(tmp_path, {}, stream, 30, 10)
+    with np.load(tmp_path / "shard-00001.npz") as stored:
+        right = dict(stored)
+    for name, array, message in (
+        ("lengths", right["lengths"] + 1, "lengths must be >= 1 with sum"),
+        ("actions", right["actions"][:-1], ".* must have one n"),
+        ("observations", np.full_like(right["observations"], np.nan), "observations must be a finite number, got nan"),
+    ):
+        np.savez(tmp_path / "shard-00001.npz", **right | {name: array})
+        with pytest.raises(DataError, match=rf"shard-00001\.npz: {message}"):
+            episodes.read(tmp_path)
 
 
 def test_episodes_are_a_source():
@@ -171,18 +223,70 @@ def test_d4rl_episodes_end_where_the_file_says(ends, hdf5):
 
 def test_what_is_no_d4rl_file_is_named(hdf5, tmp_path):
     rows = numbered([4])._asdict()
-    with pytest.raises(
-        ValueError, match=r"expected an array terminals, given \['actions', 'lengths', 'observations'\]"
-    ):
+    with pytest.raises(ValueError, match=r"must have an array terminals, got \['actions', 'lengths', 'observations'\]"):
         episodes.d4rl(hdf5(rows))
-    with pytest.raises(ValueError, match="expected the end of an episode, given none in 4 rows"):
+    with pytest.raises(ValueError, match="episodes must end, got no end in 4 rows"):
         episodes.d4rl(hdf5({**rows, "terminals": np.zeros(4, bool)}))
-    with pytest.raises(ValueError, match=r"arrays of one length, given .*'terminals': 3"):
+    with pytest.raises(ValueError, match=r"arrays must have one length, got .*'terminals': 3"):
         episodes.d4rl(hdf5({**rows, "terminals": np.zeros(3, bool)}))
-    for path in (tmp_path / "none", tmp_path / "text"):
-        (tmp_path / "text").write_text("text")
-        with pytest.raises(ValueError, match="expected an HDF5 file"):
-            episodes.d4rl(path)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(DataError, match="text must be an HDF5 file"):
+        episodes.d4rl(tmp_path / "text")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in (("none", "none"), ("loop", "none"), ("pipe", "a named pipe"), ("", "a folder")):
+        for read in (episodes.d4rl, episodes.minari) if name else (episodes.d4rl,):
+            with pytest.raises(DataError, match=f"must be a file, got {what}"):
+                read(tmp_path / name)
+
+
+ROWS = 6
+RIGHT = {
+    "observations": np.ones((ROWS, 4), np.float32),
+    "actions": np.ones((ROWS, 2), np.float32),
+    "terminals": np.arange(ROWS) % 3 == 2,
+    "infos/goal": np.ones((ROWS, 2), np.float32),
+}
+
+
+def changed(array, value, row=3):
+    array = array.astype(np.float32)
+    array[row] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"observations": changed(RIGHT["observations"], np.nan)}, "observations must be .* got nan among 24 values"),
+        ({"actions": changed(RIGHT["actions"], np.inf)}, "actions must be a finite number, got inf"),
+        ({"terminals": changed(RIGHT["terminals"], np.nan)}, r"terminals must be .* got float32 \(6,\) with nan"),
+        ({"terminals": RIGHT["terminals"] * 255}, r"terminals must be \(n,\) true or false, got .* with 255"),
+        ({"terminals": np.zeros((ROWS, 2), bool)}, r"terminals must be \(n,\) true or false, got bool \(6, 2\)"),
+        ({"timeouts": changed(RIGHT["terminals"], np.nan)}, "timeouts must be .* with nan"),
+        (
+            {"terminals": np.zeros(ROWS), "infos/goal": np.full((ROWS, 2), np.nan)},
+            "infos/goal must be a finite number, got nan",
+        ),
+        ({"observations": np.ones(ROWS)}, r"must have one n, got \(6,\), \(6, 2\)"),
+        ({"actions": np.array([b"left"] * ROWS)}, "episodes must have numbers of one width, got others"),
+    ],
+)
+def test_damaged_d4rl_rows_are_named(change, message, hdf5):
+    with pytest.raises(DataError, match=message):
+        episodes.d4rl(hdf5(RIGHT | change))
+    assert list(episodes.d4rl(hdf5(RIGHT)).lengths) == [3, 3]
+
+
+def test_a_damaged_block_of_a_file_is_named(hdf5):
+    path = hdf5(RIGHT | {"observations": np.random.default_rng(0).normal(size=(ROWS, 400))})
+    content = bytearray(path.read_bytes())
+    start = content.index(b"\x78\x5e") if b"\x78\x5e" in content else content.index(b"x\x9c")
+    longest = max(range(start, len(content) - 400), key=lambda i: len(set(content[i : i + 400])))
+    content[longest : longest + 400] = bytes(400)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="observations must be a whole array, got a damaged one"):
+        episodes.d4rl(path)
 
 
 @pytest.mark.parametrize("form", ["array", "dict"])
@@ -214,12 +318,22 @@ def test_minari_episodes_come_in_the_order_of_their_numbers(form, tmp_path):
 
 
 def test_what_is_no_minari_data_set_is_named(hdf5, tmp_path):
-    with pytest.raises(ValueError, match="expected groups episode_0, episode_1"):
+    with pytest.raises(ValueError, match="must have groups episode_0, episode_1"):
         episodes.minari(hdf5({"other": np.zeros(3)}))
-    with pytest.raises(ValueError, match="expected an array episode_0/actions"):
+    with pytest.raises(ValueError, match="must have an array episode_0/actions"):
         episodes.minari(hdf5({"episode_0/observations": np.zeros((3, 4))}))
-    with pytest.raises(ValueError, match="episode_0: expected 4 observations, given 3"):
+    with pytest.raises(ValueError, match="episode_0 must have 4 observations, got 3"):
         episodes.minari(hdf5({"episode_0/observations": np.zeros((3, 4)), "episode_0/actions": np.zeros((3, 2))}))
+    nan = {"episode_0/observations": np.full((3, 4), np.nan), "episode_0/actions": np.zeros((2, 2))}
+    with pytest.raises(DataError, match="observations must be a finite number, got nan"):
+        episodes.minari(hdf5(nan))
+    other = {"episode_1/observations": np.zeros((3, 5)), "episode_1/actions": np.zeros((2, 2))}
+    with pytest.raises(DataError, match="episodes must have numbers of one width"):
+        episodes.minari(hdf5(nan | other))
+    with pytest.raises(DataError, match="lengths must be >= 1"):
+        episodes.minari(hdf5({"episode_0/observations": np.zeros((1, 4)), "episode_0/actions": np.zeros((0, 2))}))
+    with pytest.raises(DataError, match="must have an array episode_0/observations"):
+        episodes.minari(hdf5({"episode_0": np.zeros((1, 4))}))
 
 
 # Windows.
@@ -237,6 +351,36 @@ def test_the_normaliser_maps_the_data_onto_the_cube_and_back(rows):
     np.testing.assert_allclose(mapped.max(0), np.where(varies, 1, 0), atol=1e-6)
     np.testing.assert_allclose(episodes.unnormalise(normaliser, mapped), rows, atol=1e-5)
     np.testing.assert_allclose(episodes.unnormalise(normaliser, 0 * mapped + 9)[0], normaliser.high, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("value", [0.0, 5.0, -7000.0, 6e4, 1e8, -3e30])
+def test_a_constant_coordinate_has_a_width_of_its_size(value, dtype):
+    value = float(np.clip(value, -65504, 65504)) if dtype == np.float16 else value
+    rows = np.concatenate([np.full((9, 1), value), np.arange(9.0)[:, None]], 1).astype(dtype)
+    given = Episodes(rows, rows, np.array([9]))
+    normaliser = episodes.fit(given)
+    both = np.concatenate([rows, rows], 1).astype(np.promote_types(dtype, np.float32))
+    mapped = episodes.normalise(normaliser, both)
+    np.testing.assert_allclose(mapped[:, [0, 2]], 0, atol=2e-3)
+    np.testing.assert_allclose(episodes.unnormalise(normaliser, mapped)[:-1], both[:-1], rtol=1e-6, atol=1e-6)
+    if abs(value) <= 8192:
+        np.testing.assert_array_equal(normaliser.low[0], np.float64(value) - 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.full((5, 4), np.nan, np.float32), "rows must be a finite number, got nan"),
+        (np.float32([[-3e38], [3e38], [0], [0], [0]]), "high - low must be > 0, got inf"),
+    ],
+)
+def test_rows_without_a_normaliser_are_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        episodes.fit(Episodes(rows, rows, np.array([5])))
+    for limit in (1, 0, -1):
+        with pytest.raises(ValueError, match="limit must be >= 2 and whole"):
+            episodes.fit(numbered([5]), limit)
 
 
 def test_dropped_rows_do_not_count_for_the_normaliser():
@@ -311,7 +455,7 @@ def test_without_a_usable_episode_there_are_no_windows(lengths):
     given = numbered(lengths)
     with pytest.raises(ValueError, match=f"one of 3 rows or more, given {len(lengths)} episodes, the longest of "):
         episodes.fit(given)
-    with pytest.raises(ValueError, match="horizon: expected 1 or more, given 0"):
+    with pytest.raises(ValueError, match="horizon must be >= 1 and whole, got 0"):
         episodes.windows(numbered([9]), episodes.fit(numbered([9])), 0)
 
 
@@ -324,5 +468,5 @@ def test_thinning_keeps_the_rows_before_the_last_and_the_last():
     np.testing.assert_array_equal(thin.lengths, [3, 1, 2, 3])
     same = episodes.thinned(episodes.Episodes(rows, rows, lengths), 1)
     np.testing.assert_array_equal(same.observations, rows)
-    with pytest.raises(ValueError, match="stride: expected 1 or more, given 0"):
+    with pytest.raises(ValueError, match="stride must be >= 1 and whole, got 0"):
         episodes.thinned(same, 0)

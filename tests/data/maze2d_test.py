@@ -331,14 +331,18 @@ def test_a_stopped_data_set_goes_on_to_the_same_bytes(tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"maze": "small"}, "maze: expected one of open, umaze, medium, large, given 'small'"),
+        ({"maze": "small"}, "maze must be 'open' or 'umaze' or 'medium' or 'large', got 'small'"),
         ({"goal": (2, 1.4)}, r"goal: expected a point in a free cell of the maze umaze, given \(2, 1.4\)"),
         ({"goal": (9, 1)}, "a free cell of the maze umaze"),
-        ({"transitions": 0}, "transitions: expected 1 or more, given 0"),
-        ({"seed": -1}, "seed: expected 0 or more, given -1"),
-        ({"environments": 0}, "environments: expected 1 or more, given 0"),
-        ({"rules": Rules(start="uniform")}, "start: expected one of inverse_area, area, given 'uniform'"),
-        ({"rules": Rules(limit=0)}, "limit: expected 1 or more"),
+        ({"transitions": 0}, "transitions must be >= 1 and whole, got 0"),
+        ({"seed": -1}, "seed must be >= 0 and whole, got -1"),
+        ({"environments": 0}, "environments must be >= 1 and whole, got 0"),
+        ({"rules": Rules(start="uniform")}, "start must be 'inverse_area' or 'area', got 'uniform'"),
+        ({"rules": Rules(limit=0)}, "limit must be >= 1"),
+        ({"rules": Rules(clearance=np.nan)}, "clearance must be >= 0 and < 0.5, got nan"),
+        ({"threads": 0}, "threads must be >= 1 and whole, got 0"),
+        ({"transitions": 1.5}, "transitions must be >= 1 and whole, got 1.5"),
+        ({"goal": (np.nan, 1)}, "a free cell of the maze umaze"),
     ],
 )
 def test_what_cannot_be_made_is_named(change, what, tmp_path):
@@ -350,9 +354,17 @@ def test_what_cannot_be_made_is_named(change, what, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_beyond_the_maze_all_is_wall():
+    points = np.array([[-30.0, 1.0], [1.0, 90.0], [-0.9, -0.9], [1e9, 1e9]])
+    np.testing.assert_array_equal(maze2d.wall_distance(maze2d.MAZES["umaze"], points), 0)
+    for bad, what in ((points * np.nan, "points must be a finite number, got nan"), (points[:, :1], "have shape")):
+        with pytest.raises(ValueError, match=what):
+            maze2d.wall_distance(maze2d.MAZES["umaze"], bad)
+
+
 @needs_mujoco
 def test_a_goal_that_cannot_be_reached_is_an_error():
-    with pytest.raises(ValueError, match="given 2000 discarded attempts in a row"):
+    with pytest.raises(ValueError, match="got 2000 discarded ones in a row"):
         maze2d.generate("umaze", 10**6, 0, (0.51, 0.51), threads=1)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gendiff.data import mnist
+from gendiff.data import drawn_sevens, mnist
 
 needs_data = pytest.mark.skipif(
     not os.environ.get(mnist.FOLDER), reason=f"{mnist.FOLDER} names no folder with MNIST's files"
@@ -89,7 +89,7 @@ def test_damaged_files_are_named(digits, tmp_path):
         with pytest.raises(mnist.DataError, match="train-images-idx3-ubyte: expected an IDX file"):
             mnist.read(place=tmp_path)
     (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images[:4]))
-    with pytest.raises(mnist.DataError, match=r"uint8 \(4, 28, 28\) and 6 labels"):
+    with pytest.raises(mnist.DataError, match=r"labels of 4 images must be 0\.\.9 or one-hot, got uint8 \(6,\)"):
         mnist.read(place=tmp_path)
     (tmp_path / "train-images-idx3-ubyte").unlink()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images))[:-9])
@@ -98,6 +98,72 @@ def test_damaged_files_are_named(digits, tmp_path):
     (tmp_path / "mnist.npz").write_bytes(b"PK\3\4 not an archive")
     with pytest.raises(mnist.DataError, match=r"mnist\.npz: expected the arrays x_train"):
         mnist.read(place=tmp_path)
+
+
+@pytest.mark.parametrize("form", ["column", "float32", "float64", "int64", "one-hot", "Boolean one-hot", "four axes"])
+def test_every_form_of_labels_is_read(form, digits, tmp_path):
+    images, labels = digits
+    given = {
+        "column": labels[:, None],
+        "one-hot": np.eye(10, dtype=np.float32)[labels],
+        "Boolean one-hot": np.eye(10, dtype=bool)[labels],
+        "four axes": labels,
+    }.get(form)
+    given = labels.astype(form) if given is None else given
+    np.savez(tmp_path / "mnist.npz", x_train=images[..., None] if form == "four axes" else images, y_train=given)
+    np.testing.assert_array_equal(mnist.read(7, "train", tmp_path), images[[0, 2, 5]])
+
+
+SIX = np.array([7, 1, 7, 0, 9, 7])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (SIX.astype(str), r"labels of 6 images must be 0\.\.9 or one-hot, got <U21 \(6,\), such as 7"),
+        (SIX.astype("S1"), r"must be 0\.\.9 or one-hot, got \|S1"),
+        (SIX + 0.5, r"got float64 \(6,\), such as 7\.5"),
+        (SIX + 1, r"got int64 \(6,\), such as 10"),
+        (SIX - 1, r"got int64 \(6,\), such as -1"),
+        (np.where(SIX == 0, np.nan, SIX), r"got float64 \(6,\), such as nan"),
+        (SIX == 7, r"got bool \(6,\)"),
+        (np.zeros((6, 10)), r"got float64 \(6, 10\)"),
+        (np.ones((6, 10)), r"got float64 \(6, 10\)"),
+        (np.eye(11)[SIX], r"got float64 \(6, 11\)"),
+        (np.int64(7), r"got int64 \(\)"),
+        (np.where(SIX == 7, 8, SIX), "train must hold images of the digit 7, got none among 6"),
+    ],
+)
+def test_labels_without_the_digit_are_told(labels, message, digits, tmp_path):
+    np.savez(tmp_path / "mnist.npz", x_train=digits[0], y_train=labels)
+    with pytest.raises(mnist.DataError, match=message):
+        mnist.read(place=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: a / 255, lambda a: a.reshape(6, 784), lambda a: a[:0], lambda a: a[..., :9]]
+)
+def test_other_images_are_told(change, digits, tmp_path):
+    np.savez(tmp_path / "mnist.npz", x_train=change(digits[0]), y_train=digits[1])
+    with pytest.raises(mnist.DataError, match="must be"):
+        mnist.read(place=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mnist.npz", "train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_told_at_once(kind, name, digits, tmp_path):
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(digits[1]))
+    path = tmp_path / name
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path)}[kind](path)
+    with pytest.raises(mnist.DataError, match=r"got a named pipe|got a folder|given none of"):
+        mnist.read(place=tmp_path)
+
+
+def test_an_empty_variable_names_no_folder(monkeypatch):
+    monkeypatch.setenv("GENDIFF_DATA", "")
+    monkeypatch.setattr("tensorflow_datasets.data_source", lambda *a, **k: {}["no network"])
+    with pytest.raises(mnist.DataError, match="given no such variable"):
+        mnist.read()
 
 
 @pytest.mark.parametrize(("digit", "split"), [(10, "train"), (-1, "train"), (7, "validation")])
@@ -224,8 +290,39 @@ def test_fingerprints_are_blake2b():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_impossible_shares(share):
-    with pytest.raises(ValueError, match="share: expected 0 to 1"):
+    with pytest.raises(ValueError, match="share must be >= 0 and <= 1"):
         mnist.mix(np.zeros((1, 28, 28), np.uint8), share, 0)
+
+
+ONE = np.zeros((1, 28, 28), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mnist.mix(ONE, 0.5, -1), "seed must be >= 0"),
+        (lambda: mnist.crossed(ONE, -1), "seed must be >= 0"),
+        (lambda: mnist.crossed(ONE / 255, 0), r"images must be uint8 in 0\.\.255, got float64"),
+        (lambda: mnist.crossed(ONE[0], 0), r"images must have shape \(n, 28, 28\), got \(28, 28\)"),
+        (lambda: mnist.scaled(2.0 * ONE - 1, 16), r"images must be uint8 in 0\.\.255, got float64"),
+        (lambda: mnist.scaled(ONE, 0), "size must be >= 1 and whole, got 0"),
+        (lambda: mnist.naturally_crossed(ONE.astype(int)), r"images must be uint8 in 0\.\.255, got int64"),
+        (lambda: mnist.triangle(0, 3), "before must be >= 1"),
+        (lambda: drawn_sevens.draw(-1, 0), "n must be >= 0 and whole, got -1"),
+        (lambda: drawn_sevens.draw(1, -1), "seed must be >= 0 and whole, got -1"),
+        (lambda: drawn_sevens.to_segment(np.zeros((2, 2)), np.zeros((1, 2))), r"end must have shape \(2, 2\)"),
+    ],
+)
+def test_arguments_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_segment_may_be_a_point():
+    place = np.array([[3.0, 4.0]])
+    y, x = np.mgrid[:28, :28]
+    np.testing.assert_allclose(drawn_sevens.to_segment(place, place)[0], np.hypot(x - 3, y - 4))
+    assert drawn_sevens.draw(0, 0).shape == (0, 28, 28)
 
 
 def test_damaged_compression_is_named(digits, tmp_path):

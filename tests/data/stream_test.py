@@ -80,9 +80,9 @@ def test_a_training_resumes_at_the_batch_where_it_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("source", "size", "message"),
     [
-        ([], 4, "expected one element or more, given none"),
-        (SOURCE, 5, "expected a multiple of the 2 processes, given 5"),
-        (SOURCE, 0, "expected a multiple of the 2 processes, given 0"),
+        ([], 4, "elements of the source must be >= 1, got 0"),
+        (SOURCE, 5, "size must be a multiple of the 2 processes, got 5"),
+        (SOURCE, 0, "size must be >= 1 and whole, got 0"),
     ],
 )
 def test_bad_input_is_named(source, size, message):

@@ -1,3 +1,5 @@
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -136,11 +138,59 @@ def test_a_folder_of_other_scenes_is_refused(folder, tmp_path):
         traffic.read(tmp_path)
     with pytest.raises(ValueError, match="expected 100000 scenes"):
         traffic.read(folder, scenes=100_000)
-    with pytest.raises(ValueError, match="scenes: expected 1 or more"):
+    with pytest.raises(ValueError, match="scenes must be >= 1 and whole, got 0"):
         traffic.write(tmp_path, 0)
     (tmp_path / "map-000000.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="damaged"):
         traffic.read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+@pytest.mark.parametrize("name", ["map-000000.npz", "recipe.json"])
+def test_what_is_no_file_is_told_at_once(kind, name, tmp_path):
+    path = tmp_path / name
+    {"pipe": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path)}[kind](path)
+    read = traffic.recipe_of if name == "recipe.json" else traffic.read
+    if (kind, name) == ("loop", "recipe.json"):
+        assert traffic.recipe_of(tmp_path) is None  # as if it were not there
+    else:
+        with pytest.raises(ValueError, match="must be a file, got"):
+            read(tmp_path)
+
+
+SCENES = traffic.take(traffic.embedded(), slice(3))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: traffic.empty(Cut(cells=0)), "cells must be >= 1 and whole, got 0"),
+        (lambda: traffic.empty(Cut(half=np.nan)), "half must be > 0, got nan"),
+        (lambda: traffic.valid(SCENES, Cut(half=-1.0)), "half must be > 0, got -1.0"),
+        (lambda: traffic.valid(SCENES, Cut(tolerance=np.nan)), "tolerance must be a finite number, got nan"),
+        (lambda: traffic.valid(SCENES._replace(present=SCENES.present[:2])), "must be arrays with one number of rows"),
+        (lambda: traffic.windows(None, 0, -1), "seed must be >= 0"),
+        (lambda: traffic.windows(None, 0, 0, Cut(least=9, most=8)), "most must be >= 9 and whole, got 8"),
+        (lambda: traffic.spread(SCENES, 0), "most must be >= 1"),
+        (lambda: traffic.read(None, scenes=-1), "scenes must be >= 1 and whole, got -1"),
+        (lambda: traffic.of_split(SCENES, "val"), "split must be 'train' or 'validation' or 'test', got 'val'"),
+        (lambda: traffic.halved(np.zeros((1, 3, 4))), r"distance must have shape \(n, 2, 4\), got \(1, 3, 4\)"),
+        (lambda: sumo.simulate("crossing", 0), "kind must be 'junction' or"),
+        (lambda: sumo.simulate("junction", -1), "seed must be >= 0"),
+        (lambda: sumo.simulate("junction", 0, every=0.0), "every must be >= 0.5, got 0.0"),
+        (lambda: sumo.simulate("junction", 0, seconds=np.nan), "seconds must be > 0, got nan"),
+    ],
+)
+def test_arguments_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_split_without_scenes_is_told(tmp_path):
+    for number in range(2):
+        files.store(traffic._file(tmp_path, number), lambda file: np.savez_compressed(file, **SCENES._asdict()))
+    with pytest.raises(ValueError, match="test must have scenes, got none: 2 maps are too few"):
+        traffic.read(tmp_path, "test")
 
 
 def test_maps_that_are_left_out_one_after_the_other_are_an_error(tmp_path, monkeypatch):

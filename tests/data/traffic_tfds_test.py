@@ -270,7 +270,7 @@ def test_embedded_scenes_are_few_and_of_many_maps():
     for split, part in zip(SPLITS, parts, strict=True):
         assert len(np.unique(part.world)) >= 2
         assert {traffic.split_of(int(number)) for number in part.world} == {split}
-    with pytest.raises(ValueError, match="split: expected one of train, validation, test, given 'val'"):
+    with pytest.raises(ValueError, match="split must be 'train' or 'validation' or 'test', got 'val'"):
         traffic.embedded("val")
 
 

@@ -79,3 +79,48 @@ def test_certain_classifier_has_a_last_bin(mixture):
     report = report_of_constant(mixture, 1.0)
     np.testing.assert_allclose(report.share, [[0, 0, 0, 1]], atol=1e-6)
     np.testing.assert_allclose(report.error, [0.4], rtol=1e-5)
+
+
+def test_one_bin_holds_all(mixture):
+    positives, negatives = pools(mixture, 500)
+    half = lambda _, x, t: jax.nn.sigmoid(x[0])
+    report = calibrate(EDM, half, None, positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]), bins=1)
+    np.testing.assert_allclose(report.share, [[1.0]], rtol=1e-6)
+    np.testing.assert_allclose(report.predicted[:, 0], report.mean, rtol=1e-6)
+    np.testing.assert_allclose(report.error, np.abs(report.mean - 0.6), rtol=1e-5)
+
+
+def test_a_classifier_in_bfloat16_is_read(mixture):
+    positives, negatives = pools(mixture, 500)
+    narrow = lambda _, x, t: jax.nn.sigmoid(x[0].astype(jnp.bfloat16))
+    report = calibrate(EDM, narrow, None, positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]))
+    np.testing.assert_allclose(np.asarray(report.share).sum(), 1.0, rtol=1e-5)
+
+
+POINTS = np.ones((4, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positives": POINTS[:0]}, "positives must be >= 1, got 0"),
+        ({"negatives": POINTS[:0]}, "negatives must be >= 1, got 0"),
+        ({"negatives": POINTS[:, :1]}, r"negatives must have shape \(n, 2\), got \(4, 1\)"),
+        ({"alpha": 0.0}, "alpha must be > 0 and < 1, got 0.0"),
+        ({"alpha": float("nan")}, "alpha must be > 0 and < 1, got nan"),
+        ({"bins": 0}, "bins must be >= 1 and whole, got 0"),
+        ({"times": jnp.zeros(0)}, "times must be >= 1, got 0"),
+        ({"times": jnp.array([jnp.nan])}, "times must be a finite number, got nan"),
+        ({"probability": lambda _, x, t: x[0] * jnp.nan}, "probability must be >= 0 and <= 1, got nan among 8 values"),
+        ({"probability": lambda _, x, t: jnp.float32(-2.0)}, "probability must be >= 0 and <= 1, got -2.0"),
+        ({"probability": lambda _, x, t: jnp.float32(3.0)}, "probability must be >= 0 and <= 1, got 3.0"),
+        ({"probability": lambda _, x, t: jnp.ones(1) / 2}, r"must have shape \(8,\), got \(8, 1\)"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    right = {
+        "process": EDM, "probability": lambda _, x, t: jnp.float32(0.5), "params": None, "positives": POINTS,
+        "negatives": POINTS, "alpha": 0.5, "key": jax.random.key(0), "times": jnp.array([1.0]),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        calibrate(**right | change)

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -43,6 +44,38 @@ def test_the_same_numbers_tell_nothing():
     assert abs(held_out.value - 0.5) < stats.norm.isf(FALSE_ALARM / 2) * (0.25 / held_out.n) ** 0.5
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match=r"expected 4 or more finite values of each, given \[3, 9\]"):
-        discriminability.accuracy(np.zeros(3), np.zeros(9))
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e8, -1e-9])
+def test_values_that_tie_tell_nothing(value):
+    each = discriminability.accuracy(np.full(50, value), np.full(70, value))
+    assert 0.4 <= each.value <= 0.6
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-13, 1e100])
+def test_small_and_large_units_do_not_matter(scale):
+    rng = np.random.default_rng(2)
+    base, expert = rng.normal(0, 1, 200), rng.normal(1, 1, 200)
+    expected = discriminability.accuracy(base, expert)
+    assert discriminability.accuracy(scale * base, scale * expert) == expected
+
+
+def test_narrow_types_are_read():
+    rng = np.random.default_rng(2)
+    base, expert = (rng.normal(shift, 1, 200).astype(jnp.bfloat16) for shift in (0, 1))
+    wide = discriminability.accuracy(base.astype(np.float64), expert.astype(np.float64))
+    assert discriminability.accuracy(base, expert) == discriminability.accuracy(jnp.asarray(base), expert) == wide
+
+
+@pytest.mark.parametrize(
+    ("base", "expert", "tails", "message"),
+    [
+        (np.zeros(3), np.zeros(9), 0.01, "values of base must be >= 4, got 3"),
+        (np.zeros(9), np.zeros(0), 0.01, "values of expert must be >= 4, got 0"),
+        (np.zeros(9), np.full(9, np.nan), 0.01, "expert must be a finite number, got nan among 9 values"),
+        (np.zeros((9, 2)), np.zeros(9), 0.01, r"base must have shape \(n,\), got \(9, 2\)"),
+        (np.zeros(9), np.zeros(9), 0.5, "tails must be >= 0 and < 0.5, got 0.5"),
+        (np.zeros(9), np.zeros(9), np.nan, "tails must be >= 0 and < 0.5, got nan"),
+    ],
+)
+def test_bad_input_is_named(base, expert, tails, message):
+    with pytest.raises(ValueError, match=message):
+        discriminability.accuracy(base, expert, tails=tails)

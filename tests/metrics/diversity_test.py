@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -100,13 +101,16 @@ def test_intervals():
 @pytest.mark.parametrize(
     ("real", "generated", "k", "message"),
     [
-        (np.zeros((9, 2)), np.full((9, 2), np.nan), 3, "generated: expected finite features, given 9 of 9"),
-        (np.full((9, 2), np.inf), np.zeros((9, 2)), 3, "real: expected finite features"),
-        (np.zeros(9), np.zeros((9, 2)), 3, r"real: expected features \(n, d\), given shape \(9,\)"),
-        (np.zeros((9, 2)), np.zeros((9, 3)), 3, "features of one length, given 2 and 3"),
-        (np.zeros((3, 2)), np.zeros((9, 2)), 3, "more than k points, given k = 3 and 3"),
-        (np.zeros((9, 2)), np.zeros((9, 2)), 0, "k >= 1"),
-        (np.zeros((0, 2)), np.zeros((9, 2)), 3, "more than k points"),
+        (np.zeros((9, 2)), np.full((9, 2), np.nan), 3, "generated must be .*, got nan among 18 values"),
+        (np.full((9, 2), np.inf), np.zeros((9, 2)), 3, "real must be .*, got inf"),
+        (np.full((9, 2), 1e200), np.zeros((9, 2)), 3, r"real must be >= -1e\+150 and <= 1e\+150, got 1e\+200"),
+        (np.zeros(9), np.zeros((9, 2)), 3, r"real must be features \(n, d\) with d >= 1, got shape \(9,\)"),
+        (np.zeros((9, 0)), np.zeros((9, 0)), 3, r"real must be features \(n, d\) with d >= 1"),
+        (np.zeros((9, 2)), np.zeros((9, 3)), 3, r"generated must have shape \(n, 2\), got \(9, 3\)"),
+        (np.zeros((3, 2)), np.zeros((9, 2)), 3, "real must have more than k = 3 points, got 3"),
+        (np.zeros((9, 2)), np.zeros((9, 2)), 0, "k must be >= 1 and whole, got 0"),
+        (np.zeros((9, 2)), np.zeros((9, 2)), 1.5, "k must be >= 1 and whole, got 1.5"),
+        (np.zeros((0, 2)), np.zeros((9, 2)), 3, "more than k = 3 points"),
     ],
 )
 def test_bad_features_are_named(real, generated, k, message):
@@ -114,6 +118,53 @@ def test_bad_features_are_named(real, generated, k, message):
         precision_recall(real, generated, k)
 
 
-def test_one_split_is_none():
-    with pytest.raises(ValueError, match="splits: expected 2 or more, given 1"):
-        by_splits(np.zeros((9, 2)), np.zeros((9, 2)), splits=1)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"splits": 1}, "splits must be >= 2 and whole, got 1"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"splits": 5}, "more than k = 3 points, got 2"),
+    ],
+)
+def test_impossible_splits_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        by_splits(np.zeros((9, 2)), np.zeros((9, 2)), **arguments)
+
+
+# Where a matrix product loses the digits of a distance.
+
+
+@pytest.mark.parametrize("outlier", [1e9, 1e6, -1e12])
+@pytest.mark.parametrize("of", ["real", "generated"])
+def test_one_outlier_leaves_the_others_as_they_are(of, outlier):
+    rng = np.random.default_rng(0)
+    sets = {"real": rng.normal(size=(300, 16)), "generated": rng.normal(0.2, 0.8, size=(300, 16))}
+    sets[of][7] = outlier
+    measured = precision_recall(**sets)
+    real, generated = sets.values()
+    away = lambda a, b: np.linalg.norm(a[:, None] - b, axis=-1)
+    share = lambda points, of: np.mean((away(points, of) <= np.sort(away(of, of), 1)[:, 3]).any(1))
+    assert (measured.precision.value, measured.recall.value) == (share(generated, real), share(real, generated))
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e8, -1e10])
+def test_an_offset_that_all_features_share_changes_nothing(offset):
+    rng = np.random.default_rng(1)
+    # Multiples of 2^-10, so that the offset rounds nothing away.
+    real, generated = (np.round(rng.normal(mean, 1, (200, 4)) * 1024) / 1024 for mean in (0.0, 0.3))
+    assert precision_recall(real + offset, generated + offset) == precision_recall(real, generated)
+
+
+def test_clusters_that_are_tight_and_far_apart_stay_clusters():
+    rng = np.random.default_rng(2)
+    places = np.array([0.0, 1e9])[np.arange(100) % 2, None]
+    real, generated = places + rng.uniform(0, 1e-3, (100, 2)), places + 0.5 + rng.uniform(0, 1e-3, (100, 2))
+    measured = precision_recall(real, generated)
+    assert (measured.precision.value, measured.recall.value) == (0, 0)
+
+
+def test_narrow_types_and_jax_arrays_are_their_values():
+    rng = np.random.default_rng(3)
+    real, generated = (rng.normal(size=(40, 3)).astype(jnp.bfloat16) for _ in range(2))
+    expected = precision_recall(real.astype(np.float64), generated.astype(np.float64))
+    assert precision_recall(real, jnp.asarray(generated)) == expected

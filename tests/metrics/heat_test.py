@@ -45,8 +45,51 @@ def test_empty_bins_do_not_draw_the_peak_down():
     assert np.all(smooth[each.counts == 0] == -np.inf)
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match="expected n points"):
-        heat.heat(np.zeros((3, 2)), np.array([0.0, np.nan, 1.0]), (5, 5))
-    with pytest.raises(ValueError, match="expected a bin with enough values"):
+def test_values_that_are_all_equal_have_a_peak():
+    for value in (0.0, 7.0, 1e8):
+        each = heat.heat(cloud(5000), np.full(5000, value), (5, 7), bins=1)
+        assert np.all(each.mean == 0)
+        assert np.isfinite(heat.highest(each)).all()
+
+
+def test_one_bin_is_the_whole_plane():
+    each = heat.heat(np.zeros((9, 2)), np.arange(9.0), (1, 1), bins=1, tails=0.0)
+    np.testing.assert_allclose(each.mean, [[0.5]])
+    assert heat.highest(each) == (0.0, 0.0)
+    assert heat.highest(each, width=0.0) == (0.0, 0.0)
+
+
+NINE = {"points": np.zeros((9, 2)), "values": np.arange(9.0), "extent": (5, 5)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"values": np.full(9, np.nan)}, "values must be a finite number, got nan among 9 values"),
+        ({"points": np.full((9, 2), np.nan)}, "points must be a finite number, got nan"),
+        ({"points": np.zeros((3, 2))}, r"points must have shape \(9, 2\), got \(3, 2\)"),
+        ({"points": np.zeros((0, 2)), "values": np.zeros(0)}, "number of points must be >= 1, got 0"),
+        ({"bins": 0}, "bins must be >= 1 and whole, got 0"),
+        ({"least": 0}, "least must be >= 1"),
+        ({"extent": (5, 0)}, "extent must be >= 1"),
+        ({"extent": (5,)}, r"extent must have shape \(2,\)"),
+        ({"tails": 0.5}, "tails must be >= 0 and < 0.5, got 0.5"),
+        ({"tails": -0.1}, "tails must be >= 0 and < 0.5, got -0.1"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        heat.heat(**NINE | arguments)
+
+
+def test_what_has_no_peak_is_named():
+    with pytest.raises(ValueError, match="a bin must have enough values, got none"):
         heat.highest(heat.heat(np.zeros((3, 2)), np.arange(3.0), (5, 5)))
+    each = heat.heat(**NINE)
+    for width in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="width must be >= 0"):
+            heat.smoothed(each, width)
+    with pytest.raises(ValueError, match="goal must be a finite number, got nan"):
+        heat.recovered(each, (np.nan, 1.0))
+    with pytest.raises(ValueError, match="within must be >= 0"):
+        heat.recovered(each, (1.0, 1.0), within=-1.0)

@@ -1,3 +1,4 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,9 +39,9 @@ def test_rate_covers(p):
     assert 0.93 < covered @ stats.binom.pmf(np.arange(n + 1), n, p) < 0.975
 
 
-@pytest.mark.parametrize(("events", "n"), [(-1, 5), (6, 5), (0, 0), (1, -1)])
+@pytest.mark.parametrize(("events", "n"), [(-1, 5), (6, 5), (0, 0), (1, -1), (1.5, 3), (np.nan, 3)])
 def test_rate_rejects_impossible_counts(events, n):
-    with pytest.raises(ValueError, match="0 <= events <= n"):
+    with pytest.raises(ValueError, match=r"rate: (events must be >= 0 and <= \d and whole|n must be >= 1 and whole)"):
         rates.rate(events, n)
 
 
@@ -74,8 +75,29 @@ def test_mean_of_one_value_has_no_interval():
 
 @pytest.mark.parametrize("values", [[], [1.0, np.nan], [np.inf, 0.0]])
 def test_mean_rejects_what_has_no_mean(values):
-    with pytest.raises(ValueError, match="finite values"):
+    message = r"mean: values must (be a finite number, got \w+ among 2 values|have shape \(n,\) with n >= 1)"
+    with pytest.raises(ValueError, match=message):
         rates.mean(values)
+
+
+def test_narrow_types_keep_their_digits():
+    # In float16 the sum of 3,000 ones would be 2048.
+    for ones in (np.ones(3000, np.float16), jnp.ones(3000, jnp.bfloat16), np.ones(3000, bool)):
+        assert rates.mean(ones).value == 1
+        assert rates.clustered(ones, np.arange(3000)).value == 1
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "message"),
+    [
+        ([1.0, 0.0], [1.0, 1.0], "after must be > 0, got 0.0 among 2 values"),
+        ([1.0, 1.0], [np.nan, 1.0], "before must be > 0, got nan"),
+        ([1.0, 1.0], [1.0], r"before must have shape \(2,\), got \(1,\)"),
+    ],
+)
+def test_change_rejects_what_has_no_ratio(after, before, message):
+    with pytest.raises(ValueError, match=message):
+        rates.change(after, before)
 
 
 def test_exact_scaled_and_shifted():
@@ -83,6 +105,12 @@ def test_exact_scaled_and_shifted():
     estimate = rates.Estimate(2.0, 1.0, 4.0, 9)
     assert rates.scaled(estimate, 0.5) == rates.Estimate(1.0, 0.5, 2.0, 9)
     assert rates.shifted(estimate, -3.0) == rates.Estimate(-1.0, -2.0, 1.0, 9)
+    for factor in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="factor must be > 0"):
+            rates.scaled(estimate, factor)
+    for merged in (rates.over_seeds, rates.over_trials):
+        with pytest.raises(ValueError, match="estimates must be >= 1, got 0"):
+            merged([])
 
 
 def test_over_seeds_is_the_interval_of_the_runs():
@@ -133,10 +161,39 @@ def test_clustered_knows_what_it_does_not_know():
     none = rates.clustered(np.zeros(40), np.arange(40) % 10)
     assert none[:3] == rates.rate(0, 10)[:3]
     assert none.n == 40
-    with pytest.raises(ValueError, match="expected a group for each value"):
-        rates.clustered(np.zeros(4), np.zeros(3))
-    with pytest.raises(ValueError, match="expected a group for each value"):
-        rates.clustered(np.zeros(0), np.zeros(0))
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.3], [1.0, 1.0]])
+def test_one_group_has_no_interval(values):
+    groups = np.zeros(len(values))
+    unbounded = (-np.inf, np.inf, len(values))
+    assert rates.clustered(values, groups) == (np.mean(values), *unbounded)
+    assert rates.paired(values, np.zeros(len(values)), groups) == (np.mean(values), *unbounded)
+    assert rates.paired(np.zeros(len(values)), values, groups) == (-np.mean(values), *unbounded)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "given", "message"),
+    [
+        (np.zeros(4), np.zeros(3), {}, r"groups must have shape \(4,\), got \(3,\)"),
+        (np.zeros(0), np.zeros(0), {}, r"values must have shape \(n,\) with n >= 1, got \(0,\)"),
+        (np.zeros((2, 2)), np.zeros((2, 2)), {}, r"values must have shape \(n,\)"),
+        ([0.0, np.nan], [0, 1], {}, "values must be a finite number, got nan"),
+        ([0.0, 1.0], [0, np.nan], {}, "groups must be a finite number, got nan"),
+        ([0.0, 1.0], [0, 1], {"resamples": 0}, "resamples must be >= 1"),
+        ([0.0, 1.0], [0, 1], {"seed": -1}, "seed must be >= 0"),
+    ],
+)
+def test_clustered_rejects_what_has_no_interval(values, groups, given, message):
+    with pytest.raises(ValueError, match=message):
+        rates.clustered(values, groups, **given)
+
+
+def test_paired_rejects_trials_that_do_not_match():
+    with pytest.raises(ValueError, match=r"two must have shape \(3,\), got \(1,\)"):
+        rates.paired([1, 0, 1], [1], [0, 1, 2])
+    with pytest.raises(ValueError, match="values must be a finite number, got nan"):
+        rates.paired([1, np.nan, 1], [1, 0, 0], [0, 1, 2])
 
 
 def test_paired_shares_that_agree_may_still_differ():

@@ -41,3 +41,27 @@ def test_distances_between_marginals():
     moved = traffic.differences({name: values + 2.5 for name, values in real.items()}, real)
     assert moved["speed"] == pytest.approx(2.5)
     assert traffic.differences({"speed": real["speed"], "gap": np.zeros(0)}, real)["gap"] == np.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"half": 0.0}, "half must be > 0, got 0.0"),
+        ({"half": np.nan}, "half must be > 0, got nan"),
+        ({"present": np.ones((1, 1), bool)}, r"present must have shape \(1, 2\), got \(1, 1\)"),
+        ({"distance": road()}, r"distance must have shape \(1, n, n\), got \(80, 80\)"),
+        ({"vehicles": np.full((1, 2, 7), np.nan)}, "vehicles must be a finite number, got nan"),
+        ({"vehicles": np.zeros((1, 2, 6))}, r"vehicles must have shape \(n, n, 7\), got \(1, 2, 6\)"),
+    ],
+)
+def test_bad_scenes_are_named(change, message):
+    right = {"vehicles": scene((0, 2, 4, 0, 3), (10, 2, 6, 0, 5)), "present": np.ones((1, 2), bool)}
+    with pytest.raises(ValueError, match=message):
+        traffic.marginals(**right | {"distance": road()[None], "half": HALF} | change)
+
+
+def test_bad_marginals_are_named():
+    with pytest.raises(ValueError, match="speed must be a finite number, got nan among 4 values"):
+        traffic.differences({"speed": np.array([1.0, np.nan])}, {"speed": np.ones(2)})
+    with pytest.raises(ValueError, match="marginals must hold speed, gap, got none of gap"):
+        traffic.differences({"speed": np.ones(2)}, {"speed": np.ones(2), "gap": np.ones(2)})

@@ -119,3 +119,30 @@ def test_degenerate_boxes_are_counted_and_mended():
     np.testing.assert_allclose(mended[:, 2:4].min(1), [2, 0.1, 0.1, 2, 2])
     np.testing.assert_allclose(mended[3:, 4:6], [(1, 0), (0.6, 0.8)], rtol=1e-6)
     assert bool(boxes.degenerate(given[0].at[2].set(jnp.nan)))
+
+
+def test_narrow_boxes_are_judged_as_their_values():
+    rng = np.random.default_rng(1)
+    a, b = (jnp.asarray(drawn(rng, 4000, 5), jnp.bfloat16) for _ in range(2))
+    a, b = a.at[:, :2].add(jnp.bfloat16(40)), b.at[:, :2].add(jnp.bfloat16(40))
+    wide = a.astype(jnp.float32), b.astype(jnp.float32)
+    np.testing.assert_array_equal(boxes.overlap(a, b), boxes.overlap(*wide))
+    np.testing.assert_array_equal(boxes.degenerate(a), boxes.degenerate(wide[0]))
+    np.testing.assert_array_equal(outline(a), outline(wide[0]))
+    assert boxes.mended(a).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda box: boxes.overlap(box, box, jnp.nan), "margin must be a finite number, got nan"),
+        (lambda box: boxes.overlap(box, box[..., :5]), r"boxes must have shape \(3, 6\), got \(3, 5\)"),
+        (lambda box: boxes.mended(box[..., :4]), r"boxes must have shape \(3, 6\), got \(3, 4\)"),
+        (lambda box: boxes.degenerate(box[..., :5]), r"boxes must have shape \(3, 6\)"),
+        (lambda box: outline(jnp.ones((3, 7))), r"boxes must have shape \(3, 6\), got \(3, 7\)"),
+        (lambda box: boxes.collisions(box, jnp.ones(1, bool)), r"present must have shape \(3,\), got \(1,\)"),
+    ],
+)
+def test_bad_boxes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((3, 6)))

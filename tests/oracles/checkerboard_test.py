@@ -77,3 +77,37 @@ def test_oracle_of_a_board():
     samples = np.float32([[-0.9, -0.9], [-0.4, -0.9], [0.6, 0.6], [3.0, 3.0]])
     np.testing.assert_array_equal(label(checkerboard.checkerboard(), samples), [True, False, True, False])
     np.testing.assert_array_equal(label(checkerboard.checkerboard(2, 4.0), samples), [True, True, True, True])
+
+
+@pytest.mark.parametrize(
+    ("cells", "half_width", "message"),
+    [
+        (0, 1.0, "cells must be >= 1 and whole, got 0"),
+        (2.5, 1.0, "cells must be >= 1 and whole, got 2.5"),
+        (4, 0.0, "half_width must be > 0, got 0.0"),
+        (4, float("nan"), "half_width must be > 0, got nan"),
+    ],
+)
+def test_impossible_boards_are_named(cells, half_width, message):
+    points = jnp.zeros((3, 2))
+    for call in (checkerboard.on_board, checkerboard.in_outer_band, checkerboard.position):
+        with pytest.raises(ValueError, match=message):
+            call(points, cells, half_width)
+    with pytest.raises(ValueError, match=message):
+        checkerboard.checkerboard(cells, half_width)
+
+
+def test_points_of_other_dimensions_are_named():
+    for shape in ((5, 3), (5, 1), (3,)):
+        with pytest.raises(ValueError, match="points must have shape"):
+            checkerboard.on_board(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_points_are_judged_as_their_values(dtype):
+    points = jax.random.uniform(jax.random.key(0), (2000, 2), minval=-1, maxval=1).astype(dtype)
+    expected = checkerboard.on_board(points.astype(jnp.float32), 7, 0.9)
+    np.testing.assert_array_equal(checkerboard.on_board(points, 7, 0.9), expected)
+    with jax.enable_x64(True):
+        wide = checkerboard.on_board(jnp.asarray(points, jnp.float64), 7, 0.9)
+    assert np.mean(np.asarray(wide) == np.asarray(expected)) > 0.99

@@ -76,16 +76,45 @@ def test_values_beyond_the_range_are_clipped():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 28, 28, 1)), "16 or 32 pixels, given 28"),
-        (np.zeros((2, 16, 16)), r"images \(n, s, s, 1\), given shape \(2, 16, 16\)"),
-        (np.zeros((2, 16, 32, 1)), r"images \(n, s, s, 1\)"),
-        (np.zeros((2, 16, 16, 3)), r"images \(n, s, s, 1\)"),
-        (np.full((2, 16, 16, 1), np.nan), "given NaN in 2 images"),
+        (np.zeros((2, 28, 28, 1)), "must be 16 or 32, got 28"),
+        (np.zeros((2, 16, 16)), r"images must have shape \(n, s, s, 1\), got \(2, 16, 16\)"),
+        (np.zeros((2, 16, 32, 1)), r"images must have shape \(n, s, s, 1\)"),
+        (np.zeros((2, 16, 16, 3)), r"images must have shape \(n, s, s, 1\)"),
+        (np.full((2, 16, 16, 1), np.nan), "got NaN in 2 of 2 images"),
+        (
+            np.full((2, 16, 16, 1), 255.0),
+            r"pixels must be in \[-1, 1\], got float64 up to 255\.0; scale 0\.\.255",
+        ),
+        (np.arange(512.0).reshape(2, 16, 16, 1), r"pixels must be in \[-1, 1\], got float64"),
+        (np.zeros((2, 16, 16, 1), np.uint8), r"pixels must be in \[-1, 1\], got uint8"),
+        (np.ones((2, 16, 16, 1), bool), r"pixels must be in \[-1, 1\], got bool"),
     ],
 )
 def test_bad_images_are_named(images, message):
     with pytest.raises(ValueError, match=message):
         crossed_seven.judge(images)
+
+
+def test_narrow_images_are_judged_as_their_values():
+    images = mnist.scaled(sevens(3), 16)
+    for narrow in (images.astype(jnp.bfloat16), jnp.asarray(images, jnp.float16)):
+        wide = crossed_seven.judge(np.asarray(narrow, np.float32))
+        np.testing.assert_array_equal(crossed_seven.judge(narrow).logit, wide.logit)
+
+
+def test_parameters_that_cannot_be_kept_or_read_are_named(tmp_path):
+    for value in (1e6, np.nan, -np.inf):
+        with pytest.raises(ValueError, match=r"layer_0\.bias must be >= -65504 and <= 65504, got"):
+            crossed_seven.save(tmp_path / "kept.npz", {"layer_0": {"bias": np.full(2, value)}})
+    np.savez(tmp_path / "other.npz", a=np.zeros(2))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:-9])
+    for name in ("other", "cut", "none"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz must hold parameters, got a damaged file"):
+            crossed_seven.read(tmp_path / f"{name}.npz")
+    with pytest.raises(
+        ValueError, match=r"shape of the image must be \(16, 16, 1\) or \(32, 32, 1\), got \(28, 28, 1\)"
+    ):
+        crossed_seven.network(crossed_seven.load(16), np.zeros((28, 28, 1)))
 
 
 def test_parameters_are_kept_in_float16(tmp_path):

@@ -22,7 +22,7 @@ def test_signed_distance_is_that_of_brute_force(mask):
 
 
 def test_a_map_without_drivable_area_is_an_error():
-    with pytest.raises(ValueError, match="expected a map with drivable area"):
+    with pytest.raises(ValueError, match="a cell of the map must be drivable, got none"):
         drivable.signed_distance(np.zeros((4, 4), bool), 1.0)
     assert (drivable.signed_distance(np.ones((4, 4), bool), 1.0) == -np.inf).all()
 
@@ -96,3 +96,62 @@ def test_constraints_hold_each_once():
         np.testing.assert_array_equal(traffic.by_agent(holds), ~bad)
         assert holds.all() == (not bad.any())
     assert 0 < sum(bool(np.asarray(each.collides).any()) for each in found) < 20
+
+
+MASK = np.array([[True, False], [True, True]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "cell", "message"),
+    [
+        (MASK, np.nan, "cell must be > 0, got nan"),
+        (MASK, 0.0, "cell must be > 0, got 0.0"),
+        (MASK, -0.5, "cell must be > 0, got -0.5"),
+        (MASK, np.inf, "cell must be > 0, got inf"),
+        (MASK[0], 0.5, r"drivable must have shape \(n, n\), got \(2,\)"),
+        (np.where(MASK, np.nan, 0), 0.5, "drivable must be true or false"),
+        (MASK * 255, 0.5, "drivable must be true or false, got other numbers; compare with a threshold"),
+        (np.zeros((0, 3), bool), 0.5, "a cell of the map must be drivable, got none among"),
+    ],
+)
+def test_impossible_maps_are_named(mask, cell, message):
+    with pytest.raises(ValueError, match=message):
+        drivable.signed_distance(mask, cell)
+    np.testing.assert_array_equal(drivable.signed_distance(MASK * 1.0, 0.5), drivable.signed_distance(MASK, 0.5))
+
+
+VEHICLES = jnp.array([[0.0, 0, 4, 2, 1, 0]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: drivable.distance_at(band(), VEHICLES[:, :2], 0.0), "half must be > 0, got 0.0"),
+        (lambda: drivable.distance_at(band(), VEHICLES[:, :2], np.nan), "half must be > 0, got nan"),
+        (lambda: drivable.distance_at(band()[0], VEHICLES[:, :2], HALF), r"distance must have shape \(n, n\)"),
+        (lambda: drivable.distance_at(band(), VEHICLES[:, :3], HALF), r"points must have shape \(3, 2\), got \(3, 3\)"),
+        (lambda: drivable.off_road(band(), VEHICLES, HALF, tolerance=np.nan), "tolerance must be a finite number"),
+        (lambda: drivable.off_road(band(), VEHICLES[0], HALF), r"vehicles must have shape \(n, 6\), got \(6,\)"),
+        (
+            lambda: drivable.off_road(band(), VEHICLES, HALF, jnp.ones(1, bool)),
+            r"present must have shape \(3,\), got \(1,\)",
+        ),
+        (
+            lambda: traffic.infractions(VEHICLES, jnp.ones(1, bool), band(), HALF),
+            r"present must have shape \(3,\), got \(1,\)",
+        ),
+        (lambda: traffic.by_agent(np.ones((2, 5), bool)), r"holds must have shape \(2, 6\), got \(2, 5\)"),
+    ],
+)
+def test_bad_scenes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_narrow_scenes_are_judged_as_their_values():
+    vehicles = jnp.asarray(np.random.default_rng(0).uniform(-9, 9, (8, 6)), jnp.bfloat16)
+    distance = band().astype(jnp.bfloat16)
+    found = traffic.infractions(vehicles, jnp.ones(8, bool), distance, HALF)
+    wide = traffic.infractions(vehicles.astype(jnp.float32), jnp.ones(8, bool), distance.astype(jnp.float32), HALF)
+    for a, b in zip(found, wide, strict=True):
+        np.testing.assert_array_equal(a, b)
