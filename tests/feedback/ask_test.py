@@ -153,7 +153,7 @@ def test_the_command_s_errors_are_one_line(folder):
     for arguments, message in (
         ([folder / "none"], "expected a folder"),
         ([folder, "--report"], "labels.jsonl: expected a file of labels, given none"),
-        ([folder, "--columns", "0"], "--columns: expected 1 to 40, given 0"),
+        ([folder, "--columns", "0"], "--columns must be >= 1 and <= 40 and whole, got 0"),
         ([folder, "--kind", "image"], "as images: expected"),
     ):
         done = run(*arguments)
