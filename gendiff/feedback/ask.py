@@ -50,9 +50,16 @@ class Options:
 
 
 def print_now(text: str) -> None:
-    """Print at once, also to a pipe; characters that the output cannot show are escaped."""
+    """Print at once, also to a pipe; characters that the output cannot show are escaped.
+
+    Raises:
+      OSError: the output is closed or full.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        raise OSError(error.errno, f"stdout could not be written ({error.strerror})") from None
 
 
 def ask(

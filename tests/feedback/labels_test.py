@@ -235,4 +235,6 @@ def test_a_follower_sees_what_a_reader_sees(tmp_path):
         path.write_bytes(before)
         assert follower.read() == labels.records(path)
     path.write_bytes(path.read_bytes().replace(b"anna", b"bela"))
-    assert {mark.rater for mark in follower.read() if isinstance(mark, Mark)} == {"bela"}, "as long as before, but another"
+    assert {mark.rater for mark in follower.read() if isinstance(mark, Mark)} == {"bela"}, (
+        "as long as before, but another"
+    )
