@@ -128,7 +128,7 @@ def of(
       SampleError: there is no sample, one is not finite, or the kind does not fit or is not certain.
     """
     array = np.asarray(array)
-    if not array.size:
+    if not array.ndim or not array.size:
         raise SampleError(f"samples {shown(place)}: expected at least one, given shape {array.shape}")
     _check_finite(place, array)
     if kind is None and parents is not None and _fits(array, "motion"):
@@ -173,8 +173,7 @@ def _key(file: Path, names: list[str]) -> str:
     for name in ("samples", "arr_0"):
         if name in names:
             return name
-    rest = [name for name in names if name != "parents"]
-    if len(rest) != 1:
+    if len(rest := [name for name in names if name != "parents"]) != 1:
         raise SampleError(
             f"samples {shown(file)}: expected an array called samples, given {', '.join(names) or 'none'}"
         )
@@ -250,7 +249,6 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _image(folder: Path, file: Path) -> np.ndarray:
-    """Pixels (H, W), (H, W, 3) or (H, W, 4) in uint8, or (H, W) in uint16, turned as the file's orientation says."""
     _inside(folder, file)
     try:
         return pictures.read(file)
@@ -279,11 +277,8 @@ def _check_rounded(files: Iterable[Path], hashes: Iterable[str]) -> None:
 
 
 def _inside(folder: Path, file: Path) -> None:
-    try:
-        target = file.resolve()
-    except (OSError, RuntimeError):  # Python 3.11's way to say that a link leads to itself
-        raise SampleError(f"sample {shown(file)}: expected a file, given a link that leads to itself") from None
-    if not target.is_relative_to(folder.resolve()):
+    target = Path(os.path.realpath(file))  # `Path.resolve` fails for a link to itself, in some versions
+    if not target.is_relative_to(os.path.realpath(folder)):
         raise SampleError(
             f"sample {shown(file)}: expected a file inside {shown(folder)}, given a link to {shown(target)}"
         )
@@ -296,9 +291,9 @@ def _infer(place: Path, array: np.ndarray) -> Kind:
         return "point"
     if floating and array.ndim == 3 and shape[2] == 2:
         return "trajectory"
-    if array.ndim == 3 and shape[2] <= NARROW:
-        raise _uncertain(place, array, ("image", "trajectory"))
-    if not floating or array.ndim != 4 or shape[3] != 3:
+    if array.ndim == 3 and shape[2] <= NARROW and _fits(array, "image"):
+        raise _uncertain(place, array, "image")
+    if not _fits(array, "motion"):
         return "image"
     low, high = array.min(), array.max()
     if shape[1] == shape[2]:
@@ -306,13 +301,12 @@ def _infer(place: Path, array: np.ndarray) -> Kind:
             return "image"
     elif max(-low, high) > OVERSHOOT and not (low >= 0 and high <= 255):  # that may be an image's range
         return "motion"
-    raise _uncertain(place, array, ("image", "motion"))
+    raise _uncertain(place, array, "image", "motion")
 
 
-def _uncertain(place: Path, array: np.ndarray, kinds: tuple[Kind, ...]) -> SampleError:
-    options = " or ".join(f"--kind {kind}" for kind in kinds)
-    shapes = "; ".join(f"{kind}s are {SHAPES[kind]}" for kind in kinds)
-    return SampleError(f"samples {shown(place)}: expected {options}, since {_describe(array)} may be either ({shapes})")
+def _uncertain(place: Path, array: np.ndarray, *kinds: Kind) -> SampleError:
+    options = " or ".join(f"--kind {kind} ({SHAPES[kind]})" for kind in kinds)
+    return SampleError(f"samples {shown(place)}: expected {options}, since {_describe(array)} may be something else")
 
 
 def _fits(array: np.ndarray, kind: Kind) -> bool:

@@ -38,7 +38,7 @@ def bound(path):
         os.chdir(here)
 
 
-SPECIAL = {"a named pipe": pipe, "itself": loop, "No such file": dangling, "outside": device, "a socket": bound}
+SPECIAL = {"a named pipe": pipe, "symbolic links": loop, "No such file": dangling, "outside": device, "a socket": bound}
 
 
 @pytest.mark.parametrize("what", SPECIAL)
