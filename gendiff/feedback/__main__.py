@@ -30,9 +30,9 @@ def command(
     """Opens the page, or with --report only says what has been marked.
 
     Args:
-      samples: Folder with samples.npz or samples.npy, or else with PNG or JPEG images; or such an array file. Arrays:
-        images (N, H, W) or (N, H, W, C) in uint8 or float in [-1, 1], points (N, 2), trajectories (N, T, 2), motions
-        (N, T, J, 3).
+      samples: Folder with samples.npz or samples.npy, or else with PNG, JPEG, WebP or BMP images; or such an array
+        file. Arrays: images (N, H, W) or (N, H, W, C) in uint8 or float in [-1, 1], points (N, 2), trajectories
+        (N, T, 2), motions (N, T, J, 3).
       options: What the page can be told.
       malign: How many malign samples are wanted; the page shows how many are missing, and closes when there are enough.
       benign: How many benign samples are wanted.
@@ -40,22 +40,39 @@ def command(
       also: Further files of labels of the same samples, for the report (other raters').
     """
     need = (malign, benign) if malign or benign else None
+    ask.check_options(options, need)
     if not report:
         ask.hold(ask.make_board(samples, options, need), options)
     found = reading.load(samples, options.kind)
-    print(consensus.report(found, labels.read(ask.label_file(found, options), *also)))
+    ask.print_now(consensus.report(found, labels.read(ask.label_file(found, options), *also)))
 
 
 def main() -> None:
     """The command line.  Errors that a user can mend are one line and exit status 2."""
     try:
+        if sys.stdout is None:
+            raise OSError("stdout must be open, because the page's address and the report go there")
         tyro.cli(command, prog="python -m gendiff.feedback", description=__doc__)
+        sys.stdout.flush()
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("GENDIFF_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         print("(GENDIFF_TRACEBACK=1 shows where)", file=sys.stderr)
+        _drop_output()
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _drop_output() -> None:
+    """Forget what a closed or full output did not take, because Python would try once more at its exit, and fail."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -7,20 +7,23 @@ import ipaddress
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gendiff import check
 from gendiff.feedback import consensus, labels, samples
 from gendiff.feedback.board import Board
 from gendiff.feedback.consensus import Classes
+from gendiff.feedback.regular import shown
 from gendiff.feedback.render import Up
 from gendiff.feedback.samples import Kind, Samples
 
 GRACE = 20.0
 """Seconds without a mark after which enough labels count as final: the rater may want to take the last one back."""
-FILE = "labels.jsonl"
+FILE = samples.LABELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,16 @@ class Options:
 
 
 def print_now(text: str) -> None:
-    """Prints also where the output is a pipe."""
-    print(text, flush=True)
+    """Print at once, also to a pipe; characters that the output cannot show are escaped.
+
+    Raises:
+      OSError: the output is closed or full.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        raise OSError(error.errno, f"stdout could not be written ({error.strerror})") from None
 
 
 def ask(
@@ -74,6 +85,7 @@ def ask(
 
     Raises:
       SampleError: the samples cannot be read.
+      ValueError: more labels are wanted than there are samples, or an option is out of range.
       LabelError: the labels are of other samples or damaged, or when the page was closed there were too few.
       OSError: the port is in use, or the file of labels cannot be written.
       ModuleNotFoundError: labels are missing, and so are the packages for the page.
@@ -85,15 +97,41 @@ def ask(
 
 
 def make_board(place: Path, options: Options, need: tuple[int, int] | None = None) -> Board:
-    """The samples and their labels, checked against each other."""
-    if not 1 <= options.columns <= 40:
-        raise ValueError(f"--columns: expected 1 to 40, given {options.columns}")
-    found = samples.load(place, options.kind)
+    """The samples and their labels, checked against each other.
+
+    Args:
+      place: folder (or array file) of samples, see `samples.load`.
+      options: see there.
+      need: malign and benign samples that are wanted.
+
+    Raises:
+      ValueError: an option is out of range, or more labels are wanted than there are samples.
+      OSError: the file of labels cannot be written.
+    """
+    check_options(options, need)  # before anything is read or written
     rater = options.rater or _login()
+    found = samples.load(place, options.kind)
+    check.number("--malign and --benign together", sum(need or ()), at_most=len(found))
     board = Board(found, label_file(found, options), rater, options.columns, need, options.up)
     if options.meaning and options.meaning != board.refresh().meaning:
         board.add([labels.as_json(labels.Meaning(options.meaning, rater, time=labels.now()))])
     return board
+
+
+def check_options(options: Options, need: tuple[int, int] | None = None) -> None:
+    """Check the ranges of options and of the malign and benign samples that are wanted.
+
+    Raises:
+      ValueError: names the option.
+    """
+    check.number("--columns", options.columns, at_least=1, at_most=40, whole=True)
+    check.number("--port", options.port, at_least=0, at_most=65535, whole=True)
+    for name, count in zip(("--malign", "--benign"), need or (), strict=False):
+        check.number(name, count, at_least=0, whole=True)
+    try:
+        labels.parse(labels.as_json(labels.Meaning(options.meaning, options.rater or _login())))
+    except ValueError as error:
+        raise ValueError(f"--meaning and --rater: {error}") from None
 
 
 def label_file(found: Samples, options: Options) -> Path:
@@ -103,6 +141,7 @@ def label_file(found: Samples, options: Options) -> Path:
 
 def hold(board: Board, options: Options, grace: float = GRACE, show: Callable[[str], None] = print_now) -> None:
     """Serves the page until it is finished (see `ask`) or Ctrl-C."""
+    check.number("grace", grace, at_least=0, infinite=True)
     with serving(board, options) as address:
         show(invitation(board, options, address))
         with contextlib.suppress(KeyboardInterrupt):
@@ -167,7 +206,8 @@ def invitation(board: Board, options: Options, address: str) -> str:
     host = options.host if _loopback(options.host) else "127.0.0.1"
     tunnel = f"-N -L {port}:{_bracketed(host)}:{port}"
     lines = [
-        f"{len(board.samples)} {board.samples.kind}s of {board.samples.place}; labels go to {board.path}",
+        f"{len(board.samples)} {board.samples.kind}s of {shown(board.samples.place)}; labels go to {shown(board.path)}",
+        *([f"  left out   {board.samples.left_out}"] if board.samples.left_out else []),
         f"  open       {address}",
         "  from another machine, first run there",
         f"             ssh {tunnel} {_login()}@{socket.gethostname()}",
@@ -180,9 +220,16 @@ def invitation(board: Board, options: Options, address: str) -> str:
 
 
 def _wait(board: Board, grace: float) -> None:
-    seen, since = -1, time.monotonic()
+    seen, since, told = -1, time.monotonic(), ""
     while not board.finished.wait(0.2):
-        state = board.refresh()
+        try:
+            state = board.refresh()
+        except (labels.LabelError, OSError) as error:  # the page tells it too, and goes on when it is mended
+            if str(error) != told:
+                told = str(error)
+                print(f"warning: {told}", file=sys.stderr, flush=True)
+            continue
+        told = ""
         if len(state.marks) != seen:
             seen, since = len(state.marks), time.monotonic()
         if state.enough and time.monotonic() - since >= grace:

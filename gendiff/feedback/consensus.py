@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gendiff.feedback.labels import LABELS, Label, LabelError, Mark, latest, seconds
+from gendiff.feedback.regular import shown
 from gendiff.feedback.samples import Samples
 
 
@@ -43,27 +44,30 @@ class Agreement(NamedTuple):
 
 def merge(marks: Iterable[Mark]) -> dict[str, Label]:
     """The label of each marked sample, by content hash: that of most raters, undecided where most are tied."""
-    votes: dict[str, collections.Counter[Label]] = collections.defaultdict(collections.Counter)
+    votes: dict[str, list[Label]] = {}
     for mark in latest(marks).values():
         if mark.label is not None:
-            votes[mark.hash][mark.label] += 1
-    return {content: _winner(counter) for content, counter in votes.items()}
+            votes.setdefault(mark.hash, []).append(mark.label)
+    return {content: _winner(said) for content, said in votes.items()}
 
 
-def _winner(votes: collections.Counter[Label]) -> Label:
-    ranked = votes.most_common(2)
+def _winner(votes: list[Label]) -> Label:
+    if len(votes) == 1:  # a page merges all samples after every mark, mostly those of a single rater
+        return votes[0]
+    ranked = collections.Counter(votes).most_common(2)
     return "undecided" if len(ranked) == 2 and ranked[0][1] == ranked[1][1] else ranked[0][0]
 
 
 def check(samples: Samples, marks: Iterable[Mark]) -> None:
     """Raises LabelError at the first mark whose content hash is none of the samples'."""
-    known, by_id = set(samples.hashes), dict(zip(samples.ids, samples.hashes, strict=True))
+    known = set(samples.hashes)
     for mark in marks:
         if mark.hash not in known:
+            by_id = dict(zip(samples.ids, samples.hashes, strict=True))
             wanted = f"the content hash {by_id[mark.sample][:12]}" if mark.sample in by_id else "the hash of a sample"
             raise LabelError(
-                f"label of sample {mark.sample}: expected {wanted} in {samples.place}, given {mark.hash[:12]}: these "
-                "are labels of other samples. They are left as they are: name another file for these samples"
+                f"label of sample {mark.sample}: expected {wanted} in {shown(samples.place)}, given {mark.hash[:12]}: "
+                "these are labels of other samples. They are left as they are: name another file for these samples"
             )
 
 
@@ -91,9 +95,10 @@ def classes(samples: Samples, marks: Sequence[Mark], malign: int = 1, benign: in
     found = Classes(indices("malign"), indices("benign"))
     if len(found.malign) < malign or len(found.benign) < benign:
         raise LabelError(
-            f"labels of {samples.place}: expected at least {malign} malign and {benign} benign, given "
+            f"labels of {shown(samples.place)}: expected at least {malign} malign and {benign} benign, given "
             f"{len(found.malign)} malign and {len(found.benign)} benign ({merged.count('undecided')} undecided, "
-            f"{merged.count(None)} unmarked). All are kept; go on with `python -m gendiff.feedback {samples.place}`"
+            f"{merged.count(None)} unmarked). All are kept; go on with "
+            f"`python -m gendiff.feedback {shown(samples.place)}`"
         )
     return found
 
@@ -144,6 +149,8 @@ def report(samples: Samples, marks: Sequence[Mark]) -> str:
     lines = [f"{len(samples) - merged.count(None)} of {len(samples)} {samples.kind}s marked: {_counts(merged.count)}"]
     for rater in sorted(minutes):
         lines.append(f"  {rater}: {_counts(lambda label, r=rater: mine[r, label])}; {minutes[rater] / 60:.1f} minutes")
+    if samples.left_out:
+        lines.append(f"  left out of the samples: {samples.left_out}")
     agreed = agreement(marks)
     for (a, b), pair in agreed.pairs.items():
         lines.append(f"  {a} and {b}: {_percent(pair.share)} equal on {pair.n}, Cohen's kappa {pair.kappa:.2f}")

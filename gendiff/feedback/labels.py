@@ -13,23 +13,22 @@
 - optional: `group`, the same for marks made by one key; `undoes`, the id of the mark that this one takes back.
 - the last `meaning` says what malign means.
 - `torn` follows a line that a killed writer left unfinished, and says that it is no damage.
+
+The file must be a regular one: a link could lead to another file, which would be quoted, or written to.
 """
 
-import contextlib
 import datetime
 import json
 import os
 import re
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-try:
-    import fcntl
-except ImportError:  # Windows: pages of one server are still kept apart, two servers are not
-    fcntl = None  # type: ignore[assignment]
+from gendiff.feedback import regular
+from gendiff.feedback.regular import shown
 
 Label: TypeAlias = Literal["malign", "undecided", "benign"]
 LABELS: tuple[Label, ...] = get_args(Label)
@@ -85,20 +84,41 @@ def mark(sample: str, content: str, label: Label | None, rater: str, seconds: fl
     return Mark(sample, content, label, seconds, rater, session, now(), uuid.uuid4().hex)
 
 
-def append(path: Path, records: Sequence[Mark | Meaning]) -> None:
+def append(path: Path, records: Sequence[Mark | Meaning], create: bool = True) -> None:
     """Adds lines at the end and returns when they are on the disk; safe beside other writers and under a kill.
 
+    Args:
+      path: the file.
+      records: what to add.
+      create: make the file if it is missing.
+
     Raises:
+      ValueError: `read` would not read a record, such as a rater without a name; nothing is written.
       OSError: names the file; what was there is untouched, and an unfinished line is mended by the next `append`.
     """
+    _append(path, records, os.O_CREAT if create else 0, lambda descriptor: True)
+
+
+def restore(path: Path, records: Sequence[Mark | Meaning]) -> None:
+    """Writes a file of labels that has vanished or was emptied, unless another program has filled it already.
+
+    Raises:
+      OSError: names the file.
+    """
+    _append(path, records, os.O_CREAT, lambda descriptor: not os.fstat(descriptor).st_size)
+
+
+def _append(path: Path, records: Sequence[Mark | Meaning], create: int, wanted: Callable[[int], bool]) -> None:
+    for record in records:
+        parse(as_json(record))
     body = b"".join(_line(record) for record in records)
     try:
-        with _writing, _locked(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, exclusive=True) as descriptor:
-            if body:
-                _write(descriptor, _mend(descriptor) + body)
+        with _writing, regular.locked(path, os.O_RDWR | os.O_APPEND | create, exclusive=True) as descriptor:
+            if body and wanted(descriptor):
+                regular.write(descriptor, _mend(descriptor) + body)
     except OSError as error:
         raise OSError(
-            f"labels {path}: could not be written ({error.strerror}); what was stored is untouched"
+            f"labels {shown(path)}: could not be written ({error.strerror}); what was stored is untouched"
         ) from error
 
 
@@ -119,15 +139,7 @@ def records(*paths: Path) -> list[Record]:
       LabelError: the file is missing, or a line that is neither the last nor followed by "torn" cannot be read.
     """
     seen: set[str] = set()
-    kept: list[Record] = []
-    for path in paths:
-        for record in _records(path):
-            if isinstance(record, Mark) and record.id:
-                if record.id in seen:
-                    continue
-                seen.add(record.id)
-            kept.append(record)
-    return kept
+    return [record for path in paths for record in _first(Follower(path).read(), seen)]
 
 
 def latest(marks: Iterable[Mark]) -> dict[tuple[str, str], Mark]:
@@ -173,15 +185,24 @@ def as_json(record: Record) -> dict[str, Any]:
 
 def _text(record: Mapping[str, Any], name: str, longest: int, default: str | None = None) -> str:
     value = record.get(name, default)
-    if not isinstance(value, str) or len(value) > longest:
-        raise ValueError(f"{name}: expected a text of at most {longest} characters, given {str(value)[:80]!r}")
+    if not isinstance(value, str) or len(value) > longest or not _unicode(value):
+        raise ValueError(f"{name} must be Unicode text of at most {longest} characters, got {str(value)[:80]!r}")
     return value
+
+
+def _unicode(text: str) -> bool:
+    """False for half a surrogate pair, which no answer to the page can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rater(record: Mapping[str, Any]) -> str:
     rater = _text(record, "rater", NAME)
     if not rater.strip() or not rater.isprintable():
-        raise ValueError(f"rater: expected a name, given {rater!r}")
+        raise ValueError(f"rater must be a name of printable characters, got {rater!r}")
     return rater
 
 
@@ -194,29 +215,6 @@ def _seconds(record: Mapping[str, Any]) -> float:
 
 def _line(record: Record) -> bytes:
     return json.dumps(as_json(record), allow_nan=False).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def _locked(path: Path, flags: int, exclusive: bool) -> Iterator[int]:
-    """The open file under its lock; new names are made to last, closing unlocks."""
-    new = not path.exists()
-    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o644)
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        if new and os.name == "posix":
-            _sync_folder(path.parent)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _mend(descriptor: int) -> bytes:
@@ -243,14 +241,82 @@ def _complete(line: bytes) -> bool:
     return True
 
 
-def _write(descriptor: int, body: bytes) -> None:
-    while body:
-        body = body[os.write(descriptor, body) :]
-    os.fsync(descriptor)
+def _first(records: Iterable[Record], seen: set[str]) -> Iterator[Record]:
+    """The records without marks whose id is in `seen`, which gets the ids of the others."""
+    for record in records:
+        if isinstance(record, Mark) and record.id:
+            if record.id in seen:
+                continue
+            seen.add(record.id)
+        yield record
 
 
-def _records(path: Path) -> Iterator[Record]:
-    lines = _lines(path)
+class Follower:
+    """A file of labels that grows: each look at it reads and parses the new lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._state: tuple[int, ...] = ()
+        self._end, self._last, self._lines = 0, b"", 0
+        self._records: list[Record] = []
+        self._seen: set[str] = set()
+        self._open: list[Record] = []
+
+    def changed(self) -> bool:
+        """Whether the file is another, or has changed, since the last `read`; FileNotFoundError if it is gone."""
+        return _state(os.lstat(self.path)) != self._state
+
+    def read(self) -> list[Record]:
+        """All lines, repeated marks once.
+
+        Raises:
+          LabelError: the file is missing, or a line that is neither the last nor followed by "torn" cannot be read.
+        """
+        try:
+            with regular.locked(self.path, os.O_RDONLY, exclusive=False) as descriptor:
+                state = _state(os.fstat(descriptor))
+                if not self._grown(descriptor, state):
+                    self._forget()
+                fresh = regular.content(descriptor, self._end)
+        except FileNotFoundError:
+            raise LabelError(f"labels {shown(self.path)}: expected a file of labels, given none") from None
+        except OSError as error:
+            raise LabelError(
+                f"labels {shown(self.path)}: expected a file of labels, given none to read ({error.strerror})"
+            ) from error
+        self._take(fresh)
+        self._state = state
+        return [*self._records, *self._open]
+
+    def _grown(self, descriptor: int, state: tuple[int, ...]) -> bool:
+        """Whether the lines that were read are the file's beginning still, as far as the last line tells."""
+        same_file, longer = state[:2] == self._state[:2], state[2] > self._end
+        return (
+            same_file
+            and longer
+            and regular.content(descriptor, self._end - len(self._last), len(self._last)) == self._last
+        )
+
+    def _take(self, fresh: bytes) -> None:
+        *lines, rest = fresh.split(b"\n")
+        found = list(_parsed(self.path, [*lines, b""], self._lines + 1))
+        self._records = [*self._records, *_first(found, self._seen)]
+        # What follows the last newline may be a line without its end: it is looked at again the next time.
+        self._open = list(_first(_parsed(self.path, [rest], 0), set(self._seen) if rest else set()))
+        if lines:
+            self._last = lines[-1] + b"\n"
+        self._end, self._lines = self._end + len(fresh) - len(rest), self._lines + len(lines)
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _parsed(path: Path, lines: Sequence[bytes], start: int) -> Iterator[Record]:
+    """Lines from number `start` on, split at newlines; the last is what follows the last newline, mostly nothing."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -258,19 +324,13 @@ def _records(path: Path) -> Iterator[Record]:
             yield parse(json.loads(line))
         except (ValueError, OverflowError, RecursionError) as error:
             unfinished = number == len(lines) or lines[number].strip() == _line(Torn()).strip()
-            if not unfinished:
+            if not unfinished:  # the line is not quoted: the file may be another that was never meant to be read
                 raise LabelError(
-                    f"labels {path}, line {number}: expected a JSON line of a mark or a meaning, given {line[:60]!r} "
-                    f"({error}). Mend or delete this line; nothing else is lost"
+                    f"labels {shown(path)}, line {start + number - 1}: expected a JSON line of a mark or a meaning, "
+                    f"given {len(line)} bytes of another kind ({_reason(error)}). Mend or delete this line; nothing "
+                    "else is lost"
                 ) from None
 
 
-def _lines(path: Path) -> list[bytes]:
-    """Split at newlines; the last one is what follows the last newline, mostly nothing."""
-    try:
-        with _locked(path, os.O_RDONLY, exclusive=False) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
-            return file.read().split(b"\n")
-    except FileNotFoundError:
-        raise LabelError(f"labels {path}: expected a file of labels, given none") from None
-    except OSError as error:
-        raise LabelError(f"labels {path}: expected a file of labels, given none to read ({error.strerror})") from error
+def _reason(error: Exception) -> str:
+    return "bytes that are not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image
 from scipy.sparse import csgraph
 
+from gendiff.feedback.pictures import pillow
 from gendiff.feedback.samples import Samples
 
 EXACT, SIDE = 256, 512
@@ -63,10 +63,16 @@ def drawing(samples: Samples, up: Up = "y") -> Drawing:
 
 
 def image(sample: np.ndarray, whole: bool = False) -> Picture:
-    """PNG of (H, W) or (H, W, 1, 3 or 4), uint8 or float in [-1, 1]; of large ones a smaller JPEG, unless `whole`."""
-    if sample.dtype != np.uint8:
+    """PNG of (H, W) or (H, W, 1, 3 or 4), uint8 or float in [-1, 1]; of large ones a smaller JPEG, unless `whole`.
+
+    Of 16 bits, uint16, the upper byte is shown.
+    """
+    if sample.dtype == np.uint16:
+        sample = (sample >> 8).astype(np.uint8)
+    elif sample.dtype != np.uint8:
+        sample = sample.astype(np.promote_types(sample.dtype, np.float32))  # float16 would round once more
         sample = np.floor((np.clip(sample, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
-    picture = Image.fromarray(sample[..., 0] if sample.shape[2:] == (1,) else sample)
+    picture = pillow().Image.fromarray(sample[..., 0] if sample.shape[2:] == (1,) else sample)
     copy = not whole and max(picture.size) > EXACT
     if copy:
         picture.thumbnail((SIDE, SIDE))
@@ -133,7 +139,7 @@ def bones(every: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
     """
     if parents is not None:
         return np.array([(joint, parent) for joint, parent in enumerate(parents) if parent >= 0]).reshape(-1, 2)
-    some = _some(every, 20).reshape(-1, *every.shape[2:])
+    some = _some(every, 20).astype(np.float64).reshape(-1, *every.shape[2:])
     apart = np.linalg.norm(some[:, :, None] - some[:, None], axis=-1)
     cost = apart.std(0) + 0.1 * apart.mean(0)
     tree = csgraph.minimum_spanning_tree(1 + cost / (cost.max() or 1))  # SciPy takes zeros for no edge
@@ -141,10 +147,12 @@ def bones(every: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
 
 
 def frame(points: np.ndarray) -> Frame:
-    """The smallest square around points (..., 2), with a margin."""
+    """The smallest square around points (..., 2), floats, with a margin; its width exceeds their rounding."""
     flat = points.reshape(-1, 2).astype(np.float64)
     low, high = flat.min(0), flat.max(0)
-    return Frame((low + high) / 2, max(0.56 * float((high - low).max()), 1e-9))
+    # Points that only differ by rounding fill no window.
+    rounding = 8 * float(np.finfo(points.dtype).eps) * max(np.abs(low).max(), np.abs(high).max())
+    return Frame((low + high) / 2, max(0.56 * float((high - low).max()), rounding) or 1.0)
 
 
 def _projected(sample: np.ndarray, up: Up) -> np.ndarray:

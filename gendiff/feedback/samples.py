@@ -1,25 +1,32 @@
 """What is to be labelled: images, 2-D points, trajectories or short motions, each known by the hash of its content."""
 
+import collections
 import dataclasses
 import hashlib
 import os
 import re
-import zipfile
-import zlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from gendiff.feedback import pictures, regular
+from gendiff.feedback.regular import shown
 
 Kind: TypeAlias = Literal["image", "point", "trajectory", "motion"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ARRAYS = ("samples.npz", "samples.npy")
-IMAGES = (".png", ".jpg", ".jpeg")
+LABELS = "labels.jsonl"
+"""The file of labels lies beside the samples by default."""
 OVERSHOOT = 1.5
 """Generated images leave [-1, 1] a little and are clipped when shown; beyond this they are in other units."""
+LARGEST = 1e100
+"""Coordinates beyond this have no finite squares."""
+NARROW = 4
+"""Up to this width, rows of a grey image may as well be coordinates or channels."""
 SHAPES = {
     "image": "uint8 or float in [-1, 1], (N, H, W) or (N, H, W, 1, 3 or 4)",
     "point": "float, (N, 2)",
@@ -40,12 +47,14 @@ class Samples:
     """The folder or file that they came from."""
     kind: Kind
     ids: tuple[str, ...]
-    """Relative paths of image files, or the numbers of an array's rows."""
+    """Relative paths of image files, as `regular.shown`, or the numbers of an array's rows."""
     hashes: tuple[str, ...]
     """`content_hash` of each.  Labels hang on these: they survive renamed files, and equal samples share one."""
     source: np.ndarray | tuple[Path, ...] = dataclasses.field(repr=False)
     parents: np.ndarray | None = None
     """Of motions: (J,), the joint that each joint hangs on, negative for the root."""
+    left_out: str = ""
+    """What lies beside the samples and is not read, such as "2 .gif, 1 linked folder"."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,10 +81,11 @@ def content_hash(sample: np.ndarray) -> str:
 
 
 def load(place: Path, kind: Kind | None = None) -> Samples:
-    """Reads a folder with `samples.npz` or `samples.npy`, or else its PNG and JPEG files; or such an array file itself.
+    """Reads a folder with `samples.npz` or `samples.npy`, or else its images; or such an array file itself.
 
-    An .npz holds its samples as `samples`, as `arr_0`, or as its only array; motions may come with `parents` (J,).
-    Nothing is ever unpickled, and links that lead out of the folder are refused.
+    Images are PNG, JPEG, WebP and BMP files, also in folders of the folder; greys of 16 bits keep them all.  An .npz
+    holds its samples as `samples`, as `arr_0`, or as its only array; motions may come with `parents` (J,).  Nothing is
+    ever unpickled.  Links to files inside the folder are read, links out of it are refused, linked folders left out.
 
     Args:
       place: the folder or file.
@@ -83,155 +93,254 @@ def load(place: Path, kind: Kind | None = None) -> Samples:
 
     Raises:
       SampleError: names the file or sample, what was expected, and what was found.
+      ModuleNotFoundError: they are images, and Pillow is not installed.
     """
     place = Path(place)
-    if not place.exists():
-        raise SampleError(f"samples {place}: expected a folder, or an .npz or .npy file, given nothing")
-    if place.is_file():
+    try:
+        mode = place.stat().st_mode
+    except (OSError, ValueError) as error:
+        found = "nothing" if isinstance(error, FileNotFoundError) else _first_line(error)
+        raise SampleError(
+            f"samples {shown(place)}: expected a folder, or an .npz or .npy file, given {found}"
+        ) from None
+    if not stat.S_ISDIR(mode):
         return _load_array(place, place, kind)
-    arrays = [place / name for name in ARRAYS if (place / name).exists()]
+    arrays = [place / name for name in ARRAYS if os.path.lexists(place / name)]
     if len(arrays) > 1:
-        raise SampleError(f"samples {place}: expected one of {' and '.join(ARRAYS)}, given both: name the file itself")
+        raise SampleError(
+            f"samples {shown(place)}: expected one of {' and '.join(ARRAYS)}, given both: name the file itself"
+        )
     return _load_array(place, arrays[0], kind) if arrays else _load_images(place, kind)
 
 
-def of(array: np.ndarray, kind: Kind | None = None, place: Path = Path("samples")) -> Samples:
-    """Samples of an array whose first axis counts them; the types and shapes of each kind are `SHAPES`."""
+def of(
+    array: np.ndarray, kind: Kind | None = None, place: Path = Path("samples"), parents: np.ndarray | None = None
+) -> Samples:
+    """Samples of an array whose first axis counts them; the types and shapes of each kind are `SHAPES`.
+
+    Args:
+      array: (N, ..).
+      kind: what the samples are; by default inferred from type, shape and range.
+      place: where they came from, for errors.
+      parents: see `Samples`; they tell motions from images.
+
+    Raises:
+      SampleError: there is no sample, one is not finite, or the kind does not fit or is not certain.
+    """
     array = np.asarray(array)
-    if not array.size:
-        raise SampleError(f"samples {place}: expected at least one, given shape {array.shape}")
+    if not array.ndim or not array.size:
+        raise SampleError(f"samples {shown(place)}: expected at least one, given shape {array.shape}")
+    _check_finite(place, array)
+    if kind is None and parents is not None and _fits(array, "motion"):
+        kind = "motion"
     kind = _checked(place, array, kind or _infer(place, array))
     hashes = tuple(content_hash(sample) for sample in array)
-    return Samples(place, kind, tuple(str(i) for i in range(len(array))), hashes, array)
+    parents = _parents(place, array, parents) if kind == "motion" and parents is not None else None
+    return Samples(place, kind, tuple(str(i) for i in range(len(array))), hashes, array, parents)
 
 
 def _load_array(place: Path, file: Path, kind: Kind | None) -> Samples:
-    if file.suffix not in (".npz", ".npy"):
+    if file.suffix.lower() not in (".npz", ".npy"):
         raise SampleError(
-            f"samples {file}: expected a folder, or an .npz or .npy file, given {file.suffix or 'a file'}"
+            f"samples {shown(file)}: expected a folder, or an .npz or .npy file, given {file.suffix or 'a file'}"
         )
     _inside(place if place.is_dir() else place.parent, file)
+    left_out: collections.Counter[str] = collections.Counter()
+    if place.is_dir():
+        left_out[f"image files beside {file.name}"] = sum(_is_image(found.name) for found in place.iterdir())
+    parents = None
     try:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return of(loaded, kind, place)
-        with loaded:
-            samples = of(loaded[_key(file, loaded.files)], kind, place)
-            parents = loaded["parents"] if "parents" in loaded.files else None
+        with os.fdopen(regular.descriptor(file, links=True), "rb") as opened:
+            loaded = np.load(opened, allow_pickle=False)
+            array = loaded
+            if not isinstance(loaded, np.ndarray):
+                key = _key(file, loaded.files)
+                array, parents = loaded[key], loaded["parents"] if "parents" in loaded.files else None
+                left_out.update(f"array {name}" for name in loaded.files if name not in (key, "parents"))
+            samples = of(array, kind, place, parents)
     except SampleError:
         raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged archive has many ways to say so
         raise SampleError(
-            f"samples {file}: expected plain arrays (nothing pickled), given what cannot be read as such "
+            f"samples {shown(file)}: expected plain arrays (nothing pickled), given what cannot be read as such "
             f"({_first_line(error)})"
         ) from error
-    return dataclasses.replace(samples, parents=_parents(file, samples, parents))
+    left_out["array parents"] += parents is not None and samples.parents is None
+    return dataclasses.replace(samples, left_out=_counts(left_out))
 
 
 def _key(file: Path, names: list[str]) -> str:
     for name in ("samples", "arr_0"):
         if name in names:
             return name
-    rest = [name for name in names if name != "parents"]
-    if len(rest) != 1:
-        raise SampleError(f"samples {file}: expected an array called samples, given {', '.join(names) or 'none'}")
+    if len(rest := [name for name in names if name != "parents"]) != 1:
+        raise SampleError(
+            f"samples {shown(file)}: expected an array called samples, given {', '.join(names) or 'none'}"
+        )
     return rest[0]
 
 
-def _parents(file: Path, samples: Samples, parents: np.ndarray | None) -> np.ndarray | None:
-    if parents is None or samples.kind != "motion":
-        return None
-    joints = samples[0].shape[1]
+def _parents(place: Path, array: np.ndarray, parents: np.ndarray) -> np.ndarray:
+    joints = array.shape[2]
     fits = np.issubdtype(parents.dtype, np.integer) and parents.shape == (joints,) and parents.max() < joints
     if not fits:
         raise SampleError(
-            f"parents in {file}: expected integers below {joints} of shape ({joints},), given {_describe(parents)}"
+            f"parents in {shown(place)}: expected integers below {joints} of shape ({joints},), "
+            f"given {_describe(parents)}"
         )
     return parents
 
 
 def _load_images(folder: Path, kind: Kind | None) -> Samples:
-    files = sorted(_image_files(folder), key=lambda file: _natural(file.relative_to(folder).as_posix()))
+    left_out: collections.Counter[str] = collections.Counter()
+    found = {file: shown(file.relative_to(folder).as_posix()) for file in _image_files(folder, left_out)}
+    files = sorted(found, key=lambda file: _natural(found[file]))
+    counts = _counts(left_out)
     if not files:
-        raise SampleError(f"samples {folder}: expected {', '.join(ARRAYS)} or PNG or JPEG files, given none of them")
+        rest = f" (left out: {counts})" if counts else ""
+        raise SampleError(
+            f"samples {shown(folder)}: expected {', '.join(ARRAYS)} or {pictures.NAMES} files, given none of them{rest}"
+        )
     if kind not in (None, "image"):
-        raise SampleError(f"samples {folder}: expected an array file for kind {kind}, given images")
+        raise SampleError(f"samples {shown(folder)}: expected an array file for kind {kind}, given images")
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         hashes = tuple(pool.map(lambda file: content_hash(_image(folder, file)), files))
-    return Samples(folder, "image", tuple(file.relative_to(folder).as_posix() for file in files), hashes, tuple(files))
+    _check_rounded(files, hashes)
+    return Samples(folder, "image", tuple(found[file] for file in files), hashes, tuple(files), left_out=counts)
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(root, name) for name in names if name[0] != "." and name.lower().endswith(IMAGES))
+def _image_files(folder: Path, left_out: collections.Counter[str]) -> Iterator[Path]:
+    """Image files of a folder and of its folders; `left_out` counts what else there is."""
+    waiting = [folder]
+    while waiting:  # no recursion: folders can be nested deeper than calls
+        here = waiting.pop()
+        try:
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name == LABELS:
+                        continue
+                    if entry.name.startswith("."):
+                        left_out["hidden"] += 1
+                    elif entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        left_out["linked folder"] += 1
+                    elif _is_image(entry.name):
+                        yield Path(entry.path)
+                    else:
+                        left_out[shown(Path(entry.name).suffix).lower() or "file without a suffix"] += 1
+        except OSError as error:
+            raise SampleError(
+                f"samples {shown(folder)}: the folder {shown(here)[-200:]} cannot be read ({error.strerror})"
+            ) from None
+
+
+def _is_image(name: str) -> bool:
+    return name[0] != "." and name.lower().endswith(pictures.SUFFIXES)
+
+
+def _counts(left_out: collections.Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()) if count)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """img2 comes before img10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
+    return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _image(folder: Path, file: Path) -> np.ndarray:
-    """Pixels (H, W), (H, W, 3) or (H, W, 4) in uint8, turned as the file's orientation says."""
     _inside(folder, file)
     try:
-        with Image.open(file, formats=("PNG", "JPEG")) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode not in ("L", "RGB", "RGBA"):
-                upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-            return np.asarray(upright)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return pictures.read(file)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # a damaged picture has many ways to say so
         raise SampleError(
-            f"sample {file}: expected a PNG or JPEG image, given what cannot be read as one ({_first_line(error)})"
+            f"sample {shown(file)}: expected a {pictures.NAMES} image, given what cannot be read as one "
+            f"({_first_line(error)})"
         ) from error
 
 
+def _check_rounded(files: Iterable[Path], hashes: Iterable[str]) -> None:
+    """Refuse pictures that only differ in what Pillow drops: the lower bytes of colours of 16 bits.
+
+    A mark on the first of them would label the others.
+    """
+    first: dict[str, Path] = {}
+    for file, content in zip(files, hashes, strict=True):
+        other = first.setdefault(content, file)
+        if other is not file and any(map(pictures.rounded, (file, other))) and file.read_bytes() != other.read_bytes():
+            raise SampleError(
+                f"samples {shown(other)} and {shown(file)}: colours must have 8 bits where pictures differ by less "
+                "than that, got 16 bits: save them as 8 bits, or leave a picture out"
+            )
+
+
 def _inside(folder: Path, file: Path) -> None:
-    target = file.resolve()
-    if not target.is_relative_to(folder.resolve()):
-        raise SampleError(f"sample {file}: expected a file inside {folder}, given a link to {target}")
+    target = Path(os.path.realpath(file))  # `Path.resolve` fails for a link to itself, in some versions
+    if not target.is_relative_to(os.path.realpath(folder)):
+        raise SampleError(
+            f"sample {shown(file)}: expected a file inside {shown(folder)}, given a link to {shown(target)}"
+        )
 
 
 def _infer(place: Path, array: np.ndarray) -> Kind:
+    """The kind that an array is for certain; finite numbers, or none at all."""
     floating, shape = np.issubdtype(array.dtype, np.floating), array.shape
     if floating and shape[1:] == (2,):
         return "point"
     if floating and array.ndim == 3 and shape[2] == 2:
         return "trajectory"
-    if not floating or array.ndim != 4 or shape[3] != 3:
+    if array.ndim == 3 and shape[2] <= NARROW and _fits(array, "image"):
+        raise _uncertain(place, array, "image")
+    if not _fits(array, "motion"):
         return "image"
-    if np.nanmax(np.abs(array)) > OVERSHOOT:
-        return "motion"
+    low, high = array.min(), array.max()
     if shape[1] == shape[2]:
-        return "image"
-    raise SampleError(
-        f"samples {place}: expected --kind image or --kind motion, since {_describe(array)} may be either"
-    )
+        if max(-low, high) <= OVERSHOOT:
+            return "image"
+    elif max(-low, high) > OVERSHOOT and not (low >= 0 and high <= 255):  # that may be an image's range
+        return "motion"
+    raise _uncertain(place, array, "image", "motion")
 
 
-def _checked(place: Path, array: np.ndarray, kind: Kind) -> Kind:
+def _uncertain(place: Path, array: np.ndarray, *kinds: Kind) -> SampleError:
+    options = " or ".join(f"--kind {kind} ({SHAPES[kind]})" for kind in kinds)
+    return SampleError(f"samples {shown(place)}: expected {options}, since {_describe(array)} may be something else")
+
+
+def _fits(array: np.ndarray, kind: Kind) -> bool:
     floating, per_sample = np.issubdtype(array.dtype, np.floating), array.shape[1:]
-    fits = {
+    return {
         "image": (floating or array.dtype == np.uint8)
         and (len(per_sample) == 2 or (len(per_sample) == 3 and per_sample[2] in (1, 3, 4))),
         "point": floating and per_sample == (2,),
         "trajectory": floating and len(per_sample) == 2 and per_sample[1] == 2,
         "motion": floating and len(per_sample) == 3 and per_sample[2] == 3,
-    }
-    if not fits[kind]:
+    }[kind]
+
+
+def _checked(place: Path, array: np.ndarray, kind: Kind) -> Kind:
+    if not _fits(array, kind):
         wanted = "; or ".join(f"{name}s: {shape}" for name, shape in SHAPES.items())
-        raise SampleError(f"samples {place} as {kind}s: expected {wanted}; given {_describe(array)}")
-    broken = np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))
-    if len(broken):
+        raise SampleError(f"samples {shown(place)} as {kind}s: expected {wanted}; given {_describe(array)}")
+    if kind == "image" and array.dtype != np.uint8 and np.abs(array).max() > OVERSHOOT:
         raise SampleError(
-            f"sample {broken[0]} of {place}: expected finite numbers, given others (in {len(broken)} samples)"
-        )
-    if kind == "image" and floating and np.abs(array).max() > OVERSHOOT:
-        raise SampleError(
-            f"samples {place} as images: expected floats in [-1, 1], given up to {np.abs(array).max():.4g}"
+            f"samples {shown(place)} as images: expected floats in [-1, 1], given up to {np.abs(array).max():.4g}: "
+            "scale them, or save 0 to 255 as uint8"
         )
     return kind
+
+
+def _check_finite(place: Path, array: np.ndarray) -> None:
+    if not np.issubdtype(array.dtype, np.floating):
+        return
+    largest = min(LARGEST, float(np.finfo(array.dtype).max))
+    broken = np.flatnonzero(~(np.abs(array) <= largest).reshape(len(array), -1).all(1))
+    if len(broken):
+        raise SampleError(
+            f"sample {broken[0]} of {shown(place)}: expected finite numbers, given others (in {len(broken)} samples)"
+        )
 
 
 def _describe(array: np.ndarray) -> str:

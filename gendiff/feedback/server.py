@@ -2,8 +2,10 @@
 
 No URL holds a path: samples are asked for by content hash, so nothing outside their folder can be named.  Every request
 needs the token that was printed at the start, and on a loopback address a loopback Host header (against DNS rebinding).
+Connections whose request does not come whole within `PATIENCE` are closed.
 """
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -17,14 +19,15 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.datastructures import Headers, MutableHeaders
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the labelling page needs more packages: pip install 'gendiff[feedback]'") from error
 
-from gendiff.feedback import render
+from gendiff.feedback import labels, render
 from gendiff.feedback.board import Board
 from gendiff.feedback.labels import LabelError
 from gendiff.feedback.render import Picture
@@ -38,6 +41,8 @@ FILES = {
 }
 LARGEST = 2**20
 """Bytes of a request."""
+PATIENCE = 30.0
+"""Seconds that a request may take to come whole."""
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -49,6 +54,42 @@ HEADERS = {
 }
 
 
+class Prompt(H11Protocol):
+    """HTTP that closes a connection which is open for `PATIENCE` without a request at work."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        inner = self.app
+        self._timer: asyncio.TimerHandle | None = None
+
+        async def timed(scope: Scope, receive: Receive, send: Send) -> None:
+            self._stop()
+            try:
+                await inner(scope, receive, send)
+            finally:
+                self._start()
+
+        self.app = timed
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._start()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _start(self) -> None:
+        if not self.transport.is_closing():
+            self._timer = asyncio.get_running_loop().call_later(PATIENCE, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 def runner(board: Board, token: str, loopback: bool) -> uvicorn.Server:
     """A server for `runner(...).run(sockets=[...])`; it logs no addresses, since they hold the token."""
     page = app(board, token, loopback)
@@ -58,7 +99,9 @@ def runner(board: Board, token: str, loopback: bool) -> uvicorn.Server:
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=Prompt,
         ws="none",
+        proxy_headers=False,
         timeout_graceful_shutdown=2,
     )
     return uvicorn.Server(config)
@@ -110,6 +153,8 @@ def app(board: Board, token: str, loopback: bool = True) -> ASGIApp:
         SampleError: lambda request, error: _refusal(500, str(error)),
         LabelError: lambda request, error: _refusal(409, str(error)),
         ValueError: lambda request, error: _refusal(400, str(error)),
+        TimeoutError: lambda request, error: _refusal(408, f"the request must come whole within {PATIENCE:g} s"),
+        ClientDisconnect: lambda request, error: _refusal(400, "the request must come whole, got a part"),
         OSError: lambda request, error: _refusal(507, str(error)),
     }
     return guard(Starlette(routes=routes, exception_handlers=handlers), token, loopback)
@@ -184,7 +229,7 @@ def _equal(given: str, token: str) -> bool:
 
 
 def _refusal(status: int, text: str) -> PlainTextResponse:
-    return PlainTextResponse(text, status)
+    return PlainTextResponse(text.encode("utf-8", "backslashreplace"), status)
 
 
 def _picture(picture: Picture) -> Response:
@@ -193,7 +238,9 @@ def _picture(picture: Picture) -> Response:
 
 
 def _who(board: Board, request: Request) -> str:
-    return request.query_params.get("rater") or board.rater
+    rater = request.query_params.get("rater") or board.rater
+    labels.parse(labels.as_json(labels.Meaning("", rater)))  # before marks are made that cannot be stored
+    return rater
 
 
 def _since(request: Request) -> int:
@@ -207,8 +254,12 @@ async def _json(request: Request) -> Any:
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise ValueError("expected application/json")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST:
-            raise ValueError(f"expected at most {LARGEST} bytes, given more")
-    return json.loads(body)
+    async with asyncio.timeout(PATIENCE):
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LARGEST:
+                raise ValueError(f"expected at most {LARGEST} bytes, given more")
+    try:
+        return json.loads(body)
+    except RecursionError:
+        raise ValueError("lines must be a list of objects, got brackets nested too deeply") from None

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from gendiff.feedback import __main__ as program
 from gendiff.feedback import ask, labels, samples
 from gendiff.feedback.ask import Options
 from gendiff.feedback.labels import LabelError
@@ -118,8 +120,8 @@ def test_labels_that_are_there_need_no_web_library(folder, benign, status):
     assert ("pip install 'gendiff[feedback]'" in done.stderr) == bool(status)
 
 
-def run(*arguments, **options):
-    environment = {**os.environ, "GENDIFF_TRACEBACK": "", "COLUMNS": "100"}
+def run(*arguments, env=(), **options):
+    environment = {**os.environ, "GENDIFF_TRACEBACK": "", "COLUMNS": "100", **dict(env)}
     command = [sys.executable, "-m", "gendiff.feedback", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options)
 
@@ -153,7 +155,7 @@ def test_the_command_s_errors_are_one_line(folder):
     for arguments, message in (
         ([folder / "none"], "expected a folder"),
         ([folder, "--report"], "labels.jsonl: expected a file of labels, given none"),
-        ([folder, "--columns", "0"], "--columns: expected 1 to 40, given 0"),
+        ([folder, "--columns", "0"], "--columns must be >= 1 and <= 40 and whole, got 0"),
         ([folder, "--kind", "image"], "as images: expected"),
     ):
         done = run(*arguments)
@@ -179,4 +181,134 @@ def test_the_command_stops_with_all_marks(folder, stop):
     output, errors = page.communicate(timeout=300)
     assert errors == ""
     assert ("2 of 6 points marked: 1 malign, 0 undecided, 1 benign" in output) == (stop == signal.SIGINT)
+    assert len(labels.read(folder / "labels.jsonl")) == 2
+
+
+def complaint(capsys, monkeypatch, *arguments):
+    """What the command says of wrong arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["feedback", *map(str, arguments)])
+    monkeypatch.delenv("GENDIFF_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as left:
+        program.main()
+    assert left.value.code == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert (error.startswith("error: "), hint) == (True, "(GENDIFF_TRACEBACK=1 shows where)")
+    return error
+
+
+@pytest.mark.parametrize("more", [[], ["--report"]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "99999"], "--port must be >= 0 and <= 65535 and whole, got 99999"),
+        (["--port", "-1"], "--port must be >= 0 and <= 65535 and whole, got -1"),
+        (["--malign", "-1"], "--malign must be >= 0 and whole, got -1"),
+        (["--benign", "-2", "--malign", "1"], "--benign must be >= 0 and whole, got -2"),
+        (["--columns", "41"], "--columns must be >= 1 and <= 40 and whole, got 41"),
+        (["--rater", "x" * 65], "rater must be Unicode text of at most 64 characters"),
+        (["--rater", "a\nb"], r"rater must be a name of printable characters, got 'a\nb'"),
+        (["--rater", "b\udce9la"], r"rater must be Unicode text of at most 64 characters, got 'b\udce9la'"),
+        (["--meaning", "half \ud83d"], r"text must be Unicode text of at most 4000 characters, got 'half \ud83d'"),
+    ],
+)
+def test_values_out_of_range_are_one_line(folder, capsys, monkeypatch, arguments, message, more):
+    assert message in complaint(capsys, monkeypatch, folder, *arguments, *more)
+    assert not (folder / "labels.jsonl").exists()
+
+
+def test_more_labels_than_samples_are_an_error_at_once(folder, capsys, monkeypatch):
+    message = "--malign and --benign together must be <= 6, got 7"
+    assert message in complaint(capsys, monkeypatch, folder, "--malign", 4, "--benign", 3)
+    with pytest.raises(ValueError, match=message):
+        ask.ask(folder, 6, 1)
+    for grace in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="grace must be >= 0, got"):
+            ask.ask(folder, 1, 1, Options(port=0), grace=grace)
+
+
+def test_labels_that_are_a_link_open_no_page(folder, capsys, monkeypatch, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "new"
+    (folder / "labels.jsonl").symlink_to(outside)
+    said = complaint(capsys, monkeypatch, folder)
+    assert "it must be a regular file, got a link (name the file that it leads to)" in said
+    assert "it must be a regular file, got a link" in complaint(capsys, monkeypatch, folder, "--report")
+    assert not outside.exists()
+
+
+def test_what_is_left_out_is_said_and_reported(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((4, 4), ord(name[0]), np.uint8)).save(tmp_path / name)
+    (tmp_path / "c.gif").write_bytes(b"")
+    board = ask.make_board(tmp_path, Options())
+    assert "  left out   1 .gif" in ask.invitation(board, Options(), "http://x:1/?token=x")
+    assert "left out of the samples: 1 .gif" in ask.consensus.report(board.samples, [])
+
+
+def test_an_output_of_few_characters_gets_the_others_escaped(folder):
+    mark(folder, "m", "béla ✓")
+    done = run(folder, "--report", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "b\\xe9la \\u2713: 1 malign" in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [(">&-", "stdout must be open"), (">/dev/full", "stdout could not be written (No space")],
+)
+def test_an_output_that_cannot_be_written_is_one_line(folder, redirection, message):
+    if redirection.endswith("full") and not Path("/dev/full").exists():
+        pytest.skip("no device that is full")
+    mark(folder, "m")
+    command = f'exec "{sys.executable}" -m gendiff.feedback "{folder}" --report {redirection}'
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n\(GENDIFF_TRACEBACK=1 shows where\)\n", done.stderr)
+
+
+BARE = """
+import sys
+sys.modules |= dict.fromkeys(["starlette", "uvicorn", "PIL"])
+from gendiff.feedback import __main__
+_, points, images = sys.argv
+for arguments in (["--help"], [points, "--report"], [points, "--port", "0"], [images, "--port", "0"]):
+    sys.argv = ["feedback", *arguments]
+    try:
+        __main__.main()
+    except SystemExit as left:
+        print("left with", left.code, flush=True)
+"""
+
+
+def test_help_and_points_need_no_packages_of_the_page(folder, tmp_path_factory):
+    pictures = tmp_path_factory.mktemp("pictures")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(pictures / "a.png")
+    mark(folder, "mb")
+    command = [sys.executable, "-c", BARE, str(folder), str(pictures)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert re.search(r"(?s)--meaning.*left with 0\n2 of 6 points marked.*left with 2\nleft with 2\n", done.stdout)
+    assert len(re.findall(r"(?m)^error: .* pip install 'gendiff\[feedback\]'$", done.stderr)) == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_labels_that_vanish_close_no_page(folder, capsys):
+    board = ask.make_board(folder, Options(rater="anna"))
+    mark(folder, "mb")
+    board.refresh()
+    thread = threading.Thread(target=ask.hold, args=(board, Options(port=0)), kwargs={"show": lambda text: None})
+    thread.start()
+    elsewhere = folder.with_name("elsewhere")
+    folder.rename(elsewhere)
+    for _ in range(600):
+        if "could not be written" in (said := capsys.readouterr().err):
+            break
+        time.sleep(0.05)
+    assert said.startswith("warning: labels ")
+    elsewhere.rename(folder)
+    (folder / "labels.jsonl").unlink()
+    while not (folder / "labels.jsonl").exists():
+        time.sleep(0.05)
+    assert thread.is_alive()
+    board.finished.set()
+    thread.join(timeout=60)
     assert len(labels.read(folder / "labels.jsonl")) == 2

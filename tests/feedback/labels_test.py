@@ -161,3 +161,80 @@ def test_missing_and_unwritable_files_are_named(tmp_path):
         labels.append(tmp_path / "folder" / "labels.jsonl", marks(1))
     with pytest.raises(LabelError, match="given none to read"):
         labels.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rater": ""}, {"rater": "a\nb"}, {"sample": "\ud83d"}, {"hash": "1"}, {"seconds": float("nan")}]
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, change):
+    path = tmp_path / "labels.jsonl"
+    kept, wrong = marks(2)
+    labels.append(path, [kept])
+    with pytest.raises(ValueError, match=next(iter(change))):
+        labels.append(path, [wrong, wrong._replace(**change)])
+    with pytest.raises(ValueError, match="text must be Unicode text of at most 4000 characters"):
+        labels.append(path, [Meaning("half an emoji \ud83d", "anna")])
+    assert labels.read(path) == [kept]
+
+
+def test_stored_text_that_is_no_unicode_is_named(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    for line in (
+        b'{"type": "meaning", "text": "\\ud83d", "rater": "anna"}\n',
+        b'{"type": "meaning", "text": "\xff"}\n',
+    ):
+        path.write_bytes(line)
+        with pytest.raises(LabelError, match=r"line 1: expected a JSON line .*(Unicode text|not UTF-8)"):
+            labels.read(path)
+
+
+def parsed(monkeypatch):
+    """The lines that are parsed from here on."""
+    lines = []
+    monkeypatch.setattr(labels, "parse", lambda record, parse=labels.parse: lines.append(record) or parse(record))
+    return lines
+
+
+def test_a_follower_reads_new_lines_only(tmp_path, monkeypatch):
+    path = tmp_path / "labels.jsonl"
+    every = marks(40)
+    labels.append(path, every[:30])
+    follower = labels.Follower(path)
+    assert follower.read() == every[:30]
+    assert not follower.changed()
+    labels.append(path, every[30:32])
+    assert follower.changed()
+    lines = parsed(monkeypatch)
+    assert follower.read() == every[:32]
+    assert len(lines) == 2
+    labels.append(path, [every[3], every[32]])
+    assert follower.read() == every[:33], "a line that comes twice counts once"
+
+
+def test_a_follower_sees_what_a_reader_sees(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    first, second, third = marks(3)
+    labels.append(path, [first])
+    follower = labels.Follower(path)
+    follower.read()
+    line = json.dumps(labels.as_json(second)).encode()
+    for rest in (line[:30], line):  # torn, and without its newline only
+        before = path.read_bytes()
+        path.write_bytes(before + rest)
+        assert follower.read() == labels.records(path)
+        labels.append(path, [third])
+        assert follower.read() == labels.records(path)
+    for text in (b"damage\n" + path.read_bytes(), path.read_bytes() + b"damage\n"):
+        before = path.read_bytes()
+        path.write_bytes(text)
+        with pytest.raises(LabelError) as plain:
+            labels.read(path)
+        with pytest.raises(LabelError) as followed:
+            follower.read()
+        assert str(followed.value) == str(plain.value)
+        path.write_bytes(before)
+        assert follower.read() == labels.records(path)
+    path.write_bytes(path.read_bytes().replace(b"anna", b"bela"))
+    assert {mark.rater for mark in follower.read() if isinstance(mark, Mark)} == {"bela"}, (
+        "as long as before, but another"
+    )

@@ -471,3 +471,35 @@ def test_the_file_holds_what_is_documented(serve):
     assert set(line) == {"type", "sample", "hash", "label", "seconds", "rater", "session", "time", "id"}
     assert line["hash"] == page_of.board.samples.hashes[0]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", line["time"])
+
+
+def test_labels_that_vanish_are_written_again_and_told(serve):
+    page_of = serve()
+    page = page_of.open()
+    press(page, "m b")
+    saved(page)
+    page_of.board.path.unlink()
+    press(page, "u")
+    expect(page.locator("#banner")).to_contain_text("its 2 lines were written again")
+    saved(page)
+    assert page_of.stored() == {"0": "malign", "1": "benign", "2": "undecided"}
+    page.locator("#banner").click()
+    expect(page.locator("#banner")).to_be_hidden()
+    press(page, "b")
+    saved(page)
+    expect(page.locator("#banner")).to_be_hidden()
+    assert len(page_of.stored()) == 4
+
+
+def test_half_an_emoji_is_stored_as_a_sign(serve):
+    page_of = serve()
+    page = page_of.open()
+    page.evaluate("""() => {
+        const field = document.querySelector("#meaning");
+        field.value = "half \\ud83d";
+        field.dispatchEvent(new Event("change"));
+    }""")
+    press(page, "m")
+    saved(page)
+    assert labels.meaning(page_of.board.path) == "half \N{REPLACEMENT CHARACTER}"
+    assert page_of.stored() == {"0": "malign"}

@@ -129,3 +129,36 @@ def test_each_kind_has_its_picture(shape, backdrop):
 
 def test_equal_points_have_a_frame():
     assert np.isfinite(render.frame(np.ones((3, 2))).place(np.ones(2))).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_narrow_motions_have_the_bones_of_wide_ones(dtype):
+    motions = np.stack([figure(0.5), figure(1.0)]) * 300  # millimetres: their squares exceed float16
+    wide = motions.astype(dtype).astype(np.float64)
+    assert render.bones(motions.astype(dtype)).tolist() == render.bones(wide).tolist()
+    drawing = render.drawing(samples.of(motions.astype(dtype)))
+    assert drawing.draw(0, True).body == render.drawing(samples.of(wide)).draw(0, True).body
+    assert b"nan" not in drawing.draw(0, True).body
+
+
+def test_narrow_images_show_the_nearest_grey():
+    exact = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert pixels(render.image((exact / 127.5 - 1).astype(np.float16)))[8:].tolist() == exact[8:].tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("span", [0.0, 1e-12, 1.0])
+def test_a_constant_coordinate_of_any_size_has_a_frame(dtype, span):
+    constant = np.array([[1e8, 0.0], [1e8, span], [1e8, span / 2]], dtype)
+    window = render.frame(constant)
+    placed = window.place(constant)
+    assert window.half > 0
+    assert ((placed >= 0) & (placed <= 100)).all()
+    np.testing.assert_allclose(placed[:, 0], 50)
+    small = render.frame(constant[:, 1:] * [1, 0])
+    assert span == 0 or np.ptp(small.place(constant[:, 1:] * [1, 0])[:, 0]) > 80, "a small width is a width"
+
+
+def test_rounding_of_large_coordinates_fills_no_frame():
+    points = np.array([[1e8, 1e8], [np.nextafter(1e8, 2e8), 1e8]])
+    assert np.ptp(render.frame(points).place(points)) < 20

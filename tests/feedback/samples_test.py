@@ -1,5 +1,6 @@
 """Samples are read as what they are, known by their content, and refused with a reason."""
 
+import os
 import shutil
 
 import numpy as np
@@ -34,7 +35,7 @@ def images(tmp_path):
         (UNIT[..., 0] * 1.01, "image"),
         (UNIT[:, 0, :2, 0], "point"),
         (UNIT[:, 0, :, :2] * 50, "trajectory"),
-        (UNIT.astype(np.float64) * 3, "motion"),
+        (UNIT[:, :, :6].astype(np.float64) * 3, "motion"),
     ],
 )
 def test_kinds_are_inferred(array, kind, tmp_path):
@@ -49,7 +50,7 @@ def test_kinds_are_inferred(array, kind, tmp_path):
 
 def test_what_may_be_either_is_asked_for():
     either = UNIT[:, :5]
-    with pytest.raises(SampleError, match="expected --kind image or --kind motion"):
+    with pytest.raises(SampleError, match=r"expected --kind image \(.*\) or --kind motion \("):
         samples.of(either)
     assert samples.of(either, "motion").kind == "motion"
     assert samples.of(either, "image").kind == "image"
@@ -87,8 +88,9 @@ def test_npz_arrays_and_parents(tmp_path):
     motions = UNIT * 4
     np.savez(tmp_path / "samples.npz", samples=motions, parents=np.array([-1, 0, 1, 2, 3, 4, 5, 6]))
     assert samples.load(tmp_path).parents.tolist() == [-1, 0, 1, 2, 3, 4, 5, 6]
-    np.savez(tmp_path / "samples.npz", motions, labels=np.zeros(5))
-    assert samples.load(tmp_path).kind == "motion"
+    np.savez(tmp_path / "samples.npz", motions[:, :6], labels=np.zeros(5))
+    found = samples.load(tmp_path)
+    assert (found.kind, found.left_out) == ("motion", "1 array labels")
     np.savez(tmp_path / "samples.npz", a=motions, b=motions)
     with pytest.raises(SampleError, match="expected an array called samples, given a, b"):
         samples.load(tmp_path)
@@ -129,12 +131,16 @@ def saved(tmp_path, array):
     ("make", "message"),
     [
         (lambda path: path / "none", "expected a folder, or an .npz or .npy file, given nothing"),
-        (lambda path: path, r"expected samples.npz, samples.npy or PNG or JPEG files, given none"),
-        (lambda path: broken(path, "a.png", b"\x89PNG\r\n\x1a\nxx"), "sample .*a.png: expected a PNG or JPEG image"),
-        (lambda path: broken(path, "a.jpg", b"GIF89a"), "sample .*a.jpg: expected a PNG or JPEG image"),
+        (lambda path: path, r"expected samples.npz, samples.npy or PNG, JPEG, WebP or BMP files, given none"),
+        (
+            lambda path: broken(path, "a.png", b"\x89PNG\r\n\x1a\nxx"),
+            "sample .*a.png: expected a PNG, JPEG, WebP or BMP image",
+        ),
+        (lambda path: broken(path, "a.jpg", b"GIF89a"), "sample .*a.jpg: expected a PNG, JPEG, WebP or BMP image"),
         (lambda path: broken(path, "samples.npy", b"\x93NUMPY\x01"), r"samples.npy: expected plain arrays"),
         (lambda path: broken(path, "samples.npz", b"PK\x03\x04broken"), r"samples.npz: expected plain arrays"),
         (lambda path: broken(path, "x.txt", b"") / "x.txt", "expected a folder, or an .npz or .npy file, given .txt"),
+        (lambda path: saved(path, np.float64(1)), r"expected at least one, given shape \(\)"),
         (lambda path: saved(path, np.zeros((0, 2))), r"expected at least one, given shape \(0, 2\)"),
         (lambda path: saved(path, np.zeros((4, 2), np.int64)), r"images: uint8 or float .* given int64 of shape"),
         (lambda path: saved(path, np.zeros((4, 2, 2, 2, 2))), r"given float64 of shape \(4, 2, 2, 2, 2\)"),
@@ -180,3 +186,80 @@ def test_a_file_that_changed_is_not_shown_as_the_old_one(images):
     Image.fromarray(BYTES[1]).save(images / "img7.png")
     with pytest.raises(SampleError, match=r"sample img7\.png: expected the content it was loaded with, given another"):
         found[0]
+
+
+@pytest.mark.parametrize(
+    ("array", "kinds"),
+    [
+        ((UNIT + 1) * 127.5, "image motion"),
+        ((UNIT[:, :, :6] + 1) * 127.5, "image motion"),
+        (UNIT * 3, "image motion"),
+        (UNIT.reshape(5, -1, 3), "image"),
+        (BYTES[0], "image"),
+        (BYTES[..., :2, 0], "image"),
+    ],
+)
+def test_kinds_that_are_not_certain_are_asked_for(array, kinds):
+    message = " or ".join(rf"--kind {kind} \(.*\)" for kind in kinds.split())
+    with pytest.raises(SampleError, match=rf"expected {message}, since .* may be something else"):
+        samples.of(array)
+    assert samples.of(array / 255, "image").kind == "image"
+
+
+def test_parents_tell_motions_from_images(tmp_path):
+    np.savez(tmp_path / "samples.npz", samples=UNIT, parents=np.arange(8) - 1)
+    assert samples.load(tmp_path).kind == "motion"
+    found = samples.load(tmp_path, "image")
+    assert (found.kind, found.parents, found.left_out) == ("image", None, "1 array parents")
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.int32, bool, object, "U3"])
+@pytest.mark.parametrize("shape", [(4, 2), (4, 9, 2), (4, 9, 9), (4, 9, 5, 3)])
+def test_other_types_are_refused_with_the_kinds(dtype, shape):
+    with pytest.raises(SampleError, match=r"images: uint8 or float .*points: .*trajectorys: .*motions: "):
+        samples.of(np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 9, 2), (4, 8, 8, 3), (4, 9, 5, 3), (4, 9, 9)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
+def test_samples_that_are_not_finite_are_refused(shape, value):
+    array = np.zeros(shape)
+    array[2].flat[1] = value
+    with pytest.raises(SampleError, match=r"sample 2 of .*expected finite numbers, given others \(in 1 samples\)"):
+        samples.of(array)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_a_name_that_is_no_unicode_is_shown_escaped(tmp_path):
+    for i, name in enumerate((b"caf\xe9.png", b"a.png", b"f\xe9/b.png", "\u00b21.png".encode())):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            Image.fromarray(BYTES[i]).save(file, "PNG")
+    found = samples.load(tmp_path)
+    assert set(found.ids) == {"caf\\xe9.png", "a.png", "f\\xe9/b.png", "\u00b21.png"}
+    assert "".join(found.ids).encode()
+    assert len({found[i].tobytes() for i in range(4)}) == 4
+
+
+def test_what_is_left_out_is_said(images, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    Image.fromarray(BYTES[0]).save(other / "a.png")
+    (images / "linked").symlink_to(other)
+    (images / "sub" / "round").symlink_to(images)
+    for name in ("a.gif", "b.TIFF", "sub/c.tiff", "labels.jsonl", "LICENSE"):
+        (images / name).write_bytes(b"")
+    os.rename(images / "img7.png", images / "img7.PNG")
+    (images / "x.png").mkdir()
+    os.rename(images / "img8.png", images / "x.png" / "y.png")
+    found = samples.load(images)
+    assert found.ids == ("img7.PNG", "img9.png", "sub/img3.png", "sub/img4.png", "x.png/y.png")
+    assert found.left_out == "1 .gif, 2 .tiff, 1 .txt, 1 file without a suffix, 1 hidden, 2 linked folder"
+    np.save(images / "samples.npy", UNIT)
+    assert samples.load(images).left_out == "3 image files beside samples.npy"
+
+
+def test_only_files_that_are_left_out_are_named(tmp_path):
+    (tmp_path / "a.gif").write_bytes(b"GIF89a")
+    with pytest.raises(SampleError, match=r"given none of them \(left out: 1 \.gif\)"):
+        samples.load(tmp_path)

@@ -2,13 +2,16 @@
 
 import http.client
 import json
+import os
+import socket
+import time
 import urllib.parse
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from gendiff.feedback import ask, labels
+from gendiff.feedback import ask, labels, server
 from gendiff.feedback.ask import Options
 
 PATHS = ["/", "/page.js", "/page.css", "/state", "/lines", "/sample/{}", "/backdrop"]
@@ -200,3 +203,128 @@ def test_other_methods_and_protocols_get_nothing(client):
     assert client("/state", "POST", b"[]").status == 405
     assert client("/finish").status == 405
     assert client("/state", Connection="Upgrade", Upgrade="websocket", Sec_WebSocket_Key="x", token=False).status >= 400
+
+
+def test_brackets_nested_too_deeply_are_refused(client):
+    for body in (b"[" * 100_000, b'[{"type": ' * 20_000, b"[" * 100_000 + b"]" * 100_000):
+        answer = client("/lines", "POST", body)
+        assert answer.status == 400, answer.body
+
+
+@pytest.mark.parametrize("change", [{"text": "half \ud83d"}, {"rater": "\udc80"}, {"session": "\ude00"}])
+def test_text_that_is_no_unicode_is_refused_before_it_is_stored(client, change):
+    before = client.board.path.read_bytes()
+    line = {"type": "meaning", "text": "near", "rater": "anna"} | change
+    for body in (json.dumps([line]).encode(), json.dumps([line], ensure_ascii=False).encode("utf-8", "surrogatepass")):
+        answer = client("/lines", "POST", body)
+        assert answer.status == 400
+        assert b"must be Unicode text" in answer.body
+    assert client.board.path.read_bytes() == before
+    for path in ("/state", "/lines"):
+        assert client(path).status == 200
+
+
+@pytest.mark.parametrize("rater", ["%0A", "a%00b", "x" * 65, "%E2%80%8B"])
+def test_a_rater_whose_marks_could_not_be_stored_is_told_at_once(client, rater):
+    answer = client("/state?rater=" + rater)
+    assert answer.status == 400
+    assert b"rater must be" in answer.body
+    assert client("/state?rater=b%ED%A0%BDla").status == 200, "shown with a sign for what is no Unicode"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of bytes")
+def test_names_that_are_no_unicode_are_shown_escaped(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"f\xe9")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"caf\xe9.png"), "wb") as file:
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(file, "PNG")
+    options = Options(port=0, rater="anna")
+    board = ask.make_board(tmp_path / os.fsdecode(b"f\xe9"), options)
+    assert ask.invitation(board, options, "http://x:1/?token=x").encode()
+    with ask.serving(board, options) as url:
+        client = Client(board, url)
+        about = json.loads(client("/state").body)
+        assert about["samples"] == [["caf\\xe9.png", board.samples.hashes[0]]]
+        assert about["labels"].endswith("f\\xe9/labels.jsonl")
+        assert client.post(client.line()).status == 200
+        assert [mark.sample for mark in labels.read(board.path)] == ["caf\\xe9.png"]
+        os.remove(os.path.join(folder, b"caf\xe9.png"))
+        answer = client("/sample/" + board.samples.hashes[0])
+        assert (answer.status, b"caf\\xe9.png" in answer.body) == (500, True)
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "folder removed"])
+def test_labels_that_vanish_are_written_again_and_told(client, how, caplog):
+    client.post(client.line(0), client.line(1, label="benign"))
+    before, path = labels.records(client.board.path), client.board.path
+    if how == "emptied":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    if how == "folder removed":
+        path.parent.rename(path.parent.with_name("elsewhere"))
+        answer = client.post(client.line(2))
+        assert (answer.status, b"could not be written" in answer.body) == (507, True)
+        path.parent.mkdir()
+    told = json.loads(client.post(client.line(3)).body)
+    assert labels.records(path)[: len(before)] == before
+    assert len(labels.read(path)) == 3
+    assert told["next"] == 3
+    assert "4 lines" not in told["notice"]
+    assert "labels.jsonl had vanished or was emptied: its 3 lines were written again" in told["notice"]
+    assert "were written again" in caplog.text
+
+
+def test_labels_that_are_replaced_are_told(client):
+    client.post(client.line(0), client.line(1))
+    kept = client.board.path.read_bytes().splitlines(keepends=True)[:2]
+    client.board.path.unlink()
+    client.board.path.write_bytes(b"".join(kept))
+    told = json.loads(client("/lines").body)
+    assert (told["next"], "was replaced: 1 of its marks are gone" in told["notice"]) == (1, True)
+
+
+def test_posts_parse_new_lines_only(client, monkeypatch):
+    client.post(*(client.line(i % 7) for i in range(200)))
+    lines = []
+    monkeypatch.setattr(labels, "parse", lambda record, parse=labels.parse: lines.append(record) or parse(record))
+    assert client.post(client.line(0)).status == 200
+    assert len(lines) < 10
+
+
+HEAD = b"POST /lines HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize("what", ["nothing", "half a head", "half a body", "a second half", "drops"])
+def test_half_open_connections_are_closed(client, monkeypatch, what):
+    monkeypatch.setattr(server, "PATIENCE", 0.6)
+    body = HEAD + f"Authorization: Bearer {client.token}\r\nContent-Type: application/json\r\n".encode()
+    body += b"Content-Length: 100\r\n\r\n["
+    whole = HEAD.replace(b"POST", b"GET") + f"Authorization: Bearer {client.token}\r\n\r\n".encode()
+    sent = {"nothing": b"", "half a body": body, "a second half": whole + HEAD}.get(what, HEAD)
+    with socket.create_connection((client.host, client.port), timeout=20) as connection:
+        connection.sendall(sent)
+        started, answer = time.monotonic(), b""
+        connection.settimeout(0.1 if what == "drops" else 20)
+        while time.monotonic() - started < 20:
+            try:
+                if not (more := connection.recv(4096)):
+                    break
+                answer += more
+            except TimeoutError:
+                connection.sendall(b"X")
+            except OSError:  # closed while drops were on their way
+                break
+        seconds = time.monotonic() - started
+    assert 0.5 < seconds < 10
+    assert (b" 408 " in answer) == (what == "half a body")
+    assert client("/lines").status == 200
+
+
+def test_who_hangs_up_leaves_no_traceback(client, caplog):
+    head = HEAD + f"Authorization: Bearer {client.token}\r\nContent-Type: application/json\r\n".encode()
+    with socket.create_connection((client.host, client.port), timeout=20) as connection:
+        connection.sendall(head + b"Content-Length: 100\r\n\r\n[")
+    time.sleep(0.3)
+    assert client("/lines").status == 200
+    assert "Traceback" not in caplog.text

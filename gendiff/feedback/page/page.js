@@ -21,6 +21,7 @@ let view = []; // indices of the samples shown, fixed until the filter is chosen
 let filter = "all", cursor = 0, columns = 8, rows = 1;
 let enough = false;
 let meaning = ""; // as it stands in the file, or on its way there
+let notice = "", heard = ""; // what the server says of its file; the notice that was clicked away
 
 // --- small things
 
@@ -43,6 +44,8 @@ function make(tag, properties, ...children) {
   return element;
 }
 
+// A field can cut an emoji in half, which is no text that the server stores.
+const wellFormed = (text) => new TextDecoder().decode(new TextEncoder().encode(text.trim()));
 const pageSize = () => columns * rows;
 const here = () => about.samples[view[cursor]];
 const number = (value) => value.toLocaleString("en");
@@ -187,6 +190,7 @@ async function sync() {
   if (busy) return;
   busy = true;
   const lines = queue.slice(0, BATCH);
+  let sent = false;
   try {
     const address = `/lines?since=${next}&rater=${encodeURIComponent(about.rater)}`;
     const posted = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(lines), keepalive: true };
@@ -195,14 +199,15 @@ async function sync() {
     if (!answer.ok) throw new Error(await explain(answer));
     queue.splice(0, lines.length);
     saveQueue();
+    sent = true;
     learn(await answer.json());
-    warn("");
+    warn(notice === heard ? "" : notice + " (click to hide)");
   } catch (error) {
     warn((offline(error) ? lost() : error.message) + waiting());
   }
   busy = false;
   showSaved();
-  if (queue.length && $("banner").hidden) sync();
+  if (queue.length && sent) sync();
 }
 
 async function explain(answer) {
@@ -229,6 +234,7 @@ function learn(news) {
   for (const line of queue) if (line.type === "mark" && line.rater === about.rater) apply(line);
   next = news.next;
   enough = news.enough;
+  notice = news.notice;
   if (document.activeElement !== $("meaning") && !queue.some((line) => line.type === "meaning")) $("meaning").value = meaning = news.meaning;
   $("finish").hidden = !about.need;
   $("finish").disabled = !enough;
@@ -476,14 +482,15 @@ function filterButton(name) {
 }
 
 function saveMeaning() {
-  const text = $("meaning").value.trim();
+  const text = wellFormed($("meaning").value);
   if (text === meaning) return;
   meaning = text;
   send([{ type: "meaning", text, rater: about.rater, session, time: new Date().toISOString() }]);
 }
 
 $("meaning").onchange = saveMeaning;
-$("rater").onchange = () => { location.search = "?rater=" + encodeURIComponent($("rater").value.trim()); };
+$("rater").onchange = () => { location.search = "?rater=" + encodeURIComponent(wellFormed($("rater").value)); };
+$("banner").onclick = () => { heard = notice; if (about) sync(); };
 $("previous").onclick = () => turn(-1);
 $("next").onclick = () => turn(1);
 $("fewer").onclick = () => setColumns(columns - 1);

@@ -1,0 +1,67 @@
+"""Pixels of image files; Pillow is loaded when the first of them is read."""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gendiff.feedback import regular
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+NAMES = "PNG, JPEG, WebP or BMP"
+
+
+def pillow() -> Any:
+    """Return Pillow's package, with its modules Image and ImageOps.
+
+    Raises:
+      ModuleNotFoundError: it is not installed.
+    """
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ModuleNotFoundError:  # only here: points, trajectories and the command's help need no images
+        raise ModuleNotFoundError("images need Pillow: pip install 'gendiff[feedback]'") from None
+    return PIL
+
+
+def read(file: Path) -> np.ndarray:
+    """Return pixels (H, W), (H, W, 3) or (H, W, 4) in uint8, or (H, W) in uint16, turned as the orientation says.
+
+    Raises:
+      ModuleNotFoundError: Pillow is not installed.
+      Exception: of many kinds, because a damaged picture has many ways to say so.
+    """
+    library = pillow()
+    with os.fdopen(regular.descriptor(file, links=True), "rb") as opened:
+        return _pixels(library, opened)
+
+
+def _pixels(library: Any, opened: BinaryIO) -> np.ndarray:
+    try:
+        picture = library.Image.open(opened, formats=FORMATS)
+    except library.UnidentifiedImageError:
+        raise ValueError("its content is no such image") from None
+    with picture:
+        if picture.format in ("PNG", "WEBP") and getattr(picture, "n_frames", 1) > 1:
+            raise ValueError(f"it must be a still picture, got {picture.n_frames} frames")
+        upright = library.ImageOps.exif_transpose(picture)
+        if picture.format == "PNG" and upright.mode[0] == "I":  # greys of 16 bits; `convert` would clip them at 255
+            return np.asarray(upright).astype("<u2")
+        if upright.mode in ("I", "F") or ";" in upright.mode:
+            raise ValueError(f"its pixels must have 8 or 16 bits, got Pillow's mode {upright.mode}")
+        if upright.mode not in ("L", "RGB", "RGBA"):
+            upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+        return np.asarray(upright)
+
+
+def rounded(file: Path) -> bool:
+    """Return True if `read` drops bits of a file: a PNG of colours of 16 bits, which Pillow reads as 8.
+
+    Its header has the bits in byte 24, and in byte 25 the kind of its colours, 0 for greys.
+    """
+    with file.open("rb") as opened:
+        head = opened.read(26)
+    return head.startswith(b"\x89PNG") and head[24:25] == b"\x10" and head[25:] != b"\x00"
