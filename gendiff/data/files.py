@@ -1,5 +1,6 @@
 """Files that are written whole or not at all; arrays in them, without code."""
 
+import errno
 import os
 import secrets
 from collections.abc import Callable
@@ -19,11 +20,28 @@ def store(path: Path, put: Callable[[BinaryIO], Any]) -> None:
     try:
         with part.open("wb") as file:
             put(file)
+            file.flush()
+            os.fsync(file.fileno())  # before it has its name, because a crash could keep the name and lose the bytes
         os.replace(part, path)
+        sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a folder are on the disk."""
+    if os.name != "posix" and path.is_dir():  # only there folders can be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def store_text(path: Path, text: str) -> None:
