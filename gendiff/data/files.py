@@ -1,7 +1,9 @@
 """Files that are written whole or not at all; arrays in them, without code."""
 
+import argparse
 import errno
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +40,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # file systems that sync no folders
             raise
     finally:
         os.close(descriptor)
@@ -47,6 +49,30 @@ def sync(path: Path) -> None:
 def store_text(path: Path, text: str) -> None:
     """Writes a text, as `store` does."""
     store(path, lambda file: file.write(text.encode()))
+
+
+def local(name: str, path: Path) -> Path:
+    """Return `path`; refuse addresses such as gs://bucket/x, which would become a folder `gs:`.
+
+    Args:
+      name: such as "--data".
+
+    Raises:
+      ValueError: it is an address.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:(/|$)", str(path)):
+        raise ValueError(f"{name} must be a path of a file system, got {path}: mount it, or copy it and name the copy")
+    return path
+
+
+def argument(text: str) -> Path:
+    """A path of a command line, for argparse."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one")
+    try:
+        return local("it", Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def load(path: Path, what: str, *names: str) -> list[np.ndarray]:
