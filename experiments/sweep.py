@@ -171,6 +171,11 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
             else:
                 failed[each.name] = outcome.error
     bar.close()
+    kept = distributed.first(lambda: [each.name for each in planned if finished(what, each)])
+    for each in planned:
+        if each.name not in kept:
+            gone = OSError(f"{each.config.output} must have its results, but they are gone: run the same command again")
+            failed.setdefault(each.name, gone)
     return failed
 
 

@@ -99,10 +99,8 @@ class Checkpoints:
             _check_room(self.folder, whole)
             if self._checkpointer is None:
                 self._checkpointer = self._open()
-            self._writing = (
-                step,
-                self._checkpointer.save_async(step, manifest.filled(whole), custom_metadata=metadata, overwrite=True),
-            )
+            filled = manifest.filled(whole)
+            self._writing = step, self._checkpointer.save_async(step, filled, custom_metadata=metadata, overwrite=True)
 
     def _finish(self) -> None:
         if self._writing is None:
@@ -160,9 +158,8 @@ class Checkpoints:
         found = manifest.named(stored.tree)
         if stored.notes.get("data") is not None and hasattr(data, "set_state"):
             data.set_state(stored.notes["data"])
-        return jax.tree.map(
-            _as, jax.tree.unflatten(jax.tree.structure(state), [found[n] for n in manifest.named(state)]), state
-        )
+        leaves = [_as(found[name], leaf) for name, leaf in manifest.named(state).items()]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
@@ -224,7 +221,10 @@ class Archive:
         begun = time.perf_counter()
         result = jax.block_until_ready(compute())
         self.seconds[name] = time.perf_counter() - begun
-        fields = distributed.gather(result if isinstance(result, dict) else result._asdict())
+        own = result if isinstance(result, dict) else result._asdict()
+        if phase is not None:
+            manifest.check_containers(own)
+        fields = distributed.gather(own)
         if phase is None:
             return result if jax.process_count() == 1 else kind(**fields)
         save(phase / "result", fields, seconds=self.seconds[name])

@@ -14,8 +14,9 @@ import optax
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from gendiff import distributed
+from gendiff import distributed, training
 from gendiff.checkpoint import Archive, CheckpointError, Checkpoints, load, save
+from gendiff.training import Host, Settings, Task
 
 
 class Pair(NamedTuple):
@@ -153,6 +154,23 @@ def without_keys(tree):
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if distributed.is_key(leaf) else leaf, tree)
 
 
+def test_a_training_goes_on_from_its_own_width_alone(tmp_path: Path) -> None:
+    def task(target: jax.Array) -> Task:
+        return Task(lambda w, key, x: jnp.mean((w - x) ** 2), lambda key: target + jax.random.normal(key, (4, 1)))
+
+    def train(width: int, steps: int) -> training.State:
+        host = Host(checkpoints=Checkpoints(tmp_path))
+        settings = Settings(steps, every=2)
+        return training.train(jax.random.key(0), jnp.zeros(width), task, jnp.float32(1), settings, host)
+
+    train(4, 2)
+    with pytest.raises(
+        CheckpointError, match=r"params must be float32 \(16,\), got float32 \(4,\); ema must be .* more"
+    ):
+        train(16, 4)
+    assert int(train(4, 4).step) == 4
+
+
 def test_a_stored_result_of_another_configuration_is_refused_and_kept(tmp_path: Path) -> None:
     archive = Archive(tmp_path)
     archive.once("fit", lambda: NARROW, like=NARROW)
@@ -272,6 +290,13 @@ def test_a_flipped_bit_anywhere_is_an_error_or_does_not_matter(tmp_path: Path) -
                 check()
             path.write_bytes(content)
         check()
+
+
+@pytest.mark.parametrize("bad", [{"a": jax.random.key(0)}, {"a": (A,)}, {"a": {1: A}}])
+def test_a_result_that_could_not_be_read_again_is_not_stored(tmp_path: Path, bad: dict) -> None:
+    with pytest.raises(ValueError, match="checkpoint: "):
+        Archive(tmp_path).once("phase", lambda: bad)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("old", "new"), [("seconds", "qeconds"), ("12.5", "13.5"), ("float32", "float64")])

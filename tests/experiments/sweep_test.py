@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -108,6 +109,21 @@ def test_damaged_results_are_made_again(tmp_path, text):
     path.write_text(text)
     assert sweep.sweep(TOY, every, tmp_path, 8) == {}
     assert path.read_text() == before
+
+
+def test_results_that_are_removed_during_the_sweep_are_told(tmp_path):
+    every = planned(tmp_path, seeds="0:2")
+
+    def run(config):
+        if config.seed == 1:
+            shutil.rmtree(tmp_path / "seed-0")
+        return toy_run(config)
+
+    failed = sweep.sweep(TOY._replace(run=run), every, tmp_path, 1)
+    assert {name: str(error) for name, error in failed.items()} == {
+        "seed-0": f"{tmp_path / 'seed-0'} must have its results, but they are gone: run the same command again"
+    }
+    assert sweep.sweep(TOY, every, tmp_path, 1) == {}
 
 
 def test_an_empty_value_of_the_command_line_is_refused(monkeypatch):
