@@ -256,7 +256,8 @@ class Position:
 
 
 def test_a_flipped_bit_anywhere_is_an_error_or_does_not_matter(tmp_path: Path) -> None:
-    tree = {"a": np.arange(6.0).reshape(2, 3), "b": {"c": np.int32(7), "e": np.zeros((0, 2)), "k": [np.array([True])]}}
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.random((60, 60)), "b": {"c": np.int32(7), "e": np.zeros((0, 2)), "k": [np.array([True])]}}
     state = {"key": jax.random.key(1), "step": jnp.int32(20), "w": jnp.arange(3.0)}
     save(tmp_path / "one", tree, seconds=12.5, name="xy")
     steps = Checkpoints(tmp_path / "steps")
@@ -273,11 +274,8 @@ def test_a_flipped_bit_anywhere_is_an_error_or_does_not_matter(tmp_path: Path) -
         same(without_keys(steps.restore(state, position)), without_keys(state))
         assert position.place == 17
 
-    rng = np.random.default_rng(0)
     for folder, check in (("one", read_one), ("steps", read_steps)):
-        # Orbax reads no file below ocdbt.process_0, but the ones that are merged from them.
         files = [path for path in sorted((tmp_path / folder).rglob("*")) if path.is_file() and path.stat().st_size]
-        files = [path for path in files if "ocdbt.process_0" not in path.parts and path.name != "commit_success.txt"]
         assert {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"} < {path.name for path in files}
         for i in range(40):
             path = files[i % len(files)]
