@@ -14,7 +14,6 @@ import functools
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ import tyro
 from tabulate import tabulate
 from tqdm import tqdm
 
-from experiments import runtime
+from experiments import lock, runtime
 from gendiff import distributed, together, training
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.data import files
@@ -44,6 +43,10 @@ class Between(NamedTuple):
 
     low: float
     high: float
+
+
+class Distinct(NamedTuple):
+    """Marks an option that is a list in which a value may stand once: `Annotated[tuple[int, ...], Distinct()]`."""
 
 
 class ConfigError(Exception):
@@ -64,31 +67,58 @@ class Config:
     results/<experiment>/<preset>-<seed>."""
 
     def __post_init__(self) -> None:
-        check_local("--output", self.output)
         for name, hint in get_type_hints(type(self), include_extras=True).items():
+            option, value = "--" + name.replace("_", "-"), getattr(self, name)
+            if isinstance(value, Path):
+                check_local(option, value)
             if get_origin(hint) is not Annotated:
                 continue
-            value = getattr(self, name)
             for limits in get_args(hint)[1:]:
                 if isinstance(limits, Between) and value is not None and not limits.low <= value <= limits.high:
-                    option = "--" + name.replace("_", "-")
                     raise ConfigError(f"{option}: expected {limits.low} to {limits.high}, given {value}")
+                if isinstance(limits, Distinct):
+                    check_distinct(option, value)
 
 
-def check_local(option: str, path: Path | None) -> None:
-    """Refuses addresses such as gs://bucket, which would become folders of that name.
+def check_local(option: str, path: Path) -> None:
+    """Refuse addresses such as gs://bucket, as `files.local` does.
 
     Raises:
       ConfigError: it is one.
     """
-    if path is not None and re.match(r"\w+:/", str(path)):
-        raise ConfigError(
-            f"{option}: expected a folder of a file system, given {path}: mount it, or copy it afterwards"
-        )
+    try:
+        files.local(option, path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_distinct(option: str, values: Sequence[Any]) -> None:
+    """Refuse a list with a value twice, because its results would count twice.
+
+    Raises:
+      ConfigError: it has one.
+    """
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ConfigError(f"{option} must name every value once, got {value} twice: leave one out")
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse an empty value of an option, which would be the current folder where a path is meant.
+
+    Raises:
+      ConfigError: a word of the command line has one.
+    """
+    option = "the command line"
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+        if word in ("", f"{option}="):
+            raise ConfigError(f"{option} must have a value, got an empty one: leave it out")
 
 
 def make_folder(path: Path) -> None:
-    """Makes the folder that `--output` names.
+    """Make the folder that `--output` names.
 
     Raises:
       ConfigError: it cannot be made.
@@ -96,7 +126,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output: expected a folder, given {path} ({error.strerror})") from None
+        raise ConfigError(f"--output must be a folder, got {path} ({error.strerror}): name another one") from None
 
 
 VALUES: dict[str, Any] = {"seed": 0, "output": None, "guidance_scale": 1.0}
@@ -144,6 +174,7 @@ class Results(NamedTuple):
 
 def parse(config: type[C], presets: Mapping[str, C], arguments: Sequence[str]) -> C:
     """The configuration of a command line: a preset, and every field as an option."""
+    check_words(arguments)
     preset = preset_of(arguments)
     if preset not in presets:
         raise ConfigError(f"--preset: expected one of {', '.join(presets)}, given {preset}")
@@ -275,42 +306,67 @@ class Folder:
 
     def _open(self) -> None:
         make_folder(self.path)
+        self._is_ours()
+        try:
+            lock.take(self.path)
+        except lock.Taken as holder:
+            raise ConfigError(
+                f"--output must be a folder that no other run uses, got {self.path}: wait for it, or name another "
+                f"folder ({holder})"
+            ) from None
+        self._is_ours()  # again, because another run may have come between
+        text = json.dumps({"experiment": self.experiment} | _fields(self.config), indent=2) + "\n"
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+        for name in CONFIGS:
+            if _stored(self.path / name) is None:
+                write(self.path / name, text)
+
+    def _is_ours(self) -> None:
+        own = (lock.NAME, "checkpoints") if not any(self.path.glob("checkpoints/*")) else (lock.NAME,)
         if not self.check(self.path, self.experiment, self.config) and any(
-            not each.name.endswith(".tmp") for each in self.path.iterdir()
+            each.name not in own and not each.name.endswith(".tmp") for each in self.path.iterdir()
         ):
-            raise ConfigError(f"--output: expected an empty folder or one of this experiment, given {self.path}")
-        fields = {"experiment": self.experiment} | _fields(self.config)
-        write(self.path / "config.json", json.dumps(fields, indent=2) + "\n")
+            raise ConfigError(
+                f"--output must be an empty folder or one of this experiment, got {self.path}, where neither "
+                "config.json nor its copy in checkpoints can be read: name another folder, or empty this one"
+            )
 
     @staticmethod
     def check(path: Path, experiment: str, config: Config) -> bool:
         """Whether the folder holds a run of this experiment with this configuration; False where it holds none.
 
+        The configuration stands in config.json, a copy of it beside the checkpoints, and results.json.
+
         Raises:
           ConfigError: it holds another one.
         """
-        stored = path / "config.json"
-        if not stored.exists():
-            return False
-        try:
-            held = json.loads(stored.read_text())
-            if not isinstance(held, dict):
-                raise ValueError("no object")
-        except ValueError:
-            raise ConfigError(
-                f"--output: expected a configuration in {stored}, given a damaged file: delete it, or name another "
-                "folder"
-            ) from None
+        held = [found for name in CONFIGS if (found := _stored(path / name)) is not None]
+        if not held and (results := _stored(path / "results.json")) and isinstance(results.get("config"), dict):
+            held = [results["config"] | {"experiment": results.get("experiment"), "output": None}]
         fields = {"experiment": experiment} | _fields(config)
-        names = sorted({name for name in {*held, *fields} if held.get(name) != fields.get(name)})
-        if names:
-            changes = "; ".join(f"{name}: expected {held.get(name)}, given {fields.get(name)}" for name in names)
-            raise ConfigError(f"--output: {path} holds another configuration ({changes}): name another folder")
-        return True
+        for each in held:
+            names = sorted({name for name in {*each, *fields} if each.get(name) != fields.get(name)})
+            if names:
+                changes = "; ".join(f"{name}: expected {each.get(name)}, given {fields.get(name)}" for name in names)
+                raise ConfigError(f"--output: {path} holds another configuration ({changes}): name another folder")
+        return bool(held)
+
+    def _check_there(self) -> None:
+        """Raise OSError if the folder is no longer the one that the run began in."""
+        if not (self.path / "config.json").exists():
+            raise OSError(
+                f"{self.path} must stay as it is during the run, but its config.json is gone: empty the folder and run "
+                "the same command again"
+            )
 
     def write(self, name: str, text: str) -> None:
         """Writes a whole file or leaves the old one; the first process does."""
-        distributed.first(lambda: write(self.path / name, text))
+
+        def first() -> None:
+            self._check_there()
+            write(self.path / name, text)
+
+        distributed.first(first)
 
     def log(self, **values: Any) -> None:
         """Appends one line to metrics.jsonl; the first process does."""
@@ -318,6 +374,8 @@ class Folder:
 
     def append(self, **values: Any) -> None:
         """`log` of one process alone."""
+        self._check_there()
+        lock.touch(self.path)
         path = self.path / "metrics.jsonl"
         with writing(path), path.open("ab+") as file:
             # A line that a full disk cut off must not swallow this one.
@@ -346,7 +404,22 @@ class Folder:
         }
         self.write("results.json", json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
         self.write("table.md", f"# {self.experiment}, preset {self.config.preset}\n\n{table}\n")
+        distributed.first(self._check_there)
+        lock.release(self.path)
         return Results(rows, self.path, table)
+
+
+CONFIGS = ("config.json", "checkpoints/config.json")
+"""A configuration and its copy, from which it is written again if it is lost."""
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file, or a damaged one."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    return held if isinstance(held, dict) else None
 
 
 def write(path: Path, text: str) -> None:

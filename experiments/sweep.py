@@ -13,6 +13,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -44,7 +45,8 @@ class Options:
     """Folder; default: results/sweeps/<experiment>/<preset>."""
 
     def __post_init__(self) -> None:
-        contract.check_local("--output", self.output)
+        if self.output is not None:
+            contract.check_local("--output", self.output)
         if self.at_once < 1:
             raise ConfigError(f"--at-once: expected 1 or more, given {self.at_once}")
 
@@ -78,16 +80,22 @@ def experiment(name: str) -> Experiment:
     return Experiment(name, type(module.PRESETS["default"]), module.PRESETS, module.run)
 
 
+MOST = 1000
+"""Runs of a sweep."""
+
+
 def seeds(text: str) -> list[int]:
     """The seeds of `0:5` or `0,3,7`."""
     try:
         first, colon, last = text.partition(":")
-        found = list(range(int(first), int(last))) if colon else [int(each) for each in text.split(",")]
+        found = range(int(first), int(last)) if colon else [int(each) for each in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--seeds: expected such as 0:5 or 0,3,7, given {text}") from None
-    if not found or len(set(found)) < len(found):
-        raise ConfigError(f"--seeds: expected one or more, each once, given {text}")
-    return found
+        raise ConfigError(f"--seeds must be such as 0:5 or 0,3,7, got {text}") from None
+    count = max(found.stop - found.start, 0) if isinstance(found, range) else len(found)
+    if not 1 <= count <= MOST:
+        raise ConfigError(f"--seeds must name 1 to {MOST:,} seeds, got {text}, which names {count:,}")
+    contract.check_distinct("--seeds", found)
+    return list(found)
 
 
 def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
@@ -102,20 +110,36 @@ def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
             known = ", ".join(field for field in fields if field not in ("seed", "output", "preset"))
             raise ConfigError(f"--grid: expected each of these fields once at most ({known}), given {name}")
         values[name] = given.split(",")
+        contract.check_distinct(f"--grid {name}", values[name])
+    if (count := math.prod(map(len, values.values()))) > MOST:
+        raise ConfigError(f"--grid must have at most {MOST:,} combinations, got {count:,}")
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
-    """Every run, with its folder; of an experiment that can make several seeds in one run, one each."""
-    planned = []
+    """Every run, with its folder; of an experiment that can make several seeds in one run, one each.
+
+    Raises:
+      ConfigError: there are too many, a configuration is out of range, or two of them or their folders are the same.
+    """
+    planned: list[Planned] = []
+    names: dict[Any, str] = {}
     option = next((each.seeds for each in tables.EXPERIMENTS if each.name == what.name), None)
     one_seed = [f"--{option}", "1"] if option else []
     fields = [field.name for field in dataclasses.fields(what.config)]
-    for point, seed in itertools.product(grid(options.grid, fields), seeds(options.seeds)):
+    points, numbers = grid(options.grid, fields), seeds(options.seeds)
+    if (count := len(points) * len(numbers)) > MOST:
+        raise ConfigError(f"--seeds, --grid must give at most {MOST:,} runs, got {count:,}")
+    for point, seed in itertools.product(points, numbers):
         name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
         words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
         own = [*one_seed, *others, *words, "--seed", str(seed), "--output", str(folder / name)]
-        planned.append(Planned(name, contract.parse(what.config, what.presets, own)))
+        config = contract.parse(what.config, what.presets, own)
+        for same in (name, dataclasses.replace(config, output=None)):  # such as a-b of a/b, and 1 and 1.0
+            if same in names:
+                raise ConfigError(f"--grid must give different runs, got {names[same]} and {name}, which are the same")
+            names[same] = name
+        planned.append(Planned(name, config))
     return planned
 
 
@@ -147,6 +171,11 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
             else:
                 failed[each.name] = outcome.error
     bar.close()
+    kept = distributed.first(lambda: [each.name for each in planned if finished(what, each)])
+    for each in planned:
+        if each.name not in kept:
+            gone = OSError(f"{each.config.output} must have its results, but they are gone: run the same command again")
+            failed.setdefault(each.name, gone)
     return failed
 
 
@@ -163,13 +192,13 @@ def quiet() -> Any:
 
 
 def finished(what: Experiment, planned: Planned) -> bool:
-    """Whether the run has its results, of this configuration."""
+    """Whether the run has its results, of this configuration; damaged results are made again from the checkpoints."""
     folder = planned.config.output
     assert folder is not None
-    if not (folder / "results.json").exists():
+    warnings: list[str] = []
+    if not (folder / "results.json").exists() or not (run := tables.read(folder, warnings.append)) or run.rows is None:
         return False
-    contract.Folder.check(folder, what.name, planned.config)
-    return True
+    return contract.Folder.check(folder, what.name, planned.config)
 
 
 def report(folder: Path, planned: Sequence[Planned]) -> str:
@@ -231,6 +260,7 @@ def main() -> None:
 
 def asked() -> tuple[Options, Experiment, list[Planned], Path]:
     """What the command line asks for."""
+    contract.check_words(sys.argv[1:])
     options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
     what = experiment(options.experiment)
     folder = options.output or Path("results") / "sweeps" / what.name / contract.preset_of(others)

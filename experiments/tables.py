@@ -992,6 +992,8 @@ def main() -> None:
         warnings.append(text)
 
     try:
+        for path in (*options.roots, options.output):
+            files.local("a folder or --output", path)
         runs = collect(options.roots, warn)
         if not runs:
             places = ", ".join(map(str, options.roots))

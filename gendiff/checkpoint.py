@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, verified when read.  The only file that imports Orbax.
 
-Orbax writes into a temporary folder and renames it at the end, so a killed save leaves nothing that looks complete.  A
-checksum of every array stands in the checkpoint's metadata and is compared when it is read.
+Orbax writes into a temporary folder and renames it at the end, so a killed save leaves nothing that looks complete.
+A manifest (gendiff.manifest) stands in its metadata, so a checkpoint comes back as it was written, or not at all.
 
 Where a run has several processes all of them save and read at the same calls, and need one file system.  Arrays are
 written whole, so that a checkpoint serves any number of processes and devices.
@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,11 +21,11 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from gendiff import distributed
+from gendiff import distributed, manifest
+from gendiff.data import files
+from gendiff.manifest import FORMAT, Stored
 
 Tree = TypeVar("Tree")
-FORMAT = 1
-"""Of what this version writes; it reads no later ones."""
 
 
 class CheckpointError(RuntimeError):
@@ -34,28 +33,33 @@ class CheckpointError(RuntimeError):
 
 
 def save(folder: Path, tree: Any, **notes: Any) -> None:
-    """Writes nested dicts of arrays as a new checkpoint, with `notes` that JSON can hold."""
+    """Write a new checkpoint.
+
+    Args:
+      tree: nested dicts (keys: text) and lists of arrays and numbers.
+      notes: values that JSON can hold.
+
+    Raises:
+      ValueError: `load` could not return the same tree or notes.
+      CheckpointError: the file system refuses.
+    """
+    manifest.check_containers(tree)
     tree = distributed.gather(tree)
-    metadata = {"format": FORMAT, "checksums": _checksums(tree), "empty": _empty(tree), **notes}
-    # Orbax refuses arrays of size 0: their shapes stand in the metadata, and a zero takes their place.
-    tree = jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
+    metadata = manifest.write(tree, notes)
     with _writing(folder):
         _check_room(folder.parent, tree)
-        ocp.save(folder.absolute(), tree, custom_metadata=metadata)
+        ocp.save(folder.absolute(), manifest.filled(tree), custom_metadata=metadata)
+        _sync(folder)
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Reads what `save` wrote: nested dicts of NumPy arrays, and the notes."""
-    with _reading(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
-        stored = ocp.metadata(folder.absolute()).custom_metadata
-        _check_format(folder, stored)
-        tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
-    empty = stored.get("empty", {}) if stored else {}
-    shaped = lambda path, leaf: np.zeros(empty[path], leaf.dtype) if path in empty else leaf
-    tree = jax.tree_util.tree_map_with_path(lambda path, leaf: shaped(jax.tree_util.keystr(path), leaf), tree)
-    _verify(folder, tree, stored)
-    return tree, {name: value for name, value in stored.items() if name not in ("format", "checksums", "empty")}
+    """Read the tree (of NumPy arrays) and the notes that `save` wrote.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or of a later gendiff.
+    """
+    stored = _read(folder)
+    return stored.tree, stored.notes
 
 
 class Checkpoints:
@@ -74,14 +78,16 @@ class Checkpoints:
         self._writing: tuple[int, Any] | None = None
 
     def save(self, step: int, state: Any, data: Any = None) -> None:
-        """Begins to write a state (any pytree of arrays and keys), and the position of `data` if it has `get_state`.
+        """Begin to write a state (any pytree of arrays and keys), and the position of `data` if it has `get_state`.
 
         Raises:
+          ValueError: `restore` could not return the same arrays.
           CheckpointError: this one cannot be begun, or the last one was not written.
         """
         # A copy: the state's own buffers are donated to the next step.
         whole = jax.tree.map(np.array, distributed.gather(_without_keys(state)))
         position = data.get_state() if hasattr(data, "get_state") else None
+        metadata = manifest.write(whole, {"data": position}, manifest.keys(state))
         self._finish()
         if jax.process_count() > 1:
             # Orbax numbers its barriers by the newest operation of a process: of two writes under way, those of the
@@ -89,12 +95,12 @@ class Checkpoints:
             if Checkpoints._newest is not None:
                 Checkpoints._newest._finish()
             Checkpoints._newest = self
-        metadata = {"format": FORMAT, "checksums": _checksums(whole), "data": position}
         with _writing(self.folder / str(step)):
             _check_room(self.folder, whole)
             if self._checkpointer is None:
                 self._checkpointer = self._open()
-            self._writing = step, self._checkpointer.save_async(step, whole, custom_metadata=metadata, overwrite=True)
+            filled = manifest.filled(whole)
+            self._writing = step, self._checkpointer.save_async(step, filled, custom_metadata=metadata, overwrite=True)
 
     def _finish(self) -> None:
         if self._writing is None:
@@ -102,6 +108,7 @@ class Checkpoints:
         (step, response), self._writing = self._writing, None
         with _writing(self.folder / str(step)):
             response.result()
+            _sync(self.folder / str(step))
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
@@ -136,28 +143,30 @@ class Checkpoints:
         return ocp.training.Checkpointer(self.folder.absolute(), preservation_policy=newest)
 
     def restore(self, state: Tree, data: Any = None) -> Tree:
-        """The newest checkpoint in the structure, types and sharding of `state`, or `state` itself if there is none."""
+        """The newest checkpoint in the structure and sharding of `state`, or `state` itself if there is none.
+
+        Raises:
+          CheckpointError: it is damaged, or holds arrays of other names, shapes or types than `state`.
+        """
         step = self.latest()
         distributed.agree(f"checkpoint {self.folder}: the newest step", str(step))  # a file system may lag on a host
         if step is None:
             return state
         folder = self.folder / str(step)
-        like = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(_without_keys, state))
-        with _reading(folder), self._open() as checkpointer:
-            stored = checkpointer.metadata(step).custom_metadata
-            _check_format(folder, stored)
-            restored = checkpointer.load(step, like)
-        _verify(folder, restored, stored)
-        if stored and stored.get("data") is not None and hasattr(data, "set_state"):
-            data.set_state(stored["data"])
-        return jax.tree.map(_as, restored, state)
+        stored = _read(folder, order=list(manifest.named(state)))
+        _check_like(folder, stored, state)
+        found = manifest.named(stored.tree)
+        if stored.notes.get("data") is not None and hasattr(data, "set_state"):
+            data.set_state(stored.notes["data"])
+        leaves = [_as(found[name], leaf) for name, leaf in manifest.named(state).items()]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def latest(self) -> int | None:
         """The newest step, or None."""
         self.close()
         if not self.folder.exists():
             return None
-        with self._open() as checkpointer:
+        with _reading(self.folder), self._open() as checkpointer:
             return None if checkpointer.latest is None else checkpointer.latest.step
 
 
@@ -165,8 +174,10 @@ def _without_keys(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if distributed.is_key(leaf) else leaf, tree)
 
 
-def _as(value: np.ndarray, like: jax.Array) -> jax.Array:
+def _as(value: np.ndarray, like: Any) -> Any:
     """`value` as an array like another: a key if that is one, on its devices."""
+    if not isinstance(like, jax.Array):
+        return value
     whole: Any = value
     if distributed.is_key(like):
         whole = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like))
@@ -185,23 +196,35 @@ class Archive:
         """Wall-clock time of each phase, from its first computation also when it was read; of a phase that was stopped
         and resumed, the time since it was resumed."""
 
-    def once(self, name: str, compute: Callable[[], Any], kind: Callable[..., Any] = dict) -> Any:
-        """`compute()`, or what it gave in an earlier run.
+    def once(self, name: str, compute: Callable[[], Any], kind: Callable[..., Any] = dict, like: Any = None) -> Any:
+        """`compute()`, or its result of an earlier run.
 
         Args:
           name: of the phase, such as "round-1/draws"; a folder below the archive's.
-          compute: gives a dict, or a NamedTuple of type `kind`, of (nested dicts of) arrays and numbers.
+          compute: gives a dict, or a NamedTuple of type `kind`, of (nested dicts and lists of) arrays and numbers.
+          like: a tree with the names, shapes and types of the result, where they are known before; None: any.
+
+        Raises:
+          CheckpointError: the stored result is damaged, or has other fields than `kind` or other arrays than `like`.
         """
         distributed.stop_if_preempted("every phase that was finished")
         phase = None if self.folder is None else self.folder / name
         if phase is not None and distributed.first((phase / "result").exists):
-            fields, notes = load(phase / "result")
-            self.seconds[name] = notes["seconds"]
-            return kind(**fields)
+            stored = _read(phase / "result")
+            if not isinstance(stored.notes.get("seconds"), int | float):  # format 1 has no checksum of its notes
+                raise _damaged(phase / "result")
+            if like is not None:
+                _check_like(phase / "result", stored, like)
+            result = _built(phase / "result", kind, stored.tree)
+            self.seconds[name] = stored.notes["seconds"]
+            return result
         begun = time.perf_counter()
-        result: Any = jax.block_until_ready(compute())
+        result = jax.block_until_ready(compute())
         self.seconds[name] = time.perf_counter() - begun
-        fields = distributed.gather(result if isinstance(result, dict) else result._asdict())
+        own = result if isinstance(result, dict) else result._asdict()
+        if phase is not None:
+            manifest.check_containers(own)
+        fields = distributed.gather(own)
         if phase is None:
             return result if jax.process_count() == 1 else kind(**fields)
         save(phase / "result", fields, seconds=self.seconds[name])
@@ -214,14 +237,6 @@ class Archive:
     def steps(self, name: str) -> Checkpoints | None:
         """Checkpoints for the training run of a phase; they go once the phase's result is stored."""
         return None if self.folder is None else Checkpoints(self.folder / name / "steps")
-
-
-def _check_format(folder: Path, stored: Any) -> None:
-    given = (stored or {}).get("format", 0)
-    if given > FORMAT:
-        raise CheckpointError(
-            f"checkpoint {folder}: expected format {FORMAT} or earlier, given {given}, of a later gendiff"
-        )
 
 
 def _check_room(folder: Path, tree: Any) -> None:
@@ -239,29 +254,66 @@ def _check_room(folder: Path, tree: Any) -> None:
     distributed.everywhere(make)
 
 
-def _checksums(tree: Any) -> list[int]:
-    # Nested dicts come back from a file with sorted keys, which is the order of `jax.tree.leaves`.
-    return [zlib.crc32(np.ascontiguousarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+def _sync(folder: Path) -> None:
+    """Make a checkpoint survive a crash of the machine; 20 ms.  TensorStore syncs the arrays, Orbax no metadata."""
+    if not distributed.is_first():
+        return
+    for path in folder.rglob("*METADATA"):
+        files.sync(path)
+        files.sync(path.parent)
+    files.sync(folder.parent)
 
 
-def _empty(tree: Any) -> dict[str, list[int]]:
-    """The shapes of the arrays of size 0, by path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in leaves if leaf.size == 0}
+def _read(folder: Path, order: list[str] | None = None) -> Stored:
+    """Read and verify a checkpoint; `order` is that of `manifest.verify`."""
+    with _reading(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
+        written = ocp.metadata(folder.absolute()).custom_metadata
+        if written.get("format", 0) > FORMAT:
+            raise CheckpointError(
+                f"checkpoint {folder}: format must be <= {FORMAT}, got {written['format']}: "
+                "read it with a later gendiff"
+            )
+        tree = jax.tree.map(np.asarray, ocp.load(folder.absolute()))
+        try:
+            return manifest.verify(tree, written, order)
+        except manifest.Damaged:
+            raise _damaged(folder) from None
 
 
-def _verify(folder: Path, tree: Any, stored: Any) -> None:
-    if not stored or stored.get("checksums") != _checksums(tree):
+def _damaged(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {folder}: must have the checksums that it was written with, got others: the files are damaged. "
+        f"{DELETE}"
+    )
+
+
+def _check_like(folder: Path, stored: Stored, like: Any) -> None:
+    if difference := manifest.difference(stored, like):
         raise CheckpointError(
-            f"checkpoint {folder}: expected the checksums it was written with, given other contents: the files are "
-            "damaged. Delete this folder and run the same command again; what is beside it is kept."
+            f"checkpoint {folder}: {difference}. It is complete, but of another configuration: name another folder, or "
+            "use the configuration that wrote it."
         )
+
+
+def _built(folder: Path, kind: Callable[..., Any], fields: dict[str, Any]) -> Any:
+    """`kind(**fields)` of a stored result."""
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise CheckpointError(
+            f"checkpoint {folder}: must have the fields of {kind.__name__}, got {', '.join(fields)} ({error}). It is "
+            "complete, but of another version: name another folder, or use the version that wrote it."
+        ) from None
+
+
+DELETE = "Delete this folder and run the same command again; what is beside it is kept."
 
 
 def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
     return _failing(
-        f"checkpoint {folder}: expected a complete checkpoint of this run, given one that cannot be read",
-        "Delete this folder and run the same command again; what is beside it is kept.",
+        f"checkpoint {folder}: must be complete, got files that cannot be read",
+        DELETE,
     )
 
 
@@ -291,4 +343,5 @@ def _lost(error: BaseException) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"  # TensorStore's lines are long

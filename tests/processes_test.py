@@ -145,11 +145,11 @@ def test_a_checkpoint_of_a_later_format_is_an_error_of_all(tmp_path):
     finished(1, tmp_path, "train")
     newest = tmp_path / "steps" / "60" / "_CHECKPOINT_METADATA"
     stored = json.loads(newest.read_text())
-    assert stored["custom_metadata"]["format"] == 1
-    stored["custom_metadata"]["format"] = 2
+    assert stored["custom_metadata"]["format"] == 2
+    stored["custom_metadata"]["format"] = 3
     newest.write_text(json.dumps(stored))
     for text in failed(Job(2, tmp_path, str(WORKER), str(tmp_path), "train")):
-        assert text.endswith("60: expected format 1 or earlier, given 2, of a later gendiff")
+        assert text.endswith("60: format must be <= 2, got 3: read it with a later gendiff")
 
 
 @pytest.mark.parametrize("killed", [2, 0])

@@ -7,6 +7,7 @@ crossed sevens, is censored in rounds of imitation.
 
 import dataclasses
 import hashlib
+import math
 import time
 import zipfile
 import zlib
@@ -21,7 +22,19 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main, of_program
+from experiments.contract import (
+    Between,
+    Column,
+    Config,
+    ConfigError,
+    Distinct,
+    Folder,
+    Progress,
+    Results,
+    Row,
+    main,
+    of_program,
+)
 from gendiff import denoiser, distributed, losses, potential, process, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
@@ -128,7 +141,7 @@ class MnistConfig(Config):
     guidance_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
     """omega of the ensemble; single rewards and the union take `members` times as much. 0 chooses it by the sweep, on
     labels and noise of its own, before all other rows; 1 is what the sweep of seed 0 chose (so report other seeds)."""
-    sweep: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    sweep: Annotated[tuple[float, ...], Distinct()] = (0.5, 1.0, 2.0, 4.0)
     """The omegas of the trade-off curves."""
     universal_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
     """omega of the time-independent ensemble. 0 chooses it as the other's, in some ten minutes; 1 was the better of 1
@@ -162,8 +175,8 @@ class MnistConfig(Config):
         n = self.active_labels
         if list(n) != sorted(set(n)) or not n or not 2 <= n[0] <= n[-1] <= self.active_pool:
             raise ConfigError(f"--active-labels: expected rising numbers from 2 to {self.active_pool}, given {n}")
-        if not self.sweep or min(self.sweep) <= 0:
-            raise ConfigError(f"--sweep: expected one scale or more, above 0, given {self.sweep}")
+        if not self.sweep or not all(0 < scale < math.inf for scale in self.sweep):
+            raise ConfigError(f"--sweep must be one finite scale or more, above 0, got {self.sweep}")
 
 
 PRESETS = {

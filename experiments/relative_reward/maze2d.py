@@ -17,7 +17,19 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import figures
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main, of_program
+from experiments.contract import (
+    Between,
+    Column,
+    Config,
+    ConfigError,
+    Distinct,
+    Folder,
+    Progress,
+    Results,
+    Row,
+    main,
+    of_program,
+)
 from gendiff import denoiser, distributed, guidance, losses, potential, process, replicas, sampling, training
 from gendiff.checkpoint import Archive
 from gendiff.data import episodes, maze2d
@@ -43,7 +55,7 @@ GOALS = 8
 class MazeConfig(Config):
     """The data, the diffusion models, the rewards and their evaluation."""
 
-    mazes: tuple[Literal["open", "umaze", "medium", "large"], ...] = ("open", "umaze")
+    mazes: Annotated[tuple[Literal["open", "umaze", "medium", "large"], ...], Distinct()] = ("open", "umaze")
     """Mazes that are run."""
     transitions: Annotated[int, Between(1000, 10_000_000)] = 200_000
     """Transitions (time steps of 10 ms) of the base set of each maze."""
@@ -93,7 +105,7 @@ class MazeConfig(Config):
     """Frames of a reward's window."""
     widths: tuple[int, ...] = (64, 32)
     """Hidden widths of the reward's network."""
-    grid: tuple[int, ...] = (4, 8, 32)
+    grid: Annotated[tuple[int, ...], Distinct()] = (4, 8, 32)
     """Windows that the row `published-best-per-goal` chooses from, goal by goal, by the discriminability in sample as
     the paper did, but on rewards of a seed of its own (the paper chose also among data and widths)."""
     places: Annotated[int, Between(100, 1_000_000)] = 4000

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from experiments.censoring import mnist
 from experiments.censoring.mnist import MnistConfig
-from experiments.contract import Between, Column, Folder, Results, main
+from experiments.contract import Between, Column, Distinct, Folder, Results, main
 from experiments.speed import ours_censoring, table
 from experiments.speed.table import Measured, Sides, TimedConfig, Work, flops
 from gendiff.metrics.rates import Estimate
@@ -50,7 +50,7 @@ class SpeedConfig(TimedConfig):
     """Samples of them drawn at a time."""
     steps: Annotated[int, Between(2, 1000)] = 4
     """Steps of sampling timed together."""
-    members: tuple[int, ...] = (0, 1, 5)
+    members: Annotated[tuple[int, ...], Distinct()] = (0, 1, 5)
     """Numbers K of rewards, a row each."""
     ensemble: Annotated[int, Between(1, 64)] = 5
     """Rewards of the rows `paper` and `reward`."""

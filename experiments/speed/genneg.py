@@ -21,7 +21,7 @@ time of the work at that rate.
 import dataclasses
 from typing import Annotated, Any
 
-from experiments.contract import Between, Column, Folder, Results, main
+from experiments.contract import Between, Column, Distinct, Folder, Results, main
 from experiments.genneg import checkerboard
 from experiments.genneg.checkerboard import CheckerboardConfig
 from experiments.speed import table
@@ -45,7 +45,7 @@ class SpeedConfig(TimedConfig):
     """Samples drawn at a time."""
     sampler_steps: Annotated[int, Between(2, 10_000)] = CheckerboardConfig.sampler_steps
     """Heun steps."""
-    classifiers: tuple[int, ...] = (0, 1, 5)
+    classifiers: Annotated[tuple[int, ...], Distinct()] = (0, 1, 5)
     """Numbers K of classifiers, a row each."""
     points: Annotated[int, Between(1, 100_000_000)] = 1000
     """Batch of a training step."""

@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import shortest_path
 from tqdm import tqdm
 
 from gendiff import check
-from gendiff.data import episodes
+from gendiff.data import episodes, files
 from gendiff.data.episodes import Attempts, Episodes, Holds, Report
 
 States: TypeAlias = Float[np.ndarray, "n 4"]
@@ -449,7 +449,7 @@ def main() -> None:
     """Writes a data set from the command line."""
     about = "Makes Maze2D data; goes on where it was stopped."
     parser = argparse.ArgumentParser("python -m gendiff.data.maze2d", description=about)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=files.argument)
     parser.add_argument("--maze", default="umaze", choices=MAZES)
     parser.add_argument("--goal", type=int, choices=range(1, 9), help="an expert's; without one: random goals")
     parser.add_argument("--transitions", type=int, default=1_000_000)

@@ -529,7 +529,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m gendiff.data.traffic", description="Simulates scenes; goes on if stopped."
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=files.argument)
     parser.add_argument("--scenes", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -539,7 +539,9 @@ def main() -> None:
     parser.add_argument("--least-scenes", type=int, default=Recipe().least_scenes, help="of a map that is kept")
     parser.add_argument("--most", type=int, help="scenes of a map that count; its file holds all; default: all")
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
-    parser.add_argument("--embed", type=Path, metavar="FILE", help="the package's small data set into FILE, no other")
+    parser.add_argument(
+        "--embed", type=files.argument, metavar="FILE", help="the package's small data set into FILE, no other"
+    )
     given = parser.parse_args()
     with tqdm(total=SMOKE if given.embed else given.scenes, unit=" scenes") as bar:
         report = lambda have: bar.update(have - bar.n)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from gendiff.data import regular, sumo, traffic
+from gendiff.data import files, regular, sumo, traffic
 from gendiff.data.builders import Builder, Examples, scene, scene_rows
 from gendiff.data.traffic import Recipe, Scenes, Split
 
@@ -165,7 +165,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m gendiff.data.traffic_tfds", description="Simulates and packs scenes; goes on if stopped."
     )
-    parser.add_argument("folder", type=Path, help="of the data sets of TFDS; its downloads/traffic_maps holds the maps")
+    parser.add_argument(
+        "folder", type=files.argument, help="of the data sets of TFDS; its downloads/traffic_maps holds the maps"
+    )
     parser.add_argument("--config", choices=Traffic.builder_configs, default=Traffic.DEFAULT_BUILDER_CONFIG_NAME)
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     given = parser.parse_args()

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from gendiff.data import files
 from gendiff.feedback import ask, consensus, labels
 from gendiff.feedback import samples as reading
 from gendiff.feedback.ask import Options
@@ -39,6 +40,9 @@ def command(
       report: Print counts, minutes and the raters' agreement, and open no page.
       also: Further files of labels of the same samples, for the report (other raters').
     """
+    for name, path in (("samples", samples), ("--labels", options.labels), *(("--also", each) for each in also)):
+        if path is not None:
+            files.local(name, path)
     need = (malign, benign) if malign or benign else None
     ask.check_options(options, need)
     if not report:

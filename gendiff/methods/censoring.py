@@ -450,6 +450,9 @@ def imitate(
         arrays = archive.once(
             phase,
             lambda s=sets, b=begin, f=fitted, k=fit_key, h=host: training.packed(fit(problem, s, b, f, k, h)),
+            like=jax.eval_shape(
+                lambda k, f=fitted, p=fresh: training.packed(training.begin(f.training, k, p)), fit_key
+            ),
         )
         state = training.unpacked(arrays, fresh, fitted.training)
         rewards = state.params

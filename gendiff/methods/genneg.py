@@ -630,6 +630,7 @@ def one_round(
     classifier = archive.once(
         f"{name}/classifier",
         lambda: fit_classifier(problem, train, held_out, start, settings.classifier, fit_key, place),
+        like={"net": start, "shift": jnp.float32(0)},
     )
     stack = append(guided, classifier)
     if settings.mode == "stack":
@@ -644,7 +645,7 @@ def one_round(
         x0 = mixture(good, synthetic.negatives, settings.stored, mixture_key)
         return distill(problem, stack, x0, guided.theta, settings.student_batch, student, student_key, place, mesh)
 
-    psi = archive.once(f"{name}/student", teach_student)
+    psi = archive.once(f"{name}/student", teach_student, like=guided.theta)
     return Round(number, Guided(psi), classifier, train, held_out)
 
 

@@ -1,9 +1,12 @@
 """The contract of every experiment: options, folders, errors, files."""
 
 import dataclasses
+import importlib
 import json
 import os
 import resource
+import shutil
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +56,7 @@ def test_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
 
 def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="expected an empty folder"):
+    with pytest.raises(ConfigError, match="must be an empty folder or one of this experiment"):
         Folder("tiny", TinyConfig(output=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -132,7 +135,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_half_new_one(tmp_path: Path) 
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert (tmp_path / "table.md").read_text() == "old"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "table.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoints", "config.json", "table.md"]
 
 
 def test_one_seed_keeps_its_interval_and_several_give_student_s() -> None:
@@ -143,18 +146,150 @@ def test_one_seed_keeps_its_interval_and_several_give_student_s() -> None:
     np.testing.assert_allclose(three, (2.0, 2.0 - half, 2.0 + half, 30))
 
 
-def test_damaged_folders_are_named(tmp_path):
-    config = TinyConfig(output=tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".config.json.0123.tmp").write_text("{")  # killed while it was written
-    folder = Folder("test", config)
-    for text in ("", "[]"):
-        (folder.path / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"expected a configuration in .*config\.json, given a damaged file"):
-            Folder("test", config)
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--output: expected a folder, given .*file"):
+    with pytest.raises(ConfigError, match=r"--output must be a folder, got .*file"):
         Folder("test", TinyConfig(output=tmp_path / "file"))
+
+
+DAMAGES = [lambda path: path.unlink(), lambda path: path.write_text(""), lambda path: path.write_text("[]")]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, lambda path: path.write_bytes(path.read_bytes()[:20] + b"\xff")])
+@pytest.mark.parametrize("names", [["config.json"], ["checkpoints/config.json"], "both, after the results are written"])
+def test_a_lost_configuration_is_written_again(tmp_path, damage, names):
+    config = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", config)
+    folder.archive.once("phase", lambda: {"a": np.ones(2)})
+    before = (folder.path / "config.json").read_text()
+    if isinstance(names, str):
+        folder.finish([], [])
+        names = ["config.json", "checkpoints/config.json"]
+    for name in names:
+        damage(folder.path / name)
+    with pytest.raises(ConfigError, match=r"holds another configuration \(size: expected 3, given 4\)"):
+        Folder("tiny", dataclasses.replace(config, size=4))
+    again = Folder("tiny", config)
+    assert again.archive.once("phase", lambda: {"a": np.zeros(2)})["a"].tolist() == [1, 1]
+    for name in ("config.json", "checkpoints/config.json"):
+        assert (folder.path / name).read_text() == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_any_configuration_the_remedy_is_an_empty_folder(tmp_path, damage):
+    config = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", config)
+    folder.log(a=1)
+    folder.archive.once("phase", lambda: {"a": np.ones(2)})
+    for name in ("config.json", "checkpoints/config.json"):
+        damage(folder.path / name)
+    with pytest.raises(ConfigError, match=r"neither config\.json nor its copy .* or empty this one"):
+        Folder("tiny", config)
+    shutil.rmtree(folder.path)
+    folder.path.mkdir()
+    Folder("tiny", config).finish([], [])
+
+
+def test_what_a_killed_run_left_of_its_beginning_is_no_obstacle(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").write_text("process 1 on a host")
+    (tmp_path / "run" / ".config.json.0123.tmp").write_text("{")
+    Folder("tiny", TinyConfig(output=tmp_path / "run")).log(a=1)
+
+
+@pytest.mark.parametrize("way", ["log", "write", "finish"])
+def test_a_folder_that_is_removed_during_the_run_ends_it(tmp_path, way):
+    config = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", config)
+    folder.archive.once("first", lambda: {"a": np.ones(2)})
+    shutil.rmtree(folder.path)
+    folder.archive.once("second", lambda: {"a": np.ones(2)})  # makes the folder again
+    ways = {
+        "log": lambda: folder.log(a=1),
+        "write": lambda: folder.write("table.md", ""),
+        "finish": lambda: folder.finish([], []),
+    }
+    with pytest.raises(OSError, match=r"run must stay as it is .* its config\.json is gone: empty the folder"):
+        ways[way]()
+    shutil.rmtree(folder.path)
+    folder.path.mkdir()
+    Folder("tiny", config).finish([], [])
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    calls = []
+    real_sync, real_replace = os.fsync, os.replace
+    kind = lambda number: "folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file"
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append(kind(number)) or real_sync(number))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or real_replace(*names))
+    contract.write(tmp_path / "table.md", "text")
+    assert calls == ["file", "replace", "folder"]
+
+
+# Options.
+
+
+@dataclasses.dataclass(frozen=True)
+class ListConfig(Config):
+    """Lists and paths."""
+
+    mazes: Annotated[tuple[str, ...], contract.Distinct()] = ("a",)
+    """Some names."""
+    scales: Annotated[tuple[float, ...], contract.Distinct()] = (1.0,)
+    """Some numbers."""
+    data: Path | None = None
+    """Some folder."""
+
+
+LISTS = {"default": ListConfig()}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mazes", "a", "b", "a"], "--mazes must name every value once, got a twice"),
+        (["--scales", "1", "1.0"], "--scales must name every value once, got 1.0 twice"),
+        (["--scales", "0", "2", "-0.0"], "--scales must name every value once, got -0.0 twice"),
+        (["--data", "gs://bucket/x"], "--data must be a path of a file system, got gs:/bucket/x: mount it"),
+        (["--output", "s3://bucket/x"], "--output must be a path of a file system, got s3:/bucket/x"),
+        (["--data", "gs:/bucket"], "--data must be a path of a file system, got gs:/bucket"),
+        (["--data", "file:///x"], "--data must be a path of a file system, got file:/x"),
+        (["--data", "gs:"], "--data must be a path of a file system, got gs:"),
+        (["--data", ""], "--data must have a value, got an empty one"),
+        (["--output="], "--output must have a value, got an empty one"),
+        (["--mazes", "a", ""], "--mazes must have a value, got an empty one"),
+    ],
+)
+def test_lists_and_paths_are_checked(words, message):
+    with pytest.raises(ConfigError, match=message):
+        contract.parse(ListConfig, LISTS, words)
+
+
+@pytest.mark.parametrize("path", ["a:b", "x/gs:/x", "/data/x", "C:/x", "10:30/x"])
+def test_paths_with_a_colon_are_paths(path):
+    assert contract.parse(ListConfig, LISTS, ["--data", path]).data == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("relative_reward.maze2d", ["--mazes", "open", "open"]),
+        ("relative_reward.maze2d", ["--grid", "4", "4"]),
+        ("censoring.mnist", ["--sweep", "1", "2", "1"]),
+        ("censoring.mnist", ["--active-labels", "5", "5"]),
+        ("speed.censoring", ["--members", "1", "1"]),
+        ("speed.genneg", ["--classifiers", "1", "1"]),
+        ("genneg.traffic", ["--data", "gs://bucket/x"]),
+        ("genneg.traffic", ["--recorded", "gs://bucket/x"]),
+        ("censoring.mnist", ["--resnet-weights", "gs://bucket/x"]),
+        ("censoring.oracle", ["--data", "gs://bucket/x"]),
+        ("speed.mesh", ["--output", "gs://bucket/x"]),
+    ],
+)
+def test_every_experiment_checks_its_lists_and_paths(module, words):
+    found = importlib.import_module(f"experiments.{module}")
+    with pytest.raises(ConfigError, match=f"{words[0]}(:| must)"):
+        contract.parse(type(found.PRESETS["default"]), found.PRESETS, words)
 
 
 def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path):

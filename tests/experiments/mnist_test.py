@@ -203,5 +203,5 @@ def test_lists_out_of_range_are_named():
     for labels in ((20, 5), (1,), (5, 500), ()):
         with pytest.raises(ConfigError, match="--active-labels: expected rising numbers from 2 to 400"):
             dataclasses.replace(mnist.PRESETS["default"], active_labels=labels)
-    with pytest.raises(ConfigError, match="--sweep: expected one scale or more, above 0"):
+    with pytest.raises(ConfigError, match="--sweep must be one finite scale or more, above 0"):
         dataclasses.replace(mnist.PRESETS["default"], sweep=(0.0, 1.0))

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -46,6 +47,21 @@ def toy_run(config):
 TOY = sweep.Experiment("toy", ToyConfig, {"default": ToyConfig()}, toy_run)
 
 
+@dataclasses.dataclass(frozen=True)
+class PathConfig(Config):
+    """A path."""
+
+    data: Path = Path("a")
+    """Some data."""
+
+
+PATHS = sweep.Experiment("paths", PathConfig, {"default": PathConfig()}, toy_run)
+
+
+def many(count):
+    return ",".join(str(i) for i in range(1, count + 1))
+
+
 def planned(folder, *grid, seeds="0:3", others=()):
     return sweep.plan(TOY, sweep.Options("toy", seeds, grid), others, folder)
 
@@ -84,6 +100,38 @@ def test_what_is_done_is_not_done_again_and_what_fails_leaves_the_rest(tmp_path)
     assert "| 2 " in text
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": 3}'])
+def test_damaged_results_are_made_again(tmp_path, text):
+    every = planned(tmp_path, seeds="0:2")
+    sweep.sweep(TOY, every, tmp_path, 8)
+    path = tmp_path / "seed-1" / "results.json"
+    before = path.read_text()
+    path.write_text(text)
+    assert sweep.sweep(TOY, every, tmp_path, 8) == {}
+    assert path.read_text() == before
+
+
+def test_results_that_are_removed_during_the_sweep_are_told(tmp_path):
+    every = planned(tmp_path, seeds="0:2")
+
+    def run(config):
+        if config.seed == 1:
+            shutil.rmtree(tmp_path / "seed-0")
+        return toy_run(config)
+
+    failed = sweep.sweep(TOY._replace(run=run), every, tmp_path, 1)
+    assert {name: str(error) for name, error in failed.items()} == {
+        "seed-0": f"{tmp_path / 'seed-0'} must have its results, but they are gone: run the same command again"
+    }
+    assert sweep.sweep(TOY, every, tmp_path, 1) == {}
+
+
+def test_an_empty_value_of_the_command_line_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep", "genneg.checkerboard", "--output", ""])
+    with pytest.raises(ConfigError, match="--output must have a value"):
+        sweep.asked()
+
+
 def test_a_folder_of_another_sweep_is_refused(tmp_path):
     sweep.sweep(TOY, planned(tmp_path, seeds="0:1"), tmp_path, 8)
     other = planned(tmp_path, seeds="0:1", others=["--steps", "4"])
@@ -101,11 +149,33 @@ def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ToyConfig(output=Path("gs://bucket/a")), "--output: expected a folder of a file system, given gs:/"),
+        (lambda: ToyConfig(output=Path("gs://bucket/a")), "--output must be a path of a file system, got gs:/"),
         (lambda: sweep.Options("toy", at_once=0), "--at-once: expected 1 or more, given 0"),
-        (lambda: sweep.seeds("0-5"), "--seeds: expected such as 0:5 or 0,3,7, given 0-5"),
-        (lambda: sweep.seeds("3:3"), "--seeds: expected one or more, each once, given 3:3"),
-        (lambda: sweep.seeds("1,1"), "--seeds: expected one or more, each once, given 1,1"),
+        (
+            lambda: sweep.Options("toy", output=Path("s3://bucket/a")),
+            "--output must be a path of a file system, got s3",
+        ),
+        (lambda: sweep.seeds("0-5"), "--seeds must be such as 0:5 or 0,3,7, got 0-5"),
+        (lambda: sweep.seeds("3:3"), "--seeds must name 1 to 1,000 seeds, got 3:3, which names 0"),
+        (lambda: sweep.seeds("5:3"), "--seeds must name 1 to 1,000 seeds, got 5:3, which names 0"),
+        (lambda: sweep.seeds("0:1000000000"), "got 0:1000000000, which names 1,000,000,000"),
+        (lambda: sweep.seeds("0:" + 30 * "9"), "--seeds must name 1 to 1,000 seeds"),
+        (lambda: sweep.seeds(",".join(map(str, range(1001)))), "which names 1,001"),
+        (lambda: sweep.seeds("1,1"), "--seeds must name every value once, got 1 twice"),
+        (lambda: sweep.seeds("1,01"), "--seeds must name every value once, got 1 twice"),
+        (lambda: planned(Path("x"), seeds="-1:1"), "--seed: expected 0 to 2147483647, given -1"),
+        (lambda: planned(Path("x"), "rate=1,1"), "--grid rate must name every value once, got 1 twice"),
+        (lambda: planned(Path("x"), "rate=1,1.0"), "different runs, got rate-1_seed-0 and rate-1.0_seed-0"),
+        (lambda: planned(Path("x"), "rate=1e3,2,1000"), "different runs, got rate-1e3_seed-0 and rate-1000_seed-0"),
+        (lambda: sweep.plan(PATHS, sweep.Options("p", "0:1", ("data=a/b,a-b",)), (), Path("x")), "different runs"),
+        (
+            lambda: planned(Path("x"), "steps=1,2", seeds="0:600"),
+            "--seeds, --grid must give at most 1,000 runs, got 1,200",
+        ),
+        (
+            lambda: planned(Path("x"), *(f"{n}={many(40)}" for n in ("rate", "steps"))),
+            "at most 1,000 combinations, got 1,",
+        ),
         (lambda: sweep.grid(["rate"], ["rate"]), "--grid: expected FIELD=VALUE,VALUE.., given rate"),
         (lambda: sweep.grid(["seed=1"], ["rate", "seed"]), "these fields once at most .rate., given seed"),
         (lambda: sweep.grid(["rate=1", "rate=2"], ["rate"]), "these fields once at most .rate., given rate"),

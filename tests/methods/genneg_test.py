@@ -9,7 +9,7 @@ from scipy import optimize, stats
 from scipy.special import expit
 
 from gendiff import distributed, losses, process, sampling
-from gendiff.checkpoint import Archive
+from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.methods import genneg
 from gendiff.methods.genneg import ClassifierTraining, Guided, Problem, Rounds, Synthetic
 from gendiff.training import Settings
@@ -581,3 +581,14 @@ def test_conditions_without_bind_are_an_error(problem):
             problem._replace(bind=lambda p, c: p, bind_network=lambda p, c: p, oracle=lambda x, c: x[:, 0] < EDGE),
             Guided(THETA), jax.random.key(0), 10, 100, 100, conditions=MEANS,
         )  # fmt: skip
+
+
+def test_a_classifier_of_another_network_is_refused_and_kept(problem, tmp_path):
+    start = lambda key: jax.tree.map(jnp.asarray, PHI)
+    quick = ROUNDS._replace(rounds=1)
+    run = lambda start: next(genneg.run(problem, THETA, start, quick, jax.random.key(7), Archive(tmp_path)))
+    first = run(start)
+    wide = lambda key: jax.tree.map(lambda a: jnp.zeros((*a.shape, 2)), start(key))
+    with pytest.raises(CheckpointError, match=r"net\.a must be float32 \(2,\), got float32 \(\)"):
+        run(wide)
+    jax.tree.map(np.testing.assert_array_equal, first, run(start))

@@ -1,0 +1,84 @@
+"""A lock on a folder of results, because two runs that write into one folder destroy each other's checkpoints."""
+
+import contextlib
+import os
+import shlex
+import socket
+import sys
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+STALE = 600
+"""Seconds after which a lock of another host counts as left behind: some servers keep those of a lost client."""
+_descriptors: dict[Path, int] = {}
+"""The locks of this process, which it may take again."""
+
+
+class Taken(Exception):
+    """Another process has the lock; the text says which."""
+
+
+def take(folder: Path) -> None:
+    """Lock a folder until `release` or the end of the process, which may be `kill -9`: the kernel unlocks it.
+
+    Where the file system has no locks, a warning says so.
+
+    Raises:
+      Taken: another process has it.
+      OSError: the lock file cannot be made.
+    """
+    path = folder.resolve() / NAME
+    if fcntl is None or _has(path):
+        return
+    release(folder)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder, age = os.read(descriptor, 4096).decode(errors="replace"), time.time() - os.fstat(descriptor).st_mtime
+        os.close(descriptor)
+        if f" on {socket.gethostname()} " in holder or age < STALE:
+            raise Taken(holder or "another process") from None
+        print(f"warning: {path}: {holder} has been silent for {age:.0f} s and counts as lost", file=sys.stderr)
+    except OSError as error:
+        os.close(descriptor)
+        print(f"warning: {path}: no lock ({error.strerror}): start no second run in this folder", file=sys.stderr)
+    else:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, _holder().encode())
+        _descriptors[path] = descriptor
+
+
+def _has(path: Path) -> bool:
+    """Whether this process holds the lock, on the file that has this name now."""
+    try:
+        return path in _descriptors and os.path.samestat(os.fstat(_descriptors[path]), path.stat())
+    except OSError:
+        return False
+
+
+def _holder() -> str:
+    since, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join(sys.orig_argv)
+    shown = "".join(letter if letter.isprintable() else " " for letter in command)[:500]
+    return f"process {os.getpid()} on {socket.gethostname()} since {since}: {shown}"
+
+
+def touch(folder: Path) -> None:
+    """Say that the holder of the lock is alive."""
+    descriptor = _descriptors.get(folder.resolve() / NAME)
+    if descriptor is not None:
+        with contextlib.suppress(OSError):  # some file systems have no such times
+            os.utime(descriptor)
+
+
+def release(folder: Path) -> None:
+    """Unlock the folder; without a lock, do nothing."""
+    descriptor = _descriptors.pop(folder.resolve() / NAME, None)
+    if descriptor is not None:
+        os.close(descriptor)
