@@ -403,7 +403,11 @@ class Run:
             place = self.folder.path / "labels" / f"{phase}-{digest}"
             place.mkdir(parents=True, exist_ok=True)
             np.savez(place / "samples.npz", pixels)
-            chosen = ask.ask(place, malign, benign, ask.Options(meaning="a stroke crosses the stem of the seven"))
+            try:
+                chosen = ask.ask(place, malign, benign, ask.Options(meaning="a stroke crosses the stem of the seven"))
+            except ValueError:  # too few labels, because a signal closed the page
+                distributed.stop_if_noticed("every label")
+                raise
             marks = np.full(len(images), np.nan)
             marks[np.asarray(chosen.malign)], marks[np.asarray(chosen.benign)] = 0.0, 1.0
             return marks.tolist()

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from gendiff import command as stopping
 from gendiff.feedback import ask, consensus, labels
 from gendiff.feedback import samples as reading
 from gendiff.feedback.ask import Options
@@ -48,6 +49,7 @@ def command(
 
 def main() -> None:
     """The command line.  Errors that a user can mend are one line and exit status 2."""
+    stopping.heed()
     try:
         tyro.cli(command, prog="python -m gendiff.feedback", description=__doc__)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gendiff import command
 from gendiff.feedback import consensus, labels, samples
 from gendiff.feedback.board import Board
 from gendiff.feedback.consensus import Classes
@@ -181,7 +182,7 @@ def invitation(board: Board, options: Options, address: str) -> str:
 
 def _wait(board: Board, grace: float) -> None:
     seen, since = -1, time.monotonic()
-    while not board.finished.wait(0.2):
+    while not board.finished.wait(0.2) and not command.noticed():
         state = board.refresh()
         if len(state.marks) != seen:
             seen, since = len(state.marks), time.monotonic()
