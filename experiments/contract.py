@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -171,6 +172,8 @@ def preset_of(arguments: Sequence[str]) -> str:
 
 OURS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 """How errors of JAX begin that are no other process's: memory, above all."""
+ASKED_FOR = distributed.Preempted, SystemExit, KeyboardInterrupt, BrokenPipeError
+"""Ends that are no errors."""
 MENDABLE = (
     ConfigError, CheckpointError, ValueError, FloatingPointError, OSError,
     distributed.StartError, distributed.Disagreement, distributed.Elsewhere,
@@ -216,7 +219,7 @@ def end(error: BaseException) -> None:
     known = said(error)
     if known is None and not distributed.joined():  # else Python would wait for the others, and they for this one
         return
-    if known is None or (traced() and not isinstance(error, distributed.Preempted | SystemExit | KeyboardInterrupt | BrokenPipeError)):
+    if known is None or (traced() and not isinstance(error, ASKED_FOR)):
         traceback.print_exception(error)
     leave(*(known or ("", 1)))
 
@@ -245,7 +248,7 @@ def said(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, distributed.Preempted):
         return str(error), error.status
     if isinstance(error, KeyboardInterrupt):
-        return "stopped by Ctrl-C (SIGINT): what was stored is complete; the same command goes on from there", INTERRUPTED
+        return f"{command.stopped_by(signal.SIGINT)}: what was stored is complete", INTERRUPTED
     if isinstance(error, BrokenPipeError):  # `| head -1`: nobody reads it
         return "", UNREAD
     if isinstance(error, MENDABLE):

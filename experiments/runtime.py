@@ -39,7 +39,9 @@ def start() -> None:
         jax.devices()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise distributed.StartError(f"JAX finds no device: {reason} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')})") from None
+        raise distributed.StartError(
+            f"JAX finds no device: {reason} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')})"
+        ) from None
     distributed.heed_notices()
 
 
@@ -96,7 +98,7 @@ def remove_torn_entries() -> None:
 
     def heal(message: Any, category: type[Warning], *more: Any, **named: Any) -> None:
         found = re.match(r"Error (?:reading|writing) persistent compilation cache entry for '([^']+)'", str(message))
-        folder = jax.config.jax_compilation_cache_dir
+        folder = getattr(jax.config, "jax_compilation_cache_dir", None)
         if not found or not folder:
             return show(message, category, *more, **named)
         for entry in Path(folder).glob(f"{glob.escape(found[1])}-*"):

@@ -68,9 +68,13 @@ def _heeded() -> list[signal.Signals]:
 
 def _end(number: int, frame: FrameType | None = None) -> NoReturn:
     """End the process for a signal; not by an exception, because callbacks of libraries swallow those."""
-    name = "Ctrl-C (SIGINT)" if number == signal.SIGINT else signal.Signals(number).name
-    _write(f"stopped by {name}: what was stored is complete; the same command goes on from there\n")
+    _write(f"{stopped_by(number)}: what was stored is complete; the same command goes on from there\n")
     os._exit(STATUS[signal.Signals(number)])
+
+
+def stopped_by(number: int) -> str:
+    """Begin the line that says which signal has stopped a command."""
+    return f"stopped by {'Ctrl-C (SIGINT)' if number == signal.SIGINT else 'a notice (SIGTERM)'}"
 
 
 def _write(text: str) -> None:
@@ -218,8 +222,9 @@ def end_with(closed: Callable[[], Any]) -> None:
     """In a child: end it, whatever it is at, when `closed` returns or raises: it reads from a pipe of the parent."""
 
     def wait() -> None:
-        with contextlib.suppress(EOFError, OSError):
+        try:
             closed()
-        os._exit(1)
+        finally:
+            os._exit(1)
 
     threading.Thread(target=wait, name="parent", daemon=True).start()

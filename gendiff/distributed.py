@@ -276,8 +276,9 @@ def stop_if_preempted(what: str) -> None:
 
 def stop(what: str) -> NoReturn:
     """Raise Preempted, after Ctrl-C its subclass Interrupted; `what` is the last thing that is stored."""
-    kind, by = (Interrupted, "Ctrl-C (SIGINT)") if signal.SIGINT in command.notices else (Preempted, "a notice (SIGTERM)")
-    raise kind(f"stopped by {by}: {what} is stored; the same command goes on from there")
+    number = signal.SIGINT if signal.SIGINT in command.notices else signal.SIGTERM
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    raise kind(f"{command.stopped_by(number)}: {what} is stored; the same command goes on from there")
 
 
 # Meshes.
