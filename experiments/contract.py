@@ -269,7 +269,8 @@ def traced() -> bool:
 def leave(message: str, status: int) -> NoReturn:
     """Ends the process."""
     if message:
-        print(f"{distributed.name()}{message}", file=sys.stderr, flush=True)
+        tqdm.write(f"{distributed.name()}{message}", file=sys.stderr)  # beside a bar, on a line of its own
+        sys.stderr.flush()
     if distributed.joined():  # at its end Python would wait for the other processes
         sys.stdout.flush()
         if distributed.is_first():  # theirs ends with this one, which they all listen to: let them speak

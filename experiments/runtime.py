@@ -38,10 +38,8 @@ def start() -> None:
     try:
         jax.devices()
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise distributed.StartError(
-            f"JAX finds no device: {reason} (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')})"
-        ) from None
+        reason, asked = str(error).strip().splitlines()[0], os.environ.get("JAX_PLATFORMS", "")
+        raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={asked!r}: {reason}") from None
     distributed.heed_notices()
 
 

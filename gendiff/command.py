@@ -68,7 +68,8 @@ def _heeded() -> list[signal.Signals]:
 
 def _end(number: int, frame: FrameType | None = None) -> NoReturn:
     """End the process for a signal; not by an exception, because callbacks of libraries swallow those."""
-    _write(f"{stopped_by(number)}: what was stored is complete; the same command goes on from there\n")
+    start = "\n" if os.isatty(2) else ""  # after a bar
+    _write(f"{start}{stopped_by(number)}: what was stored is complete; the same command goes on from there\n")
     os._exit(STATUS[signal.Signals(number)])
 
 
@@ -191,7 +192,6 @@ def _listen(receiver: socket.socket, sender: socket.socket) -> None:
                 continue
             # `timeout` and some terminals send the first one twice, to the process and to its group.
             if first and time.monotonic() - first > TWICE:
-                _write("\n")
                 _end(number)
             first = first or time.monotonic()
 

@@ -137,10 +137,8 @@ MOST = 1_000_000
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
     text = environment.get(name) or str(default)
-    if not text.isdecimal():
-        raise StartError(f"{name}: expected a whole number, given {text!r}")
-    if not least <= int(text) <= MOST:
-        raise StartError(f"{name}: expected {least} to {MOST}, given {text}")
+    if not text.isdecimal() or not least <= int(text) <= MOST:
+        raise StartError(f"{name} must be a whole number from {least} to {MOST}, got {text!r}")
     return int(text)
 
 

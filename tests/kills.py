@@ -250,7 +250,7 @@ class Work:
 
 def series(work: Work, shares: dict[str, int]) -> None:
     """Make all kills that are still to be made, with progress."""
-    begun, at_first, total = time.monotonic(), len(work.kills), sum(shares.values())
+    at_first, total = len(work.kills), sum(shares.values())
 
     def report() -> None:
         count, took = len(work.kills), time.monotonic() - begun
@@ -263,8 +263,10 @@ def series(work: Work, shares: dict[str, int]) -> None:
             flush=True,
         )
 
+    wholes = {experiment: work.whole(experiment) for experiment in shares}
+    begun = time.monotonic()
     for experiment, share in shares.items():
-        whole = work.whole(experiment)
+        whole = wholes[experiment]
         own = partial(work.of, experiment)
         run = 0
         while True:
