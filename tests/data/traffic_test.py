@@ -137,29 +137,29 @@ def test_generated_scenes_are_valid_and_go_on_after_a_kill(folder):
 
 
 def simulating(folder, *words):
-    """The command, in a session of its own, once a worker simulates; and its workers."""
+    """The command, in a session of its own, once its worker simulates; and the worker's number."""
     command = [sys.executable, "-m", "gendiff.data.traffic", str(folder), "--scenes", "40", "--workers", "1", *words]
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     end = time.monotonic() + 120
-    while not list(folder.glob(".simulating-*/*/j.net.xml")):
+    while not list(folder.glob(f".simulating-*-{process.pid}/*/j.rou.xml")):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.02)
-    return process, [number for number in session(process) if number != process.pid]
+    (worker,) = session(process, "spawn_main")
+    return process, worker
 
 
-def session(process):
-    """The living processes of a command's session."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,sess=,stat=,args="], capture_output=True, text=True, check=True)
+def session(process, text=""):
+    """The living processes of a command's session, with this text in their command lines."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-A", "-o", "pid=,sess=,stat=,args="], capture_output=True, text=True, check=True
+    )
     rows = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
-    return [
-        int(row[0])
-        for row in rows
-        if row[1] == str(process.pid) and row[2][0] != "Z" and "resource_tracker" not in row[3]
-    ]
+    living = [row for row in rows if row[1] == str(process.pid) and row[2][0] != "Z" and text in row[3]]
+    return [int(row[0]) for row in living]
 
 
 def nobody_is_left(process):
@@ -193,7 +193,7 @@ def test_workers_end_with_their_command_and_leave_nothing(tmp_path):
 def test_a_worker_that_is_killed_is_an_error_and_ctrl_c_is_none(tmp_path):
     for name in ("libsumo", "sumolib", "sumo"):
         pytest.importorskip(name)
-    process, (worker,) = simulating(tmp_path)
+    process, worker = simulating(tmp_path)
     os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
