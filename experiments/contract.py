@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -28,8 +29,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from experiments import lock, runtime
-from gendiff import distributed, together, training
+from gendiff import command, distributed, together, training
 from gendiff.checkpoint import Archive, CheckpointError
+from gendiff.command import BAD_INPUT, INTERRUPTED, LOST, UNREAD
 from gendiff.data import files
 from gendiff.metrics.rates import Estimate
 
@@ -39,10 +41,21 @@ T = TypeVar("T")
 
 
 class Between(NamedTuple):
-    """The range of an option, both ends allowed: `Annotated[int, Between(1, 20)]`."""
+    """The range of an option, both ends allowed: `Annotated[int, Between(1, 20)]`; of a tuple, that of its numbers."""
 
     low: float
     high: float
+    least: int = 1
+    """The fewest numbers of a tuple."""
+
+    def check(self, option: str, value: Any) -> None:
+        """Raise ConfigError for a number outside (NaN is), or for too few numbers."""
+        several = isinstance(value, tuple | list)
+        if several and len(value) < self.least:
+            raise ConfigError(f"{option} must have {self.least} or more numbers, got {len(value)}")
+        for number in value if several else [value]:
+            if not self.low <= number <= self.high:
+                raise ConfigError(f"{option} must be {self.low} to {self.high}, got {number}")
 
 
 class Distinct(NamedTuple):
@@ -74,8 +87,8 @@ class Config:
             if get_origin(hint) is not Annotated:
                 continue
             for limits in get_args(hint)[1:]:
-                if isinstance(limits, Between) and value is not None and not limits.low <= value <= limits.high:
-                    raise ConfigError(f"{option}: expected {limits.low} to {limits.high}, given {value}")
+                if isinstance(limits, Between) and value is not None:
+                    limits.check(option, value)
                 if isinstance(limits, Distinct):
                     check_distinct(option, value)
 
@@ -189,11 +202,10 @@ def preset_of(arguments: Sequence[str]) -> str:
     return first.parse_known_args(arguments)[0].preset
 
 
-BAD_INPUT, LOST, STOPPED = 2, 70, 75
-"""Exit statuses: what a user can mend; another process of the run was lost; a notice of preemption, everything is
-stored. After the last two the same command goes on (75 is EX_TEMPFAIL of sysexits.h)."""
 OURS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 """How errors of JAX begin that are no other process's: memory, above all."""
+ASKED_FOR = distributed.Preempted, SystemExit, KeyboardInterrupt, BrokenPipeError
+"""Ends that are no errors."""
 MENDABLE = (
     ConfigError, CheckpointError, ValueError, FloatingPointError, OSError,
     distributed.StartError, distributed.Disagreement, distributed.Elsewhere,
@@ -203,16 +215,15 @@ MENDABLE = (
 def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results]) -> None:
     """The command line of an experiment."""
 
-    def work() -> Results:
+    def work() -> None:
         runtime.start()
         given = distributed.everywhere(lambda: parse(config, presets, sys.argv[1:]))
         agree("the configuration", given)
-        return run(given)
+        results = run(given)
+        if distributed.is_first():
+            command.say(f"{results.table}\n\nResults, figures and checkpoints: {results.folder}")
 
-    results = guarded(work)
-    if distributed.is_first():
-        print(results.table)
-        print(f"\nResults, figures and checkpoints: {results.folder}")
+    guarded(work)
 
 
 def agree(what: str, given: Any) -> None:
@@ -240,7 +251,7 @@ def end(error: BaseException) -> None:
     known = said(error)
     if known is None and not distributed.joined():  # else Python would wait for the others, and they for this one
         return
-    if known is None or (traced() and not isinstance(error, distributed.Preempted | SystemExit)):
+    if known is None or (traced() and not isinstance(error, ASKED_FOR)):
         traceback.print_exception(error)
     leave(*(known or ("", 1)))
 
@@ -267,7 +278,11 @@ def said(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, SystemExit) and distributed.joined():  # of the command line: --help, an unknown option
         return ("", error.code or 0) if isinstance(error.code, int | None) else (str(error.code), 1)
     if isinstance(error, distributed.Preempted):
-        return str(error), STOPPED
+        return str(error), error.status
+    if isinstance(error, KeyboardInterrupt):
+        return f"{command.stopped_by(signal.SIGINT)}: what was stored is complete", INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # `| head -1`: nobody reads it
+        return "", UNREAD
     if isinstance(error, MENDABLE):
         return f"error: {error}" + ("" if traced() else "\n(GENDIFF_TRACEBACK=1 shows where)"), BAD_INPUT
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
@@ -286,7 +301,8 @@ def traced() -> bool:
 def leave(message: str, status: int) -> NoReturn:
     """Ends the process."""
     if message:
-        print(f"{distributed.name()}{message}", file=sys.stderr, flush=True)
+        tqdm.write(f"{distributed.name()}{message}", file=sys.stderr)  # beside a bar, on a line of its own
+        sys.stderr.flush()
     if distributed.joined():  # at its end Python would wait for the other processes
         sys.stdout.flush()
         if distributed.is_first():  # theirs ends with this one, which they all listen to: let them speak

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from experiments import contract, runtime, tables
 from experiments.contract import Config, ConfigError, Results
-from gendiff import distributed
+from gendiff import command, distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,18 +237,18 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
 def main() -> None:
     """The command line."""
 
-    def work() -> tuple[str, Path, dict[str, BaseException]]:
+    def work() -> dict[str, BaseException]:
         runtime.start()
         options, what, planned, folder = distributed.everywhere(asked)
         contract.agree("the sweep", planned)
         distributed.first(lambda: contract.make_folder(folder))
         failed = sweep(what, planned, folder, options.at_once)
-        return report(folder, planned), folder, failed
+        table = report(folder, planned)
+        if distributed.is_first():
+            command.say(f"{table}\n\nTable and runs: {folder}")
+        return failed
 
-    text, folder, failed = contract.guarded(work)
-    if distributed.is_first():
-        print(text)
-        print(f"\nTable and runs: {folder}")
+    failed = contract.guarded(work)
     for name, error in failed.items():
         if contract.traced():
             traceback.print_exception(error)

@@ -41,8 +41,9 @@ def number(
     if isinstance(value, jax.core.Tracer):
         return value
     wanted = _bounds(at_least, above, at_most, below, whole, infinite)
+    plain: Any = value
     try:
-        array = np.asarray(operator.index(value) if whole and np.ndim(value) == 0 else value)  # type: ignore[call-overload]
+        array = np.asarray(operator.index(plain) if whole and np.ndim(plain) == 0 else plain)
         kind = array.dtype.kind
     except (TypeError, ValueError):
         kind = "O"
@@ -92,7 +93,8 @@ def shape(name: str, value: T, wanted: Sequence[int | None]) -> T:
     Raises:
       ValueError: it has another shape; both are named.
     """
-    got = np.shape(value)  # type: ignore[arg-type]
+    plain: Any = value
+    got = np.shape(plain)
     if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
         text = ", ".join("n" if size is None else str(size) for size in wanted) + ("," if len(wanted) == 1 else "")
         raise ValueError(f"{name} must have shape ({text}), got {got}")

@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 
+from gendiff import command
+
 T = TypeVar("T")
 EVERY_DEVICE = ("replica", "data")
 
@@ -48,6 +50,15 @@ class Elsewhere(Exception):
 
 class Preempted(Exception):
     """The machine is to be given back; everything that was computed is stored."""
+
+    status = command.STOPPED
+    """Exit status of the command."""
+
+
+class Interrupted(Preempted):
+    """The user pressed Ctrl-C; everything that was computed is stored."""
+
+    status = command.INTERRUPTED
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
@@ -74,6 +85,7 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         missing = [name for name in names if name not in given]
         if missing:
             raise StartError(f"{', '.join(missing)}: expected with {', '.join(given)}, given none")
+        _check_address(given[names[0]])
         count, index = (_number(environment, name, 0, least) for name, least in zip(names[1:], (1, 0), strict=True))
         if index >= count:
             raise StartError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, given {index}")
@@ -110,12 +122,23 @@ def _leave(message: str) -> NoReturn:
     os._exit(2)
 
 
+def _check_address(text: str) -> None:
+    host, colon, port = text.rpartition(":")
+    if not host or not colon or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise StartError(
+            f"JAX_COORDINATOR_ADDRESS must be host:port with a port from 1 to 65535, got {text!r}: name the host of "
+            "process 0 and a free port there"
+        )
+
+
+MOST = 1_000_000
+"""Of numbers in the environment, which JAX keeps in 32 bits."""
+
+
 def _number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
     text = environment.get(name) or str(default)
-    if not text.isdecimal():
-        raise StartError(f"{name}: expected a whole number, given {text!r}")
-    if int(text) < least:
-        raise StartError(f"{name}: expected {least} or more, given {text}")
+    if not text.isdecimal() or not least <= int(text) <= MOST:
+        raise StartError(f"{name} must be a whole number from {least} to {MOST}, got {text!r}")
     return int(text)
 
 
@@ -213,22 +236,21 @@ def agree(what: str, value: str) -> None:
 
 # Preemption.
 
-_notice: list[int] = []
 _asked = 0
 _stopping = False
 
 
 def heed_notices() -> None:
-    """From now on SIGTERM, which machines that are taken away send first, is a notice and does not end the process."""
-    if jax.process_count() == 1:  # of several, JAX listens, and tells them all
-        signal.signal(signal.SIGTERM, lambda number, frame: _notice.append(number))
+    """Treat SIGTERM (preemption) and Ctrl-C as requests to stop after the next checkpoint, from now on."""
+    if jax.process_count() == 1:  # of several, JAX listens to SIGTERM and tells them all; Ctrl-C ends a process at once
+        command.heed()
 
 
 def preempted() -> bool:
     """Whether the run is to stop now: on all processes at the same call, which all must make."""
     global _asked, _stopping
     if jax.process_count() == 1:
-        return bool(_notice)
+        return command.noticed()
     if not _stopping:  # JAX says it at one call alone
         _asked += 1
         _stopping = bool(multihost_utils.reached_preemption_sync_point(_asked))
@@ -240,7 +262,7 @@ def stop_if_noticed(what: str) -> None:
 
     Of several processes none stops here: the notice waits for the next call that all of them make.
     """
-    if _notice:
+    if command.noticed():
         stop(what)
 
 
@@ -251,8 +273,10 @@ def stop_if_preempted(what: str) -> None:
 
 
 def stop(what: str) -> NoReturn:
-    """Raises Preempted."""
-    raise Preempted(f"stopped by a notice (SIGTERM): {what} is stored; the same command goes on from there")
+    """Raise Preempted, after Ctrl-C its subclass Interrupted; `what` is the last thing that is stored."""
+    number = signal.SIGINT if signal.SIGINT in command.notices else signal.SIGTERM
+    kind = Interrupted if number == signal.SIGINT else Preempted
+    raise kind(f"{command.stopped_by(number)}: {what} is stored; the same command goes on from there")
 
 
 # Meshes.

@@ -42,6 +42,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 # Most of a cold run is compilation.  A folder of our own: programs of other settings do not belong in it.
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+Path(CACHE).mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write a program there can run code
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -236,13 +236,25 @@ def test_no_examples_are_an_error():
         ),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS: expected with JAX_NUM_PROCESSES"),
         (ADDRESS | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: expected 0 to 1, given 2"),
-        (ADDRESS | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES: expected 1 or more, given 0"),
-        (ADDRESS | {"GENDIFF_HEARTBEAT_SECONDS": "1"}, "GENDIFF_HEARTBEAT_SECONDS: expected 5 or more, given 1"),
-        (ADDRESS | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID: expected a whole number, given 'one'"),
-        (ADDRESS | {"GENDIFF_START_SECONDS": "1.5"}, "GENDIFF_START_SECONDS: expected a whole number, given '1.5'"),
+        (ADDRESS | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES must be a whole number from 1 to 1000000, got '0'"),
+        (
+            ADDRESS | {"GENDIFF_HEARTBEAT_SECONDS": "1"},
+            "HEARTBEAT_SECONDS must be a whole number from 5 to 1000000",
+        ),
+        (ADDRESS | {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID must be a whole number from 0 to 1000000, got 'one'"),
+        (ADDRESS | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID must be a whole number from 0 to 1000000, got '-1'"),
+        (
+            ADDRESS | {"GENDIFF_START_SECONDS": "1.5"},
+            "START_SECONDS must be a whole number from 1 to 1000000",
+        ),
+        (ADDRESS | {"GENDIFF_START_SECONDS": "9" * 20}, "START_SECONDS must be a whole number from 1 to 1000000, got"),
+        *(
+            (ADDRESS | {"JAX_COORDINATOR_ADDRESS": text}, f"JAX_COORDINATOR_ADDRESS must be host:port .*, got '{text}'")
+            for text in ("nonsense", "host:", ":80", "host:http", "host:0", "host:65536")
+        ),
         (
             ADDRESS | {"GENDIFF_HEARTBEAT_SECONDS": "-1"},
-            "HEARTBEAT_SECONDS: expected a whole number, given '-1'",
+            "HEARTBEAT_SECONDS must be a whole number from 5 to 1000000, got '-1'",
         ),
     ],
 )

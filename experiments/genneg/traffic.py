@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from experiments import figures
+from experiments import figures, runtime
 from experiments.contract import (
     Between,
     Column,
@@ -408,7 +408,10 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
     if config.source == "embedded":
         scenes = {name: data.embedded(name) for name in splits}
     elif config.source == "tfds":
-        folder = config.data or Path.home() / "tensorflow_datasets"
+        try:
+            folder = config.data or Path.home() / "tensorflow_datasets"
+        except RuntimeError as error:
+            raise ConfigError(f"--data: {error}: name a folder") from None
         try:
             from gendiff.data import traffic_tfds  # an extra
 
@@ -419,10 +422,9 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         except ValueError as error:
             raise ConfigError(f"--data: {error}") from None
     else:
-        # A folder of more scenes serves.
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gendiff" / "traffic"
         recipe, wanted = data.Recipe(config.data_seed), config.scenes
-        folder = config.data or cache / f"{config.data_seed}-{recipe.seconds:g}"
+        # A folder of more scenes serves.
+        folder = config.data or _cache() / f"{config.data_seed}-{recipe.seconds:g}"
         try:
             if config.data is not None:
                 recipe = (data.recipe_of(folder) or recipe)._replace(seed=config.data_seed)
@@ -444,6 +446,13 @@ def load(config: TrafficConfig) -> dict[str, Scenes]:
         if len(part.world) < 8:
             raise ConfigError(f"--scenes: expected 8 or more for {name}, given {len(part.world)}: take more scenes")
     return {name: nearest(part, config.vehicles) for name, part in scenes.items()}
+
+
+def _cache() -> Path:
+    try:
+        return runtime.cache_home() / "gendiff" / "traffic"
+    except OSError as error:
+        raise ConfigError(f"--data: {error}, or name a folder") from None
 
 
 def nearest(scenes: Scenes, most: int) -> Scenes:

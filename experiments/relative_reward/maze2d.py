@@ -74,7 +74,7 @@ class MazeConfig(Config):
 
     width: Annotated[int, Between(8, 512)] = 16
     """Channels of the U-Net's first level."""
-    multipliers: tuple[int, ...] = (1, 2, 4)
+    multipliers: Annotated[tuple[int, ...], Between(1, 64)] = (1, 2, 4)
     """Channels of its levels in units of the width."""
     diffusion_steps: Annotated[int, Between(10, 1000)] = 100
     """T of the diffusion models, on a cosine schedule."""
@@ -103,9 +103,9 @@ class MazeConfig(Config):
     """How it falls."""
     window: Annotated[int, Between(1, 256)] = 8
     """Frames of a reward's window."""
-    widths: tuple[int, ...] = (64, 32)
+    widths: Annotated[tuple[int, ...], Between(1, 4096)] = (64, 32)
     """Hidden widths of the reward's network."""
-    grid: Annotated[tuple[int, ...], Distinct()] = (4, 8, 32)
+    grid: Annotated[tuple[int, ...], Between(1, 256), Distinct()] = (4, 8, 32)
     """Windows that the row `published-best-per-goal` chooses from, goal by goal, by the discriminability in sample as
     the paper did, but on rewards of a seed of its own (the paper chose also among data and widths)."""
     places: Annotated[int, Between(100, 1_000_000)] = 4000
@@ -121,6 +121,11 @@ class MazeConfig(Config):
     """Factor on the reward's gradient when it steers; a perfect reward needs 1."""
     radius: Annotated[float, Between(0.05, 2.0)] = 0.5
     """Distance to the goal, in cells, that counts as having reached it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.mazes:
+            raise ConfigError("--mazes must have 1 or more names, got none")
 
 
 PRESETS = {

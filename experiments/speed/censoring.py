@@ -50,7 +50,7 @@ class SpeedConfig(TimedConfig):
     """Samples of them drawn at a time."""
     steps: Annotated[int, Between(2, 1000)] = 4
     """Steps of sampling timed together."""
-    members: Annotated[tuple[int, ...], Distinct()] = (0, 1, 5)
+    members: Annotated[tuple[int, ...], Between(0, 64), Distinct()] = (0, 1, 5)
     """Numbers K of rewards, a row each."""
     ensemble: Annotated[int, Between(1, 64)] = 5
     """Rewards of the rows `paper` and `reward`."""
@@ -68,10 +68,6 @@ class SpeedConfig(TimedConfig):
     """Batch of a training step of each reward."""
     reward_steps: Annotated[int, Between(1, 100_000)] = 5
     """Steps timed together."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        table.check_members("--members", self.members)
 
 
 PRESETS = {

@@ -45,7 +45,7 @@ class SpeedConfig(TimedConfig):
     """Samples drawn at a time."""
     sampler_steps: Annotated[int, Between(2, 10_000)] = CheckerboardConfig.sampler_steps
     """Heun steps."""
-    classifiers: Annotated[tuple[int, ...], Distinct()] = (0, 1, 5)
+    classifiers: Annotated[tuple[int, ...], Between(0, 64), Distinct()] = (0, 1, 5)
     """Numbers K of classifiers, a row each."""
     points: Annotated[int, Between(1, 100_000_000)] = 1000
     """Batch of a training step."""
@@ -63,10 +63,6 @@ class SpeedConfig(TimedConfig):
 
     chunk: Annotated[int, Between(1, 100_000_000)] = 2000
     """Samples at a time of the chunked PyTorch sampler."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        table.check_members("--classifiers", self.classifiers)
 
 
 PRESETS = {

@@ -99,12 +99,6 @@ COMPILED = (
 )
 
 
-def check_members(option: str, members: Sequence[int]) -> None:
-    """Raises ValueError for numbers of networks out of range."""
-    if not members or min(members) < 0 or max(members) > 64:
-        raise ValueError(f"{option}: expected numbers from 0 to 64, given {members}")
-
-
 def rivals(config: TimedConfig, eager: tuple[str, ...] = ("eager",), compiled: bool = True) -> tuple[str, ...]:
     """The programs of a row beside gendiff's: the eager ones, and "compiled" where it is asked for and there."""
     if config.rivals == "none":

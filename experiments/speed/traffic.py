@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.contract import Between, Folder, Results, main
+from experiments.contract import Between, ConfigError, Folder, Results, main
 from experiments.genneg import traffic
 from experiments.genneg.traffic import TrafficConfig
 from experiments.speed import ours_traffic as ours
@@ -64,7 +64,7 @@ class SpeedConfig(TimedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cells % 16:
-            raise ValueError(f"--cells: expected a multiple of 16, given {self.cells}")
+            raise ConfigError(f"--cells must be a multiple of 16, got {self.cells}")
 
 
 PRESETS = {

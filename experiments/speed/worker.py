@@ -8,6 +8,7 @@ end.
 import importlib
 import os
 import pickle
+import queue
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeAlias
+
+from gendiff import command
 
 Programs: TypeAlias = Mapping[str, Callable[[], Any]]
 Prepare: TypeAlias = Callable[[Mapping[str, Any]], tuple[Programs, Any]]
@@ -26,12 +29,13 @@ class Worker:
     def __init__(self, module: str, setup: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         self.module = module
         search = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.speed.worker", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), **environment},
-        )
+        with command.shielded():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.speed.worker", module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), **environment},
+            )
         self.answers = self._ask(dict(setup))
 
     def seconds(self, program: str) -> float:
@@ -74,18 +78,22 @@ class Worker:
 
 
 def serve(prepare: Prepare) -> None:
-    """Answers requests until the parent closes the pipe: first the set-up, then names of programs to time."""
+    """Answers requests until the parent closes the pipe, or ends: first the set-up, then names of programs to time."""
     # What a library prints must not get between the answers.
-    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while True:
+            requests.put(pickle.load(sys.stdin.buffer))
+
+    command.end_with(listen)
     programs: Programs = {}
     failure: str
     answer: Any
     while True:
-        try:
-            message = pickle.load(requests)
-        except EOFError:
-            return
+        message = requests.get()
         failure, answer = "", None
         try:
             if isinstance(message, str):

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from scipy.sparse.csgraph import shortest_path
 from tqdm import tqdm
 
-from gendiff import check
+from gendiff import check, command
 from gendiff.data import episodes, files
 from gendiff.data.episodes import Attempts, Episodes, Holds, Report
 
@@ -470,7 +470,7 @@ def main() -> None:
             holds = write(given.folder, *what, threads=given.threads, report=report)
         except (ValueError, OSError, ImportError) as error:
             parser.error(str(error))
-    print(f"{given.folder}: {holds.episodes} episodes, {holds.transitions} transitions")
+    command.say(f"{given.folder}: {holds.episodes} episodes, {holds.transitions} transitions")
 
 
 if __name__ == "__main__":

@@ -81,10 +81,20 @@ class SumoError(RuntimeError):
     """SUMO is not installed, or one of its programs failed."""
 
 
-def simulate(kind: Kind, seed: int, seconds: float = 450.0, warm_up: float = 240.0, every: float = 5.0) -> World:
+def simulate(
+    kind: Kind,
+    seed: int,
+    seconds: float = 450.0,
+    warm_up: float = 240.0,
+    every: float = 5.0,
+    scratch: Path | None = None,
+) -> World:
     """A place, random where it is no real one, and its traffic every `every` seconds after the warm-up.
 
     The same arguments give the same traffic, with the same version of SUMO.
+
+    Args:
+      scratch: where its own files are, for as long as it runs; default: the system's temporary folder.
 
     Raises:
       ValueError: an unknown kind, or a number out of range.
@@ -96,7 +106,7 @@ def simulate(kind: Kind, seed: int, seconds: float = 450.0, warm_up: float = 240
     check.number("sumo: warm_up", warm_up, at_least=0)
     check.number("sumo: every", every, at_least=STEP)
     home = _home()
-    with tempfile.TemporaryDirectory(prefix="gendiff-sumo-") as name:
+    with tempfile.TemporaryDirectory(prefix="gendiff-sumo-", dir=scratch) as name:
         folder = Path(name)
         types = folder / "types.add.xml"
         types.write_text(_types(seed))

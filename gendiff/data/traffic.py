@@ -5,12 +5,18 @@ one map are alike, so that maps, not scenes, are split into training, validation
 """
 
 import argparse
+import contextlib
+import glob
 import importlib.metadata
 import json
 import multiprocessing
 import os
+import shutil
+import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -23,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy import ndimage
 from tqdm import tqdm
 
-from gendiff import check
+from gendiff import check, command, distributed
 from gendiff.data import DataError, files, regular, sumo
 from gendiff.oracles import traffic as oracle
 from gendiff.oracles.drivable import signed_distance
@@ -286,15 +292,18 @@ LONG = Recipe(seconds=900.0, least_scenes=30)
 """About a hundred scenes of a map: of the package's scenes, and of the data set of TFDS."""
 
 
-def of_map(recipe: Recipe, number: int) -> Scenes:
+def of_map(recipe: Recipe, number: int, scratch: Path | None = None) -> Scenes:
     """The scenes of map `number`; none where there would be fewer than `least_scenes`.
+
+    Args:
+      scratch: folder for the simulation's own files; default: the system's temporary folder.
 
     Raises:
       sumo.SumoError: SUMO is not installed, or fails.
     """
     kind = recipe.kinds[number % len(recipe.kinds)]
     seed = int(np.random.SeedSequence((recipe.seed, number)).generate_state(1)[0] % 2**31)
-    scenes = cut(sumo.simulate(kind, seed, recipe.seconds), number, recipe.seed, recipe.cut)
+    scenes = cut(sumo.simulate(kind, seed, recipe.seconds, scratch=scratch), number, recipe.seed, recipe.cut)
     return scenes if len(scenes.world) >= recipe.least_scenes else empty(recipe.cut)
 
 
@@ -318,7 +327,7 @@ def write(
 
     Args:
       workers: processes; one a core unless given.
-      report: called with the number of scenes so far.
+      report: called with the number of scenes so far, once a second at least; what it raises ends the workers at once.
       most: of one map that count; its file holds all.
 
     Returns:
@@ -328,9 +337,12 @@ def write(
       ValueError: the folder holds other scenes, or maps are left out one after the other.
       sumo.SumoError: SUMO is not installed, or fails.
     """
-    for name, number in (("scenes", scenes), ("most", most)):
+    for name, number in (("scenes", scenes), ("most", most), ("workers", workers)):
         if number is not None:
             check.number(f"traffic: {name}", number, at_least=1, whole=True)
+    check.number("traffic: seed", recipe.seed, at_least=0, whole=True)
+    check.number("traffic: seconds", recipe.seconds, above=0, at_most=MOST_SECONDS)
+    check.number("traffic: least_scenes", recipe.least_scenes, at_least=0, whole=True)
     folder.mkdir(parents=True, exist_ok=True)
     wanted, there = _told(recipe), recipe_of(folder)
     if there is None:
@@ -339,32 +351,86 @@ def write(
         raise ValueError(f"traffic: {folder}: expected scenes of {wanted}, given a folder with {differ}")
     workers = workers or os.cpu_count() or 1
     have = maps = barren = 0
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with _scratch(folder) as scratch, _pool(workers) as pool:
         pending: dict[int, Future] = {}
-        try:
-            for number in count():
-                if number in pending or not _file(folder, number).exists():
-                    for ahead in range(number, number + 2 * workers):
-                        if ahead not in pending and not _file(folder, ahead).exists():
-                            pending[ahead] = pool.submit(_make, folder, recipe, ahead)
-                if number in pending:
-                    pending.pop(number).result()
-                found = counted(folder, number, most)
-                have, maps, barren = have + found, number + 1, 0 if found else barren + 1
-                report(have)
-                if have >= scenes:
-                    return maps
-                if barren == BARREN:
-                    raise ValueError(
-                        f"traffic: expected maps with {recipe.least_scenes} scenes or more in {recipe.seconds:g} s, "
-                        f"given {BARREN} in a row with fewer: simulate longer"
-                    )
-        finally:
-            for future in pending.values():
-                future.cancel()
+        for number in count():
+            if number in pending or not _file(folder, number).exists():
+                for ahead in range(number, number + 2 * workers):
+                    if ahead not in pending and not _file(folder, ahead).exists():
+                        with command.shielded():  # this may start a worker
+                            pending[ahead] = pool.submit(_make, folder, recipe, ahead, scratch)
+            if number in pending:
+                making = pending.pop(number)
+                while not wait([making], 0.5).done:
+                    report(have)
+                try:
+                    making.result()
+                except BrokenProcessPool:
+                    report(have)
+                    raise sumo.SumoError(
+                        "traffic: a worker was killed, perhaps because memory ran out: take fewer workers than "
+                        f"{workers}; the same command goes on from the maps that are finished"
+                    ) from None
+            found = counted(folder, number, most)
+            have, maps, barren = have + found, number + 1, 0 if found else barren + 1
+            report(have)
+            if have >= scenes:
+                return maps
+            if barren == BARREN:
+                raise ValueError(
+                    f"traffic: expected maps with {recipe.least_scenes} scenes or more in {recipe.seconds:g} s, "
+                    f"given {BARREN} in a row with fewer: simulate longer"
+                )
     return maps
 
 
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for what simulations write, beside their maps; also removes those of processes that were killed."""
+    prefix = f".simulating-{socket.gethostname()}-"
+    for left in folder.glob(f"{glob.escape(prefix)}*"):
+        if not _runs(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+    own = folder / f"{prefix}{os.getpid()}"
+    own.mkdir(exist_ok=True)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this machine, by its number, may be running."""
+    if sys.platform == "win32" or not process.isdecimal():  # there `os.kill` would end it
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return int(process) != os.getpid()
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, and at once where anything is raised."""
+    context = multiprocessing.get_context("spawn")
+    closed, open_end = context.Pipe(duplex=False)  # to the workers, who have no other end of it
+    pool = ProcessPoolExecutor(workers, context, initializer=command.end_with, initargs=(closed.recv_bytes,))
+    try:
+        yield pool
+    except BaseException:
+        open_end.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        open_end.close()
+        closed.close()
+
+
+MOST_SECONDS = 1e6
+"""Of a simulation."""
 RECIPE = "recipe.json"
 BARREN = 60
 """So many maps are never left out in a row, unless all are: of 682 it was 180, 4 in a row at most."""
@@ -390,8 +456,8 @@ def recipe_of(folder: Path) -> Recipe | None:
         raise ValueError(f"{path}: expected a recipe of scenes, given a damaged file ({error!r})") from None
 
 
-def _make(folder: Path, recipe: Recipe, number: int) -> None:
-    scenes = of_map(recipe, number)
+def _make(folder: Path, recipe: Recipe, number: int, scratch: Path) -> None:
+    scenes = of_map(recipe, number, scratch)
     files.store(_file(folder, number), lambda file: np.savez_compressed(file, **scenes._asdict()))
 
 
@@ -543,8 +609,13 @@ def main() -> None:
         "--embed", type=files.argument, metavar="FILE", help="the package's small data set into FILE, no other"
     )
     given = parser.parse_args()
+    command.heed()
     with tqdm(total=SMOKE if given.embed else given.scenes, unit=" scenes") as bar:
-        report = lambda have: bar.update(have - bar.n)
+
+        def report(have: int) -> None:
+            distributed.stop_if_noticed("every map that was finished")
+            bar.update(have - bar.n)
+
         try:
             if given.embed:
                 made = f"{given.embed}: {embed(given.folder, given.embed, given.workers, report)} scenes"
@@ -554,7 +625,10 @@ def main() -> None:
                 made = f"{given.folder}: {maps} maps"
         except (ValueError, OSError, sumo.SumoError) as error:
             parser.error(str(error))
-    print(made)
+        except distributed.Preempted as error:
+            bar.close()
+            parser.exit(error.status, f"{error}\n")
+    command.say(made)
 
 
 if __name__ == "__main__":

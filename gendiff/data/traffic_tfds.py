@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from gendiff import command, distributed
 from gendiff.data import files, regular, sumo, traffic
 from gendiff.data.builders import Builder, Examples, scene, scene_rows
 from gendiff.data.traffic import Recipe, Scenes, Split
@@ -171,10 +172,12 @@ def main() -> None:
     parser.add_argument("--config", choices=Traffic.builder_configs, default=Traffic.DEFAULT_BUILDER_CONFIG_NAME)
     parser.add_argument("--workers", type=int, help="processes; default: one a core")
     given = parser.parse_args()
+    command.heed()
     total = Traffic.builder_configs[given.config].scenes
     bars: dict[str, tqdm] = {}
 
     def report(what: str, have: int) -> None:
+        distributed.stop_if_noticed("every map that was finished")
         if what not in bars:
             for bar in bars.values():
                 bar.close()
@@ -187,11 +190,13 @@ def main() -> None:
         builder.download_and_prepare()
     except (ValueError, OSError, sumo.SumoError) as error:
         parser.error(str(error))
+    except distributed.Preempted as error:
+        parser.exit(error.status, f"{error}\n")
     finally:
         for bar in bars.values():
             bar.close()
     sizes = ", ".join(f"{builder.info.splits[split].num_examples} {split}" for split in get_args(Split))
-    print(f"{builder.data_dir}: {sizes}")
+    command.say(f"{builder.data_dir}: {sizes}")
 
 
 if __name__ == "__main__":

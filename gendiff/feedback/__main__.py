@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from gendiff import command as stopping
 from gendiff.data import files
 from gendiff.feedback import ask, consensus, labels
 from gendiff.feedback import samples as reading
@@ -53,6 +54,7 @@ def command(
 
 def main() -> None:
     """The command line.  Errors that a user can mend are one line and exit status 2."""
+    stopping.heed()
     try:
         if sys.stdout is None:
             raise OSError("stdout must be open, because the page's address and the report go there")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from gendiff import check
+from gendiff import check, command
 from gendiff.feedback import consensus, labels, samples
 from gendiff.feedback.board import Board
 from gendiff.feedback.consensus import Classes
@@ -221,7 +221,7 @@ def invitation(board: Board, options: Options, address: str) -> str:
 
 def _wait(board: Board, grace: float) -> None:
     seen, since, told = -1, time.monotonic(), ""
-    while not board.finished.wait(0.2):
+    while not board.finished.wait(0.2) and not command.noticed():
         try:
             state = board.refresh()
         except (labels.LabelError, OSError) as error:  # the page tells it too, and goes on when it is mended

@@ -1,4 +1,9 @@
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -129,6 +134,93 @@ def test_generated_scenes_are_valid_and_go_on_after_a_kill(folder):
     again = traffic.read(folder, scenes=40)
     jax.tree.map(np.testing.assert_array_equal, scenes, again)
     assert seen[-1] >= 40
+
+
+def simulating(folder, *words):
+    """The command, in a session of its own, once its worker simulates; and the worker's number."""
+    command = [sys.executable, "-m", "gendiff.data.traffic", str(folder), "--scenes", "40", "--workers", "1", *words]
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 120
+    while not list(folder.glob(f".simulating-*-{process.pid}/*/j.rou.xml")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (worker,) = session(process, "spawn_main")
+    return process, worker
+
+
+def session(process, text=""):
+    """The living processes of a command's session, with this text in their command lines."""
+    listed = subprocess.run(
+        ["ps", "-ww", "-A", "-o", "pid=,sess=,stat=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
+    living = [row for row in rows if row[1] == str(process.pid) and row[2][0] != "Z" and text in row[3]]
+    return [int(row[0]) for row in living]
+
+
+def nobody_is_left(process):
+    end = time.monotonic() + 20
+    while session(process):
+        assert time.monotonic() < end, "its workers live on"
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux's ps")
+def test_workers_end_with_their_command_and_leave_nothing(tmp_path):
+    for name in ("libsumo", "sumolib", "sumo"):
+        pytest.importorskip(name)
+    process, _ = simulating(tmp_path)
+    process.kill()
+    process.wait()
+    nobody_is_left(process)
+    process, _ = simulating(tmp_path)
+    assert len(list(tmp_path.glob(".simulating-*"))) == 1, "that of the killed one is gone"
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said.splitlines()[-1].startswith("stopped by a notice (SIGTERM): every map that was finished is stored")
+    assert "Traceback" not in said
+    nobody_is_left(process)
+    assert not list(tmp_path.glob(".simulating-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs Linux's ps")
+def test_a_worker_that_is_killed_is_an_error_and_ctrl_c_is_none(tmp_path):
+    for name in ("libsumo", "sumolib", "sumo"):
+        pytest.importorskip(name)
+    process, worker = simulating(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "traffic: a worker was killed, perhaps because memory ran out: take fewer workers than 1" in said
+    process, _ = simulating(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("stopped by Ctrl-C (SIGINT): every map that was finished is stored")
+    assert not list(tmp_path.glob(".simulating-*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": -1}, "traffic: seed must be >= 0 and whole, got -1"),
+        ({"seconds": float("nan")}, "traffic: seconds must be > 0 and <= 1e\\+06, got nan"),
+        ({"seconds": 0.0}, "traffic: seconds must be > 0"),
+        ({"least_scenes": -1}, "traffic: least_scenes must be >= 0 and whole, got -1"),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused_before_anything_is_written(wrong, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        traffic.write(tmp_path, 10, RECIPE._replace(**wrong))
+    with pytest.raises(ValueError, match="traffic: workers must be >= 1 and whole, got 0"):
+        traffic.write(tmp_path, 10, RECIPE, workers=0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_of_other_scenes_is_refused(folder, tmp_path):

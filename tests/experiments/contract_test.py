@@ -43,7 +43,7 @@ def test_unknown_preset_is_named() -> None:
 
 @pytest.mark.parametrize("size", ["0", "11"])
 def test_option_out_of_range_is_named(size: str) -> None:
-    with pytest.raises(ConfigError, match=f"--size: expected 1 to 10, given {size}"):
+    with pytest.raises(ConfigError, match=f"--size must be 1 to 10, got {size}"):
         contract.parse(TinyConfig, PRESETS, ["--size", size])
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.contract import parse
+from experiments.contract import ConfigError, parse
 from experiments.speed import genneg, table
 from experiments.speed.worker import Worker
 
@@ -176,5 +176,5 @@ def test_command_line():
     )
     assert config.classifiers == (0, 3)
     assert config.rivals == "none"
-    with pytest.raises(ValueError, match="--classifiers"):
+    with pytest.raises(ConfigError, match="--classifiers must be 0 to 64, got -1"):
         dataclasses.replace(config, classifiers=(-1,))
