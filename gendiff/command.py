@@ -33,6 +33,8 @@ PATIENCE = 2.0
 TWICE = 0.3
 """Seconds after Ctrl-C in which another one is the same."""
 
+closed: list[int] = []
+"""Streams (0 input, 1 output, 2 errors) that were closed when the process began."""
 notices: list[int] = []
 """Signals that asked this process to stop, since `heed`."""
 
@@ -108,24 +110,24 @@ def _open_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the least number that is free
+            closed.append(number)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Stand-ins for letters that a terminal cannot show: frames as -, | and +, letters without accents, or escapes."""
+    """Stand-ins for letters that a terminal cannot show: frames as -, | and +, and escapes."""
     assert isinstance(error, UnicodeEncodeError)
     letters = error.object[error.start : error.end]
-    return "".join(_stand_in(letter, error.encoding) for letter in letters), error.end
+    return "".join(_stand_in(letter) for letter in letters), error.end
 
 
-def _stand_in(letter: str, encoding: str) -> str:
+def _stand_in(letter: str) -> str:
     name = unicodedata.name(letter, "")
     if name.startswith("BOX DRAWINGS"):
         return {"HORIZONTAL": "-", "VERTICAL": "|"}.get(name.split()[-1], "+")
-    bare = "".join(part for part in unicodedata.normalize("NFKD", letter) if part.isascii())
-    return bare or letter.encode("ascii", "backslashreplace").decode()
+    return letter.encode("ascii", "backslashreplace").decode()
 
 
 def say(text: str) -> None:
@@ -140,7 +142,7 @@ def say(text: str) -> None:
         _silence()
     except OSError as error:
         _silence()
-        raise OSError(f"standard output: could not be written ({error.strerror})") from None
+        raise OSError(error.errno, f"standard output could not be written ({error.strerror})") from None
 
 
 def _silence() -> None:

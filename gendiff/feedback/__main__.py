@@ -49,36 +49,27 @@ def command(
     if not report:
         ask.hold(ask.make_board(samples, options, need), options)
     found = reading.load(samples, options.kind)
-    ask.print_now(consensus.report(found, labels.read(ask.label_file(found, options), *also)))
+    stopping.say(consensus.report(found, labels.read(ask.label_file(found, options), *also)))
 
 
 def main() -> None:
     """The command line.  Errors that a user can mend are one line and exit status 2."""
     stopping.heed()
     try:
-        if sys.stdout is None:
-            raise OSError("stdout must be open, because the page's address and the report go there")
+        if 1 in stopping.closed:
+            raise ValueError("standard output must be open, because the page's address and the report go there")
         tyro.cli(command, prog="python -m gendiff.feedback", description=__doc__)
-        sys.stdout.flush()
+    except BrokenPipeError:  # `| head -1`: nobody reads it
+        raise SystemExit(stopping.UNREAD) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("GENDIFF_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
         print("(GENDIFF_TRACEBACK=1 shows where)", file=sys.stderr)
-        _drop_output()
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def _drop_output() -> None:
-    """Forget what a closed or full output did not take, because Python would try once more at its exit, and fail."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -49,26 +49,13 @@ class Options:
     """Port to listen on; 0 takes a free one."""
 
 
-def print_now(text: str) -> None:
-    """Print at once, also to a pipe; characters that the output cannot show are escaped.
-
-    Raises:
-      OSError: the output is closed or full.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError as error:
-        raise OSError(error.errno, f"stdout could not be written ({error.strerror})") from None
-
-
 def ask(
     place: Path,
     malign: int = 1,
     benign: int = 1,
     options: Options = Options(),
     grace: float = GRACE,
-    show: Callable[[str], None] = print_now,
+    show: Callable[[str], None] = command.say,
 ) -> Classes:
     """Labels of samples: opens the page until there are enough, or answers at once where there are.
 
@@ -139,7 +126,7 @@ def label_file(found: Samples, options: Options) -> Path:
     return options.labels or found.folder / FILE
 
 
-def hold(board: Board, options: Options, grace: float = GRACE, show: Callable[[str], None] = print_now) -> None:
+def hold(board: Board, options: Options, grace: float = GRACE, show: Callable[[str], None] = command.say) -> None:
     """Serves the page until it is finished (see `ask`) or Ctrl-C."""
     check.number("grace", grace, at_least=0, infinite=True)
     with serving(board, options) as address:

@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from gendiff.data import files
+
 try:
     import fcntl
 except ImportError:  # Windows: pages of one server are still kept apart, two servers are not
@@ -75,16 +77,8 @@ def locked(path: Path, flags: int, exclusive: bool) -> Iterator[int]:
         if fcntl is not None:
             fcntl.flock(opened, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
         if new and os.name == "posix":
-            _sync_folder(path.parent)
+            files.sync(path.parent)
         yield opened
-    finally:
-        os.close(opened)
-
-
-def _sync_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
     finally:
         os.close(opened)
 

@@ -254,7 +254,7 @@ def test_an_output_of_few_characters_gets_the_others_escaped(folder):
 @pytest.mark.skipif(os.name != "posix", reason="a shell's redirections")
 @pytest.mark.parametrize(
     ("redirection", "message"),
-    [(">&-", "stdout must be open"), (">/dev/full", "stdout could not be written (No space")],
+    [(">&-", "standard output must be open"), (">/dev/full", "standard output could not be written (No space")],
 )
 def test_an_output_that_cannot_be_written_is_one_line(folder, redirection, message):
     if redirection.endswith("full") and not Path("/dev/full").exists():
