@@ -55,7 +55,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def environment(place: Path, **more: str) -> dict[str, str]:
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "GENDIFF_", "PYTHON"))}
+    plain = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GENDIFF_", "PYTHON"))
+    }
     told = {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place / "caches")}
     return plain | told | more
 

@@ -111,7 +111,7 @@ def test_command_line():
         traffic.SpeedConfig, traffic.PRESETS, ["--preset", "smoke", "--networks", "default", "--cells", "32"]
     )
     assert (config.networks, config.cells, config.rivals) == ("default", 32, "eager")
-    with pytest.raises(ValueError, match="--cells"):
+    with pytest.raises(ConfigError, match="--cells must be"):
         dataclasses.replace(config, cells=40)
     with pytest.raises(ConfigError, match="--oracle-scenes"):
         dataclasses.replace(config, oracle_scenes=0)
