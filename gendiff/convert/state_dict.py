@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -46,6 +47,7 @@ def read(file: str | Path, part: str | None = None) -> StateDict:
         return _safetensors(path)
     torch = _library("torch")
     try:
+        _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; those of torch advise to run the file's code
         raise DataError(f"{file} must be a PyTorch checkpoint, got {_cause(path, error)}") from None
@@ -95,7 +97,7 @@ def parameters(state: StateDict, like: Params, name: Name) -> Params:
         "unknown": [f"{key}: unknown" for key in unknown],
         "asked for again": [f"{key}: asked for {keys.count(key)} times" for key in leaf_of if keys.count(key) > 1],
         "of another shape": [
-            f"{key}: shape must be {leaf_of[key].shape}, got {array.shape} (in our order)"
+            f"{key}: expected shape {leaf_of[key].shape}, given {array.shape} (in our order)"
             for key, array in arrays.items()
             if array.shape != leaf_of[key].shape
         ],
@@ -147,6 +149,14 @@ def _library(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         raise ImportError(f"state dict: {name} must be installed, got none: pip install 'gendiff[convert]'") from None
+
+
+def _verify(path: Path) -> None:
+    """Check the checksums of PyTorch's zip archive, which `torch.load` reads over."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if record := archive.testzip():
+                raise ValueError(f"the checksum of {record} differs")
 
 
 def _cause(path: Path, error: Exception) -> str:

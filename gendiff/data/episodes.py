@@ -308,7 +308,12 @@ def _hdf5(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise DataError(f"episodes: {path} must be an HDF5 file, got {error}") from None
     with file:
-        yield file
+        try:
+            yield file
+        except DataError:
+            raise
+        except Exception as error:  # damage has many kinds
+            raise DataError(f"episodes: {path} must be a whole HDF5 file, got a damaged one ({error})") from None
 
 
 def _array(path: Path, file: Any, name: str) -> np.ndarray:

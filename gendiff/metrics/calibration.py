@@ -81,6 +81,7 @@ def calibrate(
 def _predict(
     process: Process, probability: Callable, params: Params, samples: Samples, t: Time, key: PRNGKey
 ) -> Float[Array, " n"]:
-    noise = jax.random.normal(key, samples.shape)
-    one = lambda x, e: probability(params, process.alpha(t) * x + process.sigma(t) * e, t)
-    return jax.vmap(one)(samples, noise)
+    # In the samples' type, but no narrower than float32: in float64 mode JAX would draw float64.
+    noise = jax.random.normal(key, samples.shape, jnp.promote_types(samples.dtype, jnp.float32))
+    noisy = lambda x, e: (process.alpha(t) * x + process.sigma(t) * e).astype(e.dtype)
+    return jax.vmap(lambda x, e: probability(params, noisy(x, e), t))(samples, noise)

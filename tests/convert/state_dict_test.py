@@ -65,6 +65,17 @@ def test_a_cut_file_is_told(suffix, kept, tmp_path):
         state_dict.read(path)
 
 
+def test_one_flipped_bit_is_told(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "model.pt"
+    torch.save({"weight": torch.ones(200, 20)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.pt .*damaged \(ValueError: the checksum of \S+ differs\)"):
+        state_dict.read(path)
+
+
 @pytest.mark.parametrize("kind", ["none", "folder", "pipe", "loop"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_what_is_no_file_is_told_at_once(kind, suffix, tmp_path):

@@ -97,6 +97,19 @@ def test_a_classifier_in_bfloat16_is_read(mixture):
     np.testing.assert_allclose(np.asarray(report.share).sum(), 1.0, rtol=1e-5)
 
 
+def test_in_float64_mode_the_classifier_sees_the_type_of_the_samples(mixture):
+    positives, negatives = pools(mixture, 500)
+    seen = []
+
+    def half(_, x, t):
+        seen.append(x.dtype)
+        return jax.nn.sigmoid(x[0])
+
+    with jax.enable_x64(True):
+        calibrate(EDM, half, None, positives, negatives, 0.6, jax.random.key(0), jnp.array([1.0]))
+    assert set(seen) == {jnp.dtype(jnp.float32)}
+
+
 POINTS = np.ones((4, 2), np.float32)
 
 
