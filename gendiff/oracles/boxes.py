@@ -8,6 +8,7 @@ their edges are enough (Gottschalk, Lin and Manocha 1996, "OBBTree", section 5).
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check
 from gendiff.geometry import Boxes
 
 LEAST = 0.1
@@ -38,6 +39,7 @@ def overlap(a: Boxes, b: Boxes, margin: float = 0.0) -> Bool[Array, "*n"]:
       a, b: with positive extents and headings of norm 1 (see `mended`), of shapes that broadcast.
       margin: metres; boxes count as apart only if more than this separates them along an axis.
     """
+    check.number("boxes: margin", margin)
     return ~(_apart(a, b, margin) | _apart(b, a, margin))
 
 

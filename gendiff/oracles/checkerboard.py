@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check
 from gendiff.oracles.oracle import Oracle
 
 
 def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Array, "*n 2"]:
-    """Coordinates in cells, 0..cells, of points in data units."""
+    """Coordinates in cells, 0..cells, of points in data units; ValueError unless cells >= 1 and half_width > 0."""
+    check.number("checkerboard: cells", cells, at_least=1, whole=True)
+    check.number("checkerboard: half_width", half_width, above=0)
+    check.shape("checkerboard: points", x, (*jnp.shape(x)[:-1], 2))
     return (x / half_width + 1) * (cells / 2)
 
 
@@ -37,5 +41,7 @@ def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1
 
 
 def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
-    """The oracle of a board, for a batch of points (n, 2)."""
+    """The oracle of a board, for a batch of points (n, 2); ValueError unless cells >= 1 and half_width > 0."""
+    check.number("checkerboard: cells", cells, at_least=1, whole=True)
+    check.number("checkerboard: half_width", half_width, above=0)
     return lambda samples: on_board(jnp.asarray(samples), cells, half_width)

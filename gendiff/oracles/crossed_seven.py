@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gendiff import check
 from gendiff.nets.conv import correlate
 from gendiff.oracles.oracle import Oracle
 from gendiff.types import Params, PRNGKey, Samples, Scalar
@@ -28,6 +29,8 @@ WIDTHS = (16, 24, 32, 48, 64)
 FEATURES = 64
 CHUNK = 512
 """Images that are judged at a time."""
+FARTHEST = 5.0
+"""Pixels beyond it, of images in [-1, 1], are those of another range, such as 0..255."""
 
 
 class Answer(NamedTuple):
@@ -114,11 +117,11 @@ def judge(samples: Samples, params: Params | None = None) -> Answer:
     """Logits (n,) and features (n, 64) of images (n, s, s, 1), as NumPy arrays.
 
     Args:
-      samples: in [-1, 1]; values beyond are clipped, as they are when an image is shown.
+      samples: in [-1, 1]; values a little beyond are clipped, as they are when an image is shown.
       params: default: the kept ones for this size.
 
     Raises:
-      ValueError: no such images, or a pixel is NaN.
+      ValueError: no such images, or a pixel is NaN, or beyond FARTHEST: an image of 0..255 is no image of [-1, 1].
     """
     samples = np.asarray(samples)
     if samples.ndim != 4 or samples.shape[1] != samples.shape[2] or samples.shape[3] != 1:
@@ -128,6 +131,7 @@ def judge(samples: Samples, params: Params | None = None) -> Answer:
         raise ValueError(
             f"crossed seven: expected numbers, given NaN in {np.isnan(samples).any((1, 2, 3)).sum()} images"
         )
+    check.number("crossed seven: images in [-1, 1]", samples, at_least=-FARTHEST, at_most=FARTHEST, infinite=True)
     answers = []
     for first in range(0, len(samples), CHUNK):
         part = samples[first : first + CHUNK]

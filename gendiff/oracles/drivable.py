@@ -10,6 +10,7 @@ from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float
 from scipy import ndimage
 
+from gendiff import check
 from gendiff.geometry import outline
 
 TOLERANCE = 0.3
@@ -22,12 +23,16 @@ def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.
     The distance to the nearest centre of a cell of the other kind, exact, less the half of a cell that lies between the
     last centre and the edge; where the nearest is askew, up to 0.21 cells more lie between.
 
+    Args:
+      cell: metres of a cell's side, > 0.
+
     Raises:
-      ValueError: no cell is drivable.
+      ValueError: no cell is drivable, the map is no matrix, or `cell` is out of range.
     """
-    drivable = np.asarray(drivable, bool)
+    drivable = check.shape("drivable: map", np.asarray(drivable, bool), (None, None))
+    check.number("drivable: cell", cell, above=0)
     if not drivable.any():
-        raise ValueError(f"drivable: expected a map with drivable area, given none in {drivable.shape} cells")
+        raise ValueError(f"drivable: map must have drivable area, got none in {drivable.shape} cells")
     if drivable.all():
         return np.full(drivable.shape, -np.inf)
     outside, inside = (ndimage.distance_transform_edt(mask, sampling=cell) for mask in (~drivable, drivable))
@@ -36,6 +41,7 @@ def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.
 
 def distance_at(distance: Float[Array, "h w"], points: Float[Array, "*n 2"], half: float) -> Float[Array, "*n"]:
     """The signed distance at points (x, y), bilinear between the centres of cells; infinite beyond the map."""
+    check.number("drivable: half", half, above=0)
     rows, columns = distance.shape
     place = lambda axis, cells: (points[..., axis] / half + 1) * (cells / 2) - 0.5
     within = jnp.all(jnp.abs(points) <= half, -1)
@@ -53,7 +59,11 @@ def off_road(
     """Whether a corner, or the middle of an edge, of a vehicle is farther than `tolerance` from the drivable area.
 
     Beyond the map nothing is known to be drivable.
+
+    Raises:
+      ValueError: half <= 0 or tolerance < 0.
     """
+    check.number("drivable: tolerance", tolerance, at_least=0)
     farthest = jnp.max(distance_at(distance, outline(vehicles), half), -1)
     off = ~(farthest <= tolerance)  # NaN is off the road
     return off if present is None else off & present

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check
 from gendiff.oracles import boxes, drivable
 
 
@@ -52,6 +53,7 @@ def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
     """Which vehicles break no constraint; both of an overlapping pair do."""
     holds = np.asarray(holds)
     k = round((np.sqrt(1 + 8 * holds.shape[-1]) - 1) / 2)
+    check.shape(f"by_agent: constraints of {k} vehicles", holds, (*holds.shape[:-1], k * (k + 1) // 2))
     pairs, good = holds[..., :-k], holds[..., -k:].copy()
     for each, (i, j) in enumerate(zip(*np.triu_indices(k, 1), strict=True)):
         good[..., i] &= pairs[..., each]

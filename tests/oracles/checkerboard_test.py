@@ -77,3 +77,28 @@ def test_oracle_of_a_board():
     samples = np.float32([[-0.9, -0.9], [-0.4, -0.9], [0.6, 0.6], [3.0, 3.0]])
     np.testing.assert_array_equal(label(checkerboard.checkerboard(), samples), [True, False, True, False])
     np.testing.assert_array_equal(label(checkerboard.checkerboard(2, 4.0), samples), [True, True, True, True])
+
+
+@pytest.mark.parametrize(
+    ("cells", "half_width", "message"),
+    [
+        (0, 1.0, "cells must be >= 1 and whole, got 0"),
+        (-4, 1.0, "cells must be >= 1 and whole, got -4"),
+        (2.5, 1.0, "cells must be >= 1 and whole, got 2.5"),
+        (4, 0.0, "half_width must be > 0, got 0.0"),
+        (4, float("nan"), "half_width must be > 0, got nan"),
+    ],
+)
+def test_boards_out_of_range_are_named(cells, half_width, message):
+    for call in (
+        lambda: checkerboard.on_board(jnp.zeros((3, 2)), cells, half_width),
+        lambda: checkerboard.in_outer_band(jnp.zeros((3, 2)), cells, half_width),
+        lambda: checkerboard.checkerboard(cells, half_width),
+    ):
+        with pytest.raises(ValueError, match=f"checkerboard: {message}"):
+            call()
+
+
+def test_points_are_of_the_plane():
+    with pytest.raises(ValueError, match=r"checkerboard: points must have shape \(5, 2\), got \(5, 1\)"):
+        checkerboard.on_board(jnp.zeros((5, 1)))

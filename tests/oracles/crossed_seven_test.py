@@ -81,6 +81,9 @@ def test_values_beyond_the_range_are_clipped():
         (np.zeros((2, 16, 32, 1)), r"images \(n, s, s, 1\)"),
         (np.zeros((2, 16, 16, 3)), r"images \(n, s, s, 1\)"),
         (np.full((2, 16, 16, 1), np.nan), "given NaN in 2 images"),
+        (np.full((2, 16, 16, 1), 255.0), r"images in \[-1, 1\] must be >= -5 and <= 5, got 255.0 among 512 values"),
+        (np.full((2, 16, 16, 1), 255, np.uint8), r"images in \[-1, 1\] must be >= -5 and <= 5, got 255 among"),
+        (np.full((2, 16, 16, 1), -np.inf), r"images in \[-1, 1\] must be >= -5 and <= 5, got -inf among"),
     ],
 )
 def test_bad_images_are_named(images, message):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
-from gendiff.oracles import drivable, traffic
+from gendiff.oracles import boxes, drivable, traffic
 
 HALF, CELLS = 20.0, 80
 CELL = 2 * HALF / CELLS
@@ -22,7 +22,7 @@ def test_signed_distance_is_that_of_brute_force(mask):
 
 
 def test_a_map_without_drivable_area_is_an_error():
-    with pytest.raises(ValueError, match="expected a map with drivable area"):
+    with pytest.raises(ValueError, match="drivable: map must have drivable area"):
         drivable.signed_distance(np.zeros((4, 4), bool), 1.0)
     assert (drivable.signed_distance(np.ones((4, 4), bool), 1.0) == -np.inf).all()
 
@@ -96,3 +96,25 @@ def test_constraints_hold_each_once():
         np.testing.assert_array_equal(traffic.by_agent(holds), ~bad)
         assert holds.all() == (not bad.any())
     assert 0 < sum(bool(np.asarray(each.collides).any()) for each in found) < 20
+
+
+@pytest.mark.parametrize("cell", [np.nan, 0.0, -1.0, np.inf])
+def test_a_cell_has_a_side(cell):
+    with pytest.raises(ValueError, match="drivable: cell must be > 0, got "):
+        drivable.signed_distance(np.eye(4, dtype=bool), cell)
+
+
+def test_maps_boxes_and_constraints_out_of_range_are_named():
+    vehicle = jnp.array([[0.0, 0, 4, 2, 1, 0]])
+    for call, message in (
+        (
+            lambda: drivable.signed_distance(np.ones(4, bool), 1.0),
+            r"drivable: map must have shape \(n, n\), got \(4,\)",
+        ),
+        (lambda: drivable.distance_at(band(), vehicle[:, :2], 0.0), "drivable: half must be > 0, got 0.0"),
+        (lambda: drivable.off_road(band(), vehicle, HALF, None, -0.1), "drivable: tolerance must be >= 0, got -0.1"),
+        (lambda: boxes.overlap(vehicle, vehicle, np.nan), "boxes: margin must be a finite number, got nan"),
+        (lambda: traffic.by_agent(np.ones((2, 5), bool)), r"constraints of 3 vehicles must have shape \(2, 6\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
