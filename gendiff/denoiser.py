@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
+from gendiff import check
 from gendiff.process import Process
 from gendiff.types import Params, Sample, Time
 
@@ -22,12 +23,32 @@ Predictor: TypeAlias = Callable[..., Any]
 """`(..., x, t) -> prediction`, of the shape of x."""
 
 
+def denoise(caller: str, denoiser: Denoiser, x: Sample, t: Time) -> Sample:
+    """x_0 of a denoiser, in the type of x: everything that uses a denoiser asks it by this function.
+
+    An x_0 of another shape would broadcast to a plausible sample.  A network may compute in a narrower or wider type.
+
+    Args:
+      caller: begins the message of an error.
+
+    Raises:
+      ValueError: x_0 does not have the shape of x.
+    """
+    x0 = check.shape(f"{caller}: x_0 of the denoiser", denoiser(x, t), jnp.shape(x))
+    return jnp.asarray(x0, jnp.result_type(x, 0.0))
+
+
+def _prediction(caller: str, predict: Predictor, args: tuple) -> Sample:
+    """The same for a network in another parameterisation, whose type the conversion widens."""
+    return check.shape(f"{caller}: prediction of the network", predict(*args), jnp.shape(args[-2]))
+
+
 def from_epsilon(process: Process, predict: Predictor) -> Predictor:
     """Denoiser of a network that predicts the noise: x_0 = (x - sigma eps) / alpha."""
 
     def denoiser(*args: Any) -> Sample:
         x, t = args[-2:]
-        return (x - process.sigma(t) * predict(*args)) / process.alpha(t)
+        return (x - process.sigma(t) * _prediction("from_epsilon", predict, args)) / process.alpha(t)
 
     return denoiser
 
@@ -38,7 +59,7 @@ def from_v(process: Process, predict: Predictor) -> Predictor:
     def denoiser(*args: Any) -> Sample:
         x, t = args[-2:]
         alpha, sigma = process.alpha(t), process.sigma(t)
-        return (alpha * x - sigma * predict(*args)) / (alpha**2 + sigma**2)
+        return (alpha * x - sigma * _prediction("from_v", predict, args)) / (alpha**2 + sigma**2)
 
     return denoiser
 
@@ -48,7 +69,7 @@ def from_score(process: Process, predict: Predictor) -> Predictor:
 
     def denoiser(*args: Any) -> Sample:
         x, t = args[-2:]
-        return (x + process.sigma(t) ** 2 * predict(*args)) / process.alpha(t)
+        return (x + process.sigma(t) ** 2 * _prediction("from_score", predict, args)) / process.alpha(t)
 
     return denoiser
 
@@ -60,13 +81,14 @@ def from_edm(network: Predictor, data_std: float = 0.5) -> Predictor:
 
     Args:
       network: F, `(..., x, c_noise) -> array` of the shape of x.
-      data_std: standard deviation of the data, in the units of x.
+      data_std: standard deviation of the data, in the units of x; > 0.
     """
+    check.number("from_edm: data_std", data_std, above=0)
 
     def denoiser(*args: Any) -> Sample:
         *leading, x, t = args
         variance = t**2 + data_std**2
-        prediction = network(*leading, x / jnp.sqrt(variance), 0.25 * jnp.log(t))
+        prediction = _prediction("from_edm", network, (*leading, x / jnp.sqrt(variance), 0.25 * jnp.log(t)))
         return data_std**2 / variance * x + t * data_std / jnp.sqrt(variance) * prediction
 
     return denoiser
@@ -74,15 +96,15 @@ def from_edm(network: Predictor, data_std: float = 0.5) -> Predictor:
 
 def to_epsilon(process: Process, denoiser: Denoiser) -> Denoiser:
     """The noise that a denoiser implies: eps = (x - alpha x_0) / sigma."""
-    return lambda x, t: (x - process.alpha(t) * denoiser(x, t)) / process.sigma(t)
+    return lambda x, t: (x - process.alpha(t) * denoise("to_epsilon", denoiser, x, t)) / process.sigma(t)
 
 
 def to_v(process: Process, denoiser: Denoiser) -> Denoiser:
     """The velocity that a denoiser implies: v = alpha eps - sigma x_0."""
     epsilon = to_epsilon(process, denoiser)
-    return lambda x, t: process.alpha(t) * epsilon(x, t) - process.sigma(t) * denoiser(x, t)
+    return lambda x, t: process.alpha(t) * epsilon(x, t) - process.sigma(t) * denoise("to_v", denoiser, x, t)
 
 
 def to_score(process: Process, denoiser: Denoiser) -> Denoiser:
     """Tweedie: grad log p_t(x) = (alpha x_0 - x) / sigma^2."""
-    return lambda x, t: (process.alpha(t) * denoiser(x, t) - x) / process.sigma(t) ** 2
+    return lambda x, t: (process.alpha(t) * denoise("to_score", denoiser, x, t) - x) / process.sigma(t) ** 2

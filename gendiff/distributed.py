@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 
-from gendiff import command
+from gendiff import check, command
 
 T = TypeVar("T")
 EVERY_DEVICE = ("replica", "data")
@@ -414,9 +414,9 @@ def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
     if jax.process_count() > 1 and mesh.shape["replica"] > 1:
         raise ValueError(f"batch: expected all {mesh.size} devices on the axis `data`, given a mesh of {mesh.shape}")
     here = len(mesh.local_devices) // mesh.shape["replica"]
-    for leaf in jax.tree.leaves(local):
-        if leading(leaf) % here:
-            raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {len(leaf)} rows")
+    rows = check.rows("batch", local)
+    if rows % here:
+        raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {rows} rows")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
 
 
@@ -451,7 +451,7 @@ def by_process(function: Callable[..., Any], *inputs: Any) -> Any:
         most.
     """
     here = lambda *inputs: jax.tree.map(np.asarray, function(*inputs))
-    n, processes = leading(inputs), jax.process_count()
+    n, processes = check.rows("by_process: inputs", inputs), jax.process_count()
     if processes == 1 or n == 0:
         return here(*inputs)
     # Equal shares, the last rows again where they do not come out even.
@@ -476,18 +476,6 @@ def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
     return jax.tree.map(constrain, batch)
 
 
-def leading(tree: Any) -> int:
-    """The size of the leading axis that all arrays of a pytree have.
-
-    Raises:
-      ValueError: they have none, or not the same.
-    """
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
-    if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
-        raise ValueError(f"batch: expected arrays with a common leading axis, given the shapes {shapes}")
-    return int(shapes[0][0])
-
-
 def chunked(
     function: Callable[[Any], Any],
     inputs: Any,
@@ -503,13 +491,12 @@ def chunked(
     Args:
       function: of one example.
       inputs: a pytree of arrays with a common leading axis of n examples; results do not depend on chunks or devices.
-      chunk: most examples at a time and device; n is padded to equal chunks with copies of the last example.
+      chunk: most examples at a time and device, >= 1; n is padded to equal chunks with copies of the last example.
       cut: False leaves the results of these copies at the end: rows that the devices do not divide could not stay where
         they are.  `gather(results, n)` cuts them off outside of the program.
     """
-    n = leading(inputs)
-    if n < 1:
-        raise ValueError("distributed: chunked: expected one example or more, given none")
+    check.number("chunked: chunk", chunk, at_least=1, whole=True)
+    n = check.number("chunked: examples", check.rows("chunked: inputs", inputs), at_least=1, whole=True)
     devices = 1 if mesh is None else mesh.size
     chunks = -(-n // (devices * chunk))
     size = -(-n // (devices * chunks))

@@ -6,12 +6,14 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
-from gendiff.denoiser import Denoiser
-from gendiff.potential import Interval, Potential
-from gendiff.process import Process
+from gendiff import check
+from gendiff.denoiser import Denoiser, denoise
+from gendiff.potential import Interval, Potential, scalar
+from gendiff.process import Process, falling
 from gendiff.types import Sample, Scalar, Time
 
 Guidance: TypeAlias = Callable[[Denoiser], Denoiser]
@@ -47,8 +49,7 @@ def mean_strength(process: Process, next_time: Callable[[Time], Time], variance:
       next_time: t -> s, the sampler's next time (`lambda t: t - 1` on the full chain of a DDPM; `successor(grid)`).
       variance: "posterior" or "beta", the Sigma of the sampler.
     """
-    if variance not in ("posterior", "beta"):
-        raise ValueError(f"guidance: variance: expected 'posterior' or 'beta', given {variance!r}")
+    check.choice("mean_strength: variance", variance, ("posterior", "beta"))
 
     def strength(t: Time) -> Scalar:
         s = next_time(t)
@@ -58,7 +59,8 @@ def mean_strength(process: Process, next_time: Callable[[Time], Time], variance:
 
 
 def successor(grid: Float[Array, " steps+1"]) -> Callable[[Time], Time]:
-    """t -> the next time of a decreasing grid, the largest that is below t."""
+    """t -> the next time of a grid that falls, the largest that is below t; ValueError where the grid does not fall."""
+    falling("successor: grid", grid)
     return lambda t: jnp.max(jnp.where(grid < t, grid, grid[-1]))
 
 
@@ -68,14 +70,18 @@ def steer(potential: Potential, strength: Strength, within: Interval | None = No
     Args:
       within: where it steers (guidance in a limited interval, Kynkäänniemi et al. 2404.07724); elsewhere, in a sampler,
         whose samples are all at one time, log r is not evaluated.
+
+    Raises:
+      ValueError: log r or the strength is no scalar, or x_0 does not have the shape of x.
     """
-    gradient = jax.grad(potential)
+    gradient = jax.grad(scalar("steer", potential))
 
     def shifted(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
-        shift = lambda: strength(t) * gradient(x, t)
+        shift = lambda: check.shape("steer: strength", strength(t), ()) * gradient(x, t)
+        x0 = denoise("steer", denoiser, x, t)
         if within is None:
-            return denoiser(x, t) + shift()
-        return denoiser(x, t) + jax.lax.cond(within(t), shift, lambda: jnp.zeros_like(x, jax.eval_shape(shift).dtype))
+            return x0 + shift()
+        return x0 + jax.lax.cond(within(t), shift, lambda: jnp.zeros_like(x, jax.eval_shape(shift).dtype))
 
     return lambda denoiser: lambda x, t: shifted(denoiser, x, t)
 
@@ -88,6 +94,7 @@ def guide(
     By Tweedie's formula this is score + scale grad log r: the denoiser of p_t(x) r(x, t)^scale (Gen-neG, eq. 8).  A
     Bayes classifier needs scale 1.
     """
+    check.number("guide: scale", scale)
     strength = score_strength(process)
     return steer(potential, lambda t: scale * strength(t), within)
 
@@ -104,6 +111,7 @@ def guide_mean(
     With the posterior variance the last step (s = 0) is not guided at all, where infractions are decided: prefer
     `guide`.  Censored sampling's DDPM mode is this with variance "beta".  Arguments: see `mean_strength`.
     """
+    check.number("guide_mean: scale", scale)
     strength = mean_strength(process, next_time, variance)
     return steer(potential, lambda t: scale * strength(t))
 
@@ -114,11 +122,12 @@ def universal(reward: Reward, strength: Strength) -> Guidance:
     Args:
       reward: log r of a clean sample.
     """
+    gradient = jax.grad(scalar("universal", reward))
 
     def guidance(denoiser: Denoiser) -> Denoiser:
         def guided(x: Sample, t: Time) -> Sample:
-            x0, pull = jax.vjp(lambda x: denoiser(x, t), x)
-            return x0 + strength(t) * pull(jax.grad(reward)(x0))[0]
+            x0, pull = jax.vjp(lambda x: denoise("universal", denoiser, x, t), x)
+            return x0 + check.shape("universal: strength", strength(t), ()) * pull(gradient(x0))[0]
 
         return guided
 
@@ -130,15 +139,20 @@ def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: f
 
     Adam moves a pixel by about `rate` a step whatever the gradient, so none moves by more than about steps * rate.
     steps = 0 only clips.
+
+    Raises:
+      ValueError: steps < 0, rate < 0 or low > high; log r is no scalar.
     """
-    if steps < 0:
-        raise ValueError(f"backward: steps: expected 0 or more, given {steps}")
+    check.number("backward: steps", steps, at_least=0, whole=True)
+    check.number("backward: rate", rate, at_least=0)
+    _range("backward", low, high)
+    gradient = jax.grad(scalar("backward", reward))
     optimiser = optax.adam(rate)
 
     def move(state: tuple, _: None) -> tuple[tuple, None]:
         x0, moments = state
         x0 = jnp.clip(x0, low, high)
-        change, moments = optimiser.update(-jax.grad(reward)(x0), moments)
+        change, moments = optimiser.update(-gradient(x0), moments)
         return (optax.apply_updates(x0, change), moments), None
 
     def ascend(x0: Sample) -> Sample:
@@ -147,14 +161,27 @@ def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: f
         (x0, _), _ = jax.lax.scan(move, (x0, optimiser.init(x0)), length=steps)
         return jnp.clip(x0, low, high)
 
-    return lambda denoiser: lambda x, t: ascend(denoiser(x, t))
+    return lambda denoiser: lambda x, t: ascend(denoise("backward", denoiser, x, t))
 
 
 def clip(low: float | Array, high: float | Array) -> Guidance:
-    """Clips x_0 to [low, high], in data units (static thresholding)."""
-    return lambda denoiser: lambda x, t: jnp.clip(denoiser(x, t), low, high)
+    """Clips x_0 to [low, high], in data units (static thresholding); raises ValueError where low > high."""
+    _range("clip", low, high)
+    return lambda denoiser: lambda x, t: jnp.clip(denoise("clip", denoiser, x, t), low, high)
+
+
+def _range(caller: str, low: float | Array, high: float | Array) -> None:
+    """Raises ValueError where low > high or NaN: `jnp.clip` would give `high`, or NaN, everywhere."""
+    if not any(isinstance(bound, jax.core.Tracer) for bound in (low, high)):
+        check.number(f"{caller}: high - low", np.subtract(high, low), at_least=0, infinite=True)
 
 
 def inpaint(known: Sample, mask: Bool[Array, "*shape"]) -> Guidance:
-    """Replaces x_0 by `known` where `mask` is true."""
-    return lambda denoiser: lambda x, t: jnp.where(mask, known, denoiser(x, t))
+    """Replaces x_0 by `known` where `mask` is true; both have the shape of x, or there is a ValueError."""
+
+    def guided(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
+        for name, value in (("mask", mask), ("known", known)):
+            check.shape(f"inpaint: {name}", value, jnp.shape(x))
+        return jnp.where(mask, known, denoise("inpaint", denoiser, x, t))
+
+    return lambda denoiser: lambda x, t: guided(denoiser, x, t)

@@ -8,7 +8,8 @@ same keys for the same points (common random numbers): the error of the differen
 import jax
 import jax.numpy as jnp
 
-from gendiff.denoiser import Denoiser, to_epsilon
+from gendiff import check
+from gendiff.denoiser import Denoiser, denoise, to_epsilon
 from gendiff.process import Process, perturb, posterior, transition
 from gendiff.types import PRNGKey, Sample, Scalar
 
@@ -23,9 +24,14 @@ def elbo(denoiser: Denoiser, key: PRNGKey, x0: Sample, levels: int, low: float =
 
     Args:
       x0: one example of any shape, d numbers.
-      levels: number of stratified draws of ln sigma.
-      low, high: noise levels; the same for all models that are compared.
+      levels: number of stratified draws of ln sigma, >= 1.
+      low, high: noise levels, 0 < low < high; the same for all models that are compared.
+
+    Raises:
+      ValueError: a number is out of range, or the denoiser gives another shape than that of x0.
     """
+    check.number("elbo: levels", levels, at_least=1, whole=True)
+    _levels("elbo", low, high)
     d = x0.size
     offset_key, noise_key = jax.random.split(key)
     # The strata are walked in one scan with t the same for a whole vmapped batch of points; their offset is each
@@ -36,12 +42,20 @@ def elbo(denoiser: Denoiser, key: PRNGKey, x0: Sample, levels: int, low: float =
     def error(i: jax.Array) -> Scalar:
         sigma = low * jnp.exp(span * (i + offset) / levels)
         eps = jax.random.normal(jax.random.fold_in(noise_key, i), x0.shape)
-        return jnp.sum((x0 - denoiser(x0 + sigma * eps, sigma)) ** 2) / sigma**2
+        return jnp.sum((x0 - denoise("elbo", denoiser, x0 + sigma * eps, sigma)) ** 2) / sigma**2
 
     diffusion = span * jnp.mean(jax.lax.map(error, jnp.arange(levels)))
     prior = jnp.sum(x0**2) / (2 * high**2)
     reconstruction = 0.5 * d * jnp.log(2 * jnp.pi * jnp.e * low**2)
     return -(diffusion + prior + reconstruction)
+
+
+def _levels(caller: str, low: float, high: float) -> None:
+    """Raises ValueError unless 0 < low < high."""
+    check.number(f"{caller}: low", low, above=0)
+    check.number(f"{caller}: high", high, above=0)
+    if not any(isinstance(level, jax.core.Tracer) for level in (low, high)):
+        check.number(f"{caller}: high", high, above=float(low))
 
 
 def ddpm_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, variance: str = "beta") -> Scalar:
@@ -53,15 +67,14 @@ def ddpm_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, va
     """
     if process.steps is None:
         raise ValueError("ddpm_elbo: expected a discrete chain (ddpm), given a process in continuous time")
-    if variance not in ("beta", "posterior"):
-        raise ValueError(f"ddpm_elbo: variance: expected 'beta' or 'posterior', given {variance!r}")
+    check.choice("ddpm_elbo: variance", variance, ("beta", "posterior"))
     d = x0.size
 
     def term(t: jax.Array) -> Scalar:
         x, _ = perturb(process, jax.random.fold_in(key, t), x0, t)
         _, beta = transition(process, t, t - 1)
         mean, small = posterior(process, x, x0, t, t - 1)
-        guess, _ = posterior(process, x, denoiser(x, t), t, t - 1)
+        guess, _ = posterior(process, x, denoise("ddpm_elbo", denoiser, x, t), t, t - 1)
         first = t == 1
         model_variance = jnp.where(first | (variance == "beta"), beta, small)
         error = jnp.sum((mean - guess) ** 2) / (2 * model_variance)
@@ -84,8 +97,7 @@ def reweighted_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Samp
     """
     if process.steps is None:
         raise ValueError("reweighted_elbo: expected a discrete chain (ddpm), given a process in continuous time")
-    if not 1 <= levels <= process.steps:
-        raise ValueError(f"reweighted_elbo: levels: expected 1..{process.steps}, given {levels}")
+    check.number("reweighted_elbo: levels", levels, at_least=1, at_most=process.steps, whole=True)
     epsilon = to_epsilon(process, denoiser)
     steps = process.steps
     time_key, noise_key = jax.random.split(key)
@@ -107,12 +119,18 @@ def ode_log_density(
 
     log p(x_0) = log N(x_high; 0, high^2 + data_std^2) + int div[(x - D) / sigma] d sigma.  The divergence is exact, by
     one derivative a dimension: for low dimension only, as a check on `elbo`.
+
+    Raises:
+      ValueError: steps >= 1, 0 < low < high or data_std >= 0 does not hold, or the denoiser gives another shape.
     """
+    check.number("ode_log_density: steps", steps, at_least=1, whole=True)
+    _levels("ode_log_density", low, high)
+    check.number("ode_log_density: data_std", data_std, at_least=0)
     flat, shape = x0.ravel(), x0.shape
 
     def drift(x: Sample, log_sigma: Scalar) -> tuple[Sample, Scalar]:
         sigma = jnp.exp(log_sigma)
-        f = lambda v: v - denoiser(v.reshape(shape), sigma).ravel()
+        f = lambda v: v - denoise("ode_log_density", denoiser, v.reshape(shape), sigma).ravel()
         return f(x), jnp.trace(jax.jacfwd(f)(x))
 
     def step(state: tuple, log_sigma: Scalar) -> tuple[tuple, None]:

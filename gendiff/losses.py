@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from gendiff import potential
-from gendiff.denoiser import Denoiser, Model
-from gendiff.potential import Logit
+from gendiff import check, potential
+from gendiff.denoiser import Denoiser, Model, denoise
+from gendiff.potential import Logit, scalar, wide
 from gendiff.process import Process, perturb
 from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time
 
@@ -29,7 +30,8 @@ def noised(process: Process, key: PRNGKey, x0: Sample) -> tuple[Sample, Time]:
 
 
 def edm_weight(data_std: float = 0.5) -> Weight:
-    """(sigma^2 + sd^2) / (sigma sd)^2 of Karras et al. (2022): unit weight on EDM's F."""
+    """(sigma^2 + sd^2) / (sigma sd)^2 of Karras et al. (2022): unit weight on EDM's F; data_std > 0."""
+    check.number("edm_weight: data_std", data_std, above=0)
     return lambda t: 1.0 / t**2 + 1.0 / data_std**2
 
 
@@ -44,13 +46,18 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
     Args:
       known: coordinates that the model is given without noise, and need not predict (Janner et al. 2022: a plan's
         first and last state).
+
+    Raises (the loss):
+      ValueError: the model's x_0, or `known`, does not have the shape of x_0.
     """
 
     def loss(params: Params, key: PRNGKey, x0: Sample) -> Scalar:
         x, t = noised(process, key, x0)
+        of_params = partial(model, params)
         if known is None:
-            return weight(t) * jnp.sum((model(params, x, t) - x0) ** 2)
-        error = model(params, jnp.where(known, x0, x), t) - x0
+            return weight(t) * jnp.sum((denoise("denoising", of_params, x, t) - x0) ** 2)
+        check.shape("denoising: known", known, jnp.shape(x0))
+        error = denoise("denoising", of_params, jnp.where(known, x0, x), t) - x0
         return weight(t) * jnp.sum(jnp.where(known, 0.0, error) ** 2)
 
     return loss
@@ -65,10 +72,9 @@ def cross_entropy(process: Process, logit: Logit) -> Loss:
     def loss(params: Params, key: PRNGKey, example: tuple[Sample, Scalar, Scalar]) -> Scalar:
         x0, label, weight = example
         x, t = noised(process, key, x0)
-        value = logit(params, x, t)
-        if jnp.shape(value) != jnp.shape(label):
-            given = f"logits {jnp.shape(value)} and labels {jnp.shape(label)}"
-            raise ValueError(f"cross_entropy: expected a label for each logit, given {given}")
+        value = wide(logit(params, x, t))
+        check.shape("cross_entropy: labels, one for each logit,", label, jnp.shape(value))
+        check.shape("cross_entropy: weight", weight, ())
         return weight * jnp.sum(jax.nn.softplus(value) - label * value)
 
     return loss
@@ -84,8 +90,8 @@ def distillation(process: Process, model: Model, teacher: Denoiser, weight: Weig
 
     def loss(params: Params, key: PRNGKey, x0: Sample) -> Scalar:
         x, t = noised(process, key, x0)
-        target = jax.lax.stop_gradient(teacher(x, t))
-        return weight(t) * jnp.sum((model(params, x, t) - target) ** 2)
+        target = jax.lax.stop_gradient(denoise("distillation: teacher", teacher, x, t))
+        return weight(t) * jnp.sum((denoise("distillation", partial(model, params), x, t) - target) ** 2)
 
     return loss
 
@@ -95,7 +101,8 @@ def regression(model: Model, weight: Weight) -> Loss:
 
     def loss(params: Params, key: PRNGKey, example: tuple[Sample, Time, Sample]) -> Scalar:
         x, t, target = example
-        return weight(t) * jnp.sum((model(params, x, t) - target) ** 2)
+        check.shape("regression: target", target, jnp.shape(x))
+        return weight(t) * jnp.sum((denoise("regression", partial(model, params), x, t) - target) ** 2)
 
     return loss
 
@@ -123,11 +130,15 @@ def gradient_alignment(potential: Logit, mode: Literal["reverse", "directional"]
         target) / n: reverse mode over forward mode, with the same value and gradient.  On a CPU "reverse" is the
         quicker one for multilayer perceptrons and "directional" for convolutional encoders.
     """
-    if mode not in ("reverse", "directional"):
-        raise ValueError(f"gradient_alignment: mode: expected 'reverse' or 'directional', given {mode!r}")
+    check.choice("gradient_alignment: mode", mode, ("reverse", "directional"))
+    potential = scalar("gradient_alignment", potential)
     gradient = jax.grad(potential, 1)
 
     def error(params: Params, example: Aligned) -> tuple[Sample, Scalar]:
+        shape = jnp.shape(example.x)
+        check.shape("gradient_alignment: target", example.target, shape)
+        spread = jnp.broadcast_shapes(jnp.shape(example.weight), shape)
+        check.shape("gradient_alignment: weight, broadcast to x,", jax.ShapeDtypeStruct(spread, jnp.float32), shape)
         residual = gradient(params, example.x, example.t) - example.target
         pull = example.weight * residual
         return pull, jnp.mean(pull * residual)
@@ -169,13 +180,15 @@ def _sum_over_members(loss: Loss, params: Params, keys: PRNGKey, examples: Any) 
 
     @jax.custom_jvp
     def value(params: Params) -> Scalar:
-        return jnp.sum(potential.over_members(lambda each: of_member(*each), (params, (numbers, examples))))
+        return jnp.sum(wide(potential.over_members(lambda each: of_member(*each), (params, (numbers, examples)))))
 
     @value.defjvp
     def value_and_change(primals: tuple[Params], tangents: tuple[Params]) -> tuple[Scalar, Scalar]:
         member = lambda each: jax.value_and_grad(of_member)(*each)
         values, gradients = potential.over_members(member, (*primals, (numbers, examples)))
-        return jnp.sum(values), sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradients, tangents[0])), jnp.zeros(()))
+        total = jnp.sum(wide(values))
+        along = jax.tree.map(lambda slope, change: jnp.vdot(wide(slope), wide(change)), gradients, tangents[0])
+        return total, sum(jax.tree.leaves(along), jnp.zeros(())).astype(total.dtype)
 
     return value(params)
 
@@ -187,7 +200,7 @@ def mean(loss: Loss) -> Loss:
     """
 
     def batch_loss(params: Params, key: PRNGKey, batch: Any) -> Scalar:
-        return with_keys(loss)(params, jax.random.split(key, jax.tree.leaves(batch)[0].shape[0]), batch)
+        return with_keys(loss)(params, jax.random.split(key, check.rows("loss: batch", batch)), batch)
 
     return batch_loss
 
@@ -218,5 +231,5 @@ def looks_at_batch(loss: Loss, params: Params, key: PRNGKey, batch: Any) -> bool
 
 def _over_batch(loss: Loss) -> Callable[[Params, PRNGKey, Any], Scalar]:
     """The same for keys that are given, one an example."""
-    every = lambda params, keys, batch: jax.vmap(loss, (None, 0, 0), axis_name=BATCH)(params, keys, batch)
+    every = jax.vmap(scalar("loss", loss), (None, 0, 0), axis_name=BATCH)
     return lambda params, keys, batch: jnp.mean(every(params, keys, batch))

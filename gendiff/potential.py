@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from gendiff import check
 from gendiff.types import Params, Sample, Scalar, Time
 
 Potential: TypeAlias = Callable[[Sample, Time], Scalar]
@@ -20,19 +21,31 @@ Interval: TypeAlias = Callable[[Time], Bool[Array, ""]]
 """Whether to guide at a time at all."""
 
 
+def scalar(caller: str, potential: Callable[..., Scalar]) -> Callable[..., Scalar]:
+    """The same function, which raises ValueError where its value is no scalar, because sums would hide an array."""
+    return lambda *args: check.shape(f"{caller}: the scalar value", potential(*args), ())
+
+
+def wide(x: Array) -> Array:
+    """x in float32, or in its own type if that is wider: sums and log-ratios of narrower types lose digits."""
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
 def log_probability(logit: Logit) -> Logit:
     """log C = -softplus(-l), exact where sigmoid(l) has long rounded to 0 or 1.  Its gradient is (1 - C) grad l.
 
     Of several logits (one an agent, one a constraint) it is the sum: all of them at once, as if independent.
     """
-    return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(logit(params, x, t)))
+    return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(wide(logit(params, x, t))))
 
 
 def limited(potential: Potential, within: Interval) -> Potential:
     """log r where `within(t)` holds, 0 elsewhere; there, with one t for all samples, it is not evaluated."""
 
+    log_r = scalar("limited", potential)
+
     def value(x: Sample, t: Time) -> Scalar:
-        there = lambda: potential(x, t)
+        there = lambda: log_r(x, t)
         return jax.lax.cond(within(t), there, lambda: jnp.zeros((), jax.eval_shape(there).dtype))
 
     return value
@@ -45,21 +58,28 @@ def stack(potential: Logit, params: Params) -> Potential:
       potential: with parameters, usually `log_probability(logit)`.
       params: K trees of parameters stacked on axis 0.  K = 0 is the constant 0.
 
+    Members may compute in another type than x has: the sum is in the widest of theirs, that of x and float32.
+
     The sum has derivatives of all orders in x, none in t or the parameters.  Each member's gradient is taken together
     with its value: reverse mode through the sum would keep the activations of all K members at once.
     """
     leading_size(params)
+    of_member = scalar("stack", potential)
+
+    def summed(values: Array, x: Sample) -> Scalar:
+        return jnp.sum(jnp.asarray(values, jnp.promote_types(wide(values).dtype, jnp.result_type(x))))
 
     def potential_of_all(x: Sample, t: Time) -> Scalar:
         @jax.custom_jvp
         def value(x: Sample) -> Scalar:
-            return jnp.sum(over_members(lambda member: potential(member, x, t), params))
+            return summed(over_members(lambda member: of_member(member, x, t), params), x)
 
         @value.defjvp
         def value_and_change(primals: tuple[Sample], tangents: tuple[Sample]) -> tuple[Scalar, Scalar]:
-            member = lambda member: jax.value_and_grad(potential, 1)(member, *primals, t)
+            member = lambda member: jax.value_and_grad(of_member, 1)(member, *primals, t)
             values, gradients = over_members(member, params)
-            return jnp.sum(values), jnp.sum(jnp.sum(gradients, 0) * tangents[0])
+            total = summed(values, primals[0])
+            return total, jnp.sum(jnp.sum(wide(gradients), 0) * tangents[0]).astype(total.dtype)
 
         return value(x)
 
@@ -73,10 +93,7 @@ def over_members(function: Callable[[Params], Any], members: Params) -> Any:
 
 def leading_size(params: Params) -> int:
     """K of a tree of K stacked members; raises ValueError where the leaves disagree."""
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(params)}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(f"stacked parameters: expected one leading size K for all leaves, given sizes {sizes}")
-    return int(sizes.pop() or 0)
+    return check.rows("stacked parameters", params)
 
 
 @jax.jit
@@ -87,9 +104,11 @@ def stacked(*members: Params) -> Params:
 
 def total(*potentials: Potential) -> Potential:
     """The sum of potentials: the product of what they stand for."""
-    return lambda x, t: sum((potential(x, t) for potential in potentials), jnp.zeros(()))
+    parts = [scalar("total", potential) for potential in potentials]
+    return lambda x, t: sum((part(x, t) for part in parts), jnp.zeros(()))
 
 
 def scaled(potential: Potential, scale: Scalar | float) -> Potential:
     """scale * potential."""
-    return lambda x, t: scale * potential(x, t)
+    log_r, scale = scalar("scaled", potential), check.number("scaled: scale", scale)
+    return lambda x, t: scale * log_r(x, t)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from gendiff import check
 from gendiff.types import PRNGKey, Sample, Scalar, Time
 
 
@@ -41,15 +42,23 @@ def edm(
       sigma_min, sigma_max: ends of the sampling grid; the grid's last time is 0.
       rho: curvature of the grid; larger puts more steps near the data.
       mean, std: training draws ln sigma ~ N(mean, std^2).
+
+    Raises:
+      ValueError: 0 < sigma_min < sigma_max, rho > 0 or std >= 0 does not hold; or, from `grid`, n < 1.
     """
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"edm: expected 0 < sigma_min < sigma_max, given {sigma_min} and {sigma_max}")
+    check.number("edm: sigma_min", sigma_min, above=0)
+    check.number("edm: sigma_max", sigma_max, above=sigma_min)
+    check.number("edm: rho", rho, above=0)
+    check.number("edm: mean", mean)
+    check.number("edm: std", std, at_least=0)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return Process(
         alpha=lambda t: jnp.ones_like(t, dtype=jnp.float32),
         sigma=lambda t: t,
         sample_time=lambda key: jnp.exp(mean + std * jax.random.normal(key)),
-        grid=lambda n: jnp.append(jnp.linspace(high, low, n) ** rho, 0.0),
+        grid=lambda n: jnp.append(
+            jnp.linspace(high, low, check.number("edm: grid: n", n, at_least=1, whole=True)) ** rho, 0.0
+        ),
     )
 
 
@@ -62,9 +71,15 @@ def classifier_time(
     mean left 0.72 % infractions after one round, and -1.2 with a standard deviation of 1.6 left 1.20 %.
 
     Args:
+      std: > 0.
       share: in (0, 1).
-      low, high: ends of the uniform part, in sigma.
+      low, high: ends of the uniform part, in sigma; 0 < low < high.
     """
+    check.number("classifier_time: mean", mean)
+    check.number("classifier_time: std", std, above=0)
+    check.number("classifier_time: share", share, above=0, below=1)
+    check.number("classifier_time: low", low, above=0)
+    check.number("classifier_time: high", high, above=low)
 
     def sample(key: PRNGKey) -> Time:
         u = jax.random.uniform(key)  # one number chooses the part and, by its inverse distribution, the place in it
@@ -83,13 +98,14 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
     Args:
       power: of the grids of fewer steps, T (i / n)^power: 1 is even, 2 (Song et al. 2021, appendix D.2) has more steps
         near the data.
+
+    Raises:
+      ValueError: betas are no vector of numbers in (0, 1), or none; power <= 0; or, from `grid`, n is not in 1..T.
     """
-    betas = np.asarray(betas, np.float64)
-    if betas.ndim != 1 or not np.all((betas > 0) & (betas < 1)):
-        raise ValueError(f"ddpm: expected a vector of betas in (0, 1), given shape {betas.shape}, values {betas}")
-    if not power > 0:
-        raise ValueError(f"ddpm: power: expected a positive number, given {power}")
-    steps = len(betas)
+    betas = check.shape("ddpm: betas", np.asarray(betas, np.float64), (None,))
+    check.number("ddpm: betas", betas, above=0, below=1)
+    check.number("ddpm: power", power, above=0)
+    steps = check.number("ddpm: number of betas", len(betas), at_least=1, whole=True)
     # In float64 on the host: a product of 1,000 factors near 1 loses digits in float32, for good.
     log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
     # NumPy's, so that a process that is made inside a compiled function, and kept, holds no tracer.
@@ -98,8 +114,7 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
 
     # `take` gives NaN beyond the end, but counts negative times from it.
     def grid(n: int) -> Array:
-        if not 1 <= n <= steps:
-            raise ValueError(f"ddpm: grid: expected 1 to {steps} steps, given {n}")
+        check.number("ddpm: grid: n", n, at_least=1, at_most=steps, whole=True)
         times = np.round(steps * np.linspace(0, 1, n + 1) ** power)
         # All different: from below at least a step each, and no more than leaves a step for each above.
         times = np.maximum.accumulate(times - np.arange(n + 1)) + np.arange(n + 1)
@@ -117,20 +132,42 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[np.ndarray, " T"]:
     """Ho et al. (2020): beta_t linear in t; the ends are stated for 1,000 steps and rescaled to `steps`."""
+    check.number("linear_betas: steps", steps, at_least=1, whole=True)
+    check.number("linear_betas: first", first, above=0)
+    check.number("linear_betas: last", last, above=0)
     scale = 1000 / steps
     return np.linspace(scale * first, scale * last, steps)
 
 
 def sqrt_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Float[np.ndarray, " T"]:
     """Rombach et al. (2022), the schedule of Stable Diffusion: sqrt(beta_t) linear in t; the ends as above."""
+    check.number("sqrt_linear_betas: steps", steps, at_least=1, whole=True)
+    check.number("sqrt_linear_betas: first", first, above=0)
+    check.number("sqrt_linear_betas: last", last, above=0)
     return 1000 / steps * np.linspace(first**0.5, last**0.5, steps) ** 2
 
 
 def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.999) -> Float[np.ndarray, " T"]:
     """Nichol and Dhariwal (2021), eq. 17: alpha_bar(t) = cos^2((t/T + s) / (1 + s) pi / 2)."""
+    check.number("cosine_betas: steps", steps, at_least=1, whole=True)
+    check.number("cosine_betas: offset", offset, at_least=0)
+    check.number("cosine_betas: largest", largest, above=0, below=1)
     angle = (np.arange(steps + 1) / steps + offset) / (1 + offset) * np.pi / 2
     alpha_bar = np.cos(angle) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
+
+
+def falling(name: str, grid: Float[Array, " steps+1"]) -> None:
+    """Raises ValueError where a grid is no vector of two times or more, or does not fall to one that is >= 0.
+
+    A grid that JAX traces has no times yet, and only its shape is checked.
+    """
+    check.shape(name, grid, (None,))
+    check.number(f"{name}: number of times", len(grid), at_least=2, whole=True)
+    if not isinstance(grid, jax.core.Tracer):
+        times = np.asarray(grid, np.float64)
+        check.number(name, times, at_least=0)
+        check.number(f"{name}: change from a time to the next", np.diff(times), below=0)
 
 
 def perturb(process: Process, key: PRNGKey, x0: Sample, t: Time) -> tuple[Sample, Sample]:
@@ -146,7 +183,12 @@ def transition(process: Process, t: Time, s: Time) -> tuple[Scalar, Scalar]:
 
 
 def posterior(process: Process, x: Sample, x0: Sample, t: Time, s: Time) -> tuple[Sample, Scalar]:
-    """Mean and variance of q(x_s | x_t = x, x_0) for s < t (Ho et al. 2020, eq. 7, for any pair of times)."""
+    """Mean and variance of q(x_s | x_t = x, x_0) for s < t (Ho et al. 2020, eq. 7, for any pair of times).
+
+    Raises:
+      ValueError: x and x0 have different shapes.
+    """
+    check.shape("posterior: x0", x0, jnp.shape(x))
     ratio, variance = transition(process, t, s)
     var_t, var_s = process.sigma(t) ** 2, process.sigma(s) ** 2
     mean = ratio * var_s / var_t * x + process.alpha(s) * variance / var_t * x0

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gendiff import distributed, losses, potential, together, training
+from gendiff import check, distributed, losses, potential, together, training
 from gendiff.training import Host, Metrics, NotFinite, Settings, State, Task
 from gendiff.types import Params, PRNGKey
 
@@ -47,15 +47,12 @@ def train(
       The last state of every run, stacked on axis 0, on every device; `best` is the result.
 
     Raises:
+      ValueError: a setting is out of range, or keys, params and own are not of K runs.
       NotFinite: a loss is NaN or infinite, with the numbers of the runs.  The newest checkpoint is from before.
     """
-    if settings.every < 1:
-        raise ValueError(f"replicas: every: expected 1 or more steps, given {settings.every}")
-    runs = len(keys)
-    if runs < 1:
-        raise ValueError("replicas: expected one run or more, given none")
-    if potential.leading_size((params, own)) != runs:
-        raise ValueError(f"replicas: expected {runs} runs as there are keys, given {potential.leading_size(params)}")
+    training.check_settings(settings)
+    runs = check.number("replicas: runs", len(keys), at_least=1, whole=True)
+    check.rows("replicas: keys, params and own", (keys, params, own))
     examples = shareable(keys, params, task, context, own)
     mesh = together.over_runs(None, runs, examples) if host.mesh is None else host.mesh
     parts = mesh.shape["data"]
@@ -112,7 +109,7 @@ def shareable(keys: PRNGKey, params: Params, task: Callable[[Any, Any], Task], c
         loss, draw, *_ = task(context, mine)
         batch = None if draw is None else draw(key)
         apart = batch is not None and not losses.looks_at_batch(loss, start, jax.random.clone(key), batch)
-        found.append(training.examples(batch) if apart else None)
+        found.append(check.rows("replicas: batch", batch) if apart else None)
 
     jax.eval_shape(look, keys, params, context, own)
     return found[0]
@@ -171,6 +168,7 @@ def _block(
 
 def keys(key: PRNGKey, runs: int) -> PRNGKey:
     """(runs,) keys; that of run k depends on k alone, not on how many there are."""
+    check.number("replicas.keys: runs", runs, at_least=1, whole=True)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(runs))
 
 

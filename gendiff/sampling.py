@@ -8,18 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gendiff.denoiser import Denoiser
-from gendiff.process import Process, posterior, transition
+from gendiff import check
+from gendiff.denoiser import Denoiser, denoise
+from gendiff.process import Process, falling, posterior, transition
 from gendiff.types import PRNGKey, Sample, Time
 
 Kernel: TypeAlias = Callable[[PRNGKey, Sample, Time, Time], Sample]
 
 
 def ddim(process: Process, denoiser: Denoiser, eta: float = 0.0) -> Kernel:
-    """DDIM (Song et al. 2021, eq. 12): eta = 0 is deterministic, eta = 1 is ancestral sampling."""
+    """DDIM (Song et al. 2021, eq. 12): eta = 0 is deterministic, eta = 1 is ancestral sampling, 0 <= eta <= 1."""
+    check.number("ddim: eta", eta, at_least=0, at_most=1)
 
     def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
-        x0 = denoiser(x, t)
+        x0 = denoise("ddim", denoiser, x, t)
         eps = (x - process.alpha(t) * x0) / process.sigma(t)
         _, variance = posterior(process, x, x0, t, s)
         up = eta * jnp.sqrt(jnp.maximum(variance, 0.0))
@@ -36,15 +38,15 @@ def ancestral_moments(
 
     `variance` "posterior" is the smaller (beta-tilde), "beta" the larger of their two choices.
     """
-    mean, small = posterior(process, x, denoiser(x, t), t, s)
+    check.choice("ancestral: variance", variance, ("posterior", "beta"))
+    mean, small = posterior(process, x, denoise("ancestral", denoiser, x, t), t, s)
     _, large = transition(process, t, s)
     return mean, jnp.sqrt(jnp.maximum(small if variance == "posterior" else large, 0.0))
 
 
 def ancestral(process: Process, denoiser: Denoiser, variance: str = "posterior") -> Kernel:
     """Ancestral sampling; the step to s = 0 adds no noise.  `variance`: "posterior" or "beta"."""
-    if variance not in ("posterior", "beta"):
-        raise ValueError(f"ancestral: variance: expected 'posterior' or 'beta', given {variance!r}")
+    check.choice("ancestral: variance", variance, ("posterior", "beta"))
 
     def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
         mean, std = ancestral_moments(process, denoiser, x, t, s, variance)
@@ -70,9 +72,15 @@ def heun(
         Needs a process in continuous time with t = sigma (EDM).
       churn_low, churn_high: S_tmin and S_tmax, the noise levels between which noise is added.
       churn_noise: S_noise, the factor on the standard deviation of the added noise.
+
+    Raises:
+      ValueError: churn is not in [0, sqrt(2) - 1] or needs another process; 0 <= churn_low <= churn_high or
+        churn_noise >= 0 does not hold.
     """
-    if not 0.0 <= churn <= 2**0.5 - 1 + 1e-6:
-        raise ValueError(f"heun: churn: expected 0 <= churn <= sqrt(2) - 1, given {churn}")
+    check.number("heun: churn", churn, at_least=0, at_most=2**0.5 - 1 + 1e-6)
+    check.number("heun: churn_low", churn_low, at_least=0)
+    check.number("heun: churn_high", churn_high, at_least=churn_low, infinite=True)
+    check.number("heun: churn_noise", churn_noise, at_least=0)
     if churn and process.steps is not None:
         raise ValueError("heun: churn: expected a process in continuous time (edm), given a discrete chain")
 
@@ -80,7 +88,7 @@ def heun(
         return process.sigma(t) / process.alpha(t)
 
     def slope(y: Sample, t: Time) -> Sample:
-        return (y - denoiser(process.alpha(t) * y, t)) / noise_level(t)
+        return (y - denoise("heun", denoiser, process.alpha(t) * y, t)) / noise_level(t)
 
     def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
         y = x / process.alpha(t)
@@ -96,7 +104,7 @@ def heun(
         average = jax.lax.cond(
             last,
             lambda: first,
-            lambda: 0.5 * (first + slope(y + dt * first, jnp.where(last, t, s))),
+            lambda: (0.5 * (first + slope(y + dt * first, jnp.where(last, t, s)))).astype(first.dtype),
         )
         return process.alpha(s) * (y + dt * average)
 
@@ -110,8 +118,7 @@ def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> 
     The noise is the process's own q(x_t | x_s), so x_t keeps its distribution.  times = 1 is `kernel`.
     Given as an array, all numbers of times share a compiled program.
     """
-    if isinstance(times, int) and times < 1:
-        raise ValueError(f"recurrent: times: expected 1 or more, given {times}")
+    check.number("recurrent: times", times, at_least=1, whole=True)
 
     def recurring(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
         ratio, variance = transition(process, t, s)
@@ -121,9 +128,9 @@ def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> 
             # The first pass has the step's own key; the others' are not below it, where the kernel's are.
             move_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.clone(apart), i))
             data = jnp.where(i == 0, jax.random.key_data(key), jax.random.key_data(move_key))
-            new = kernel(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), x, t, s)
+            new = _like("recurrent", kernel(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), x, t, s), x)
             back = ratio * new + jnp.sqrt(jnp.maximum(variance, 0.0)) * jax.random.normal(noise_key, x.shape)
-            return back, new
+            return back.astype(new.dtype), new
 
         apart = jax.random.fold_in(jax.random.clone(key), np.uint32(2**32 - 1))
         return jax.lax.fori_loop(0, times, once, (x, x))[1]
@@ -134,17 +141,27 @@ def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> 
 def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel:
     """`kernel` with the coordinates in `mask` held at clean values in every state, for models that were trained to be
     given them (Janner et al. 2022, section 3.1: the plan goes through a state).  `guidance.inpaint` pins x_0 alone."""
-    hold = lambda x: jnp.where(mask, known, x)
+
+    def hold(x: Sample) -> Sample:
+        for name, value in (("mask", mask), ("known", known)):
+            check.shape(f"pinned: {name}", value, jnp.shape(x))
+        return jnp.where(mask, known, x)
+
     return lambda key, x, t, s: hold(kernel(key, hold(x), t, s))
 
 
 def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
-    """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in float32."""
+    """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in JAX's default float type.
+
+    Raises:
+      ValueError: a step gives another shape, or the grid does not fall.
+    """
     return refine(kernel, grid, key, _start(process, grid, key, shape))
 
 
 def _start(process: Process, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
     """x_T; its key is the one after those of the steps."""
+    falling("sample: grid", grid)
     return process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, len(grid) - 1), shape)
 
 
@@ -175,9 +192,23 @@ def states(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key
 def _scan(
     kernel: Callable, grid: Float[Array, " steps+1"], key: PRNGKey, x: Any, keep: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
+    falling("sample: grid", grid)
+
     def step(x: Any, move: tuple) -> tuple[Any, Any]:
         i, t, s = move
-        x = kernel(jax.random.fold_in(key, i), x, t, s)
+        new = kernel(jax.random.fold_in(key, i), x, t, s)
+        x = jax.tree.map(lambda new, old: _like("sample", new, old), new, x)
         return x, keep(x)
 
     return jax.lax.scan(step, x, (jnp.arange(len(grid) - 1), grid[:-1], grid[1:]))
+
+
+def _like(caller: str, new: Any, old: Any) -> Array:
+    """x_s of a kernel in the float type of x_t, because the carry of a loop keeps its type.
+
+    Raises:
+      ValueError: x_s does not have the shape of x_t.
+    """
+    check.shape(f"{caller}: x_s of the kernel", new, jnp.shape(old))
+    dtype = jnp.result_type(old)
+    return jnp.asarray(new, dtype) if jnp.issubdtype(dtype, jnp.floating) else new

@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check
 from gendiff.denoiser import Denoiser
-from gendiff.potential import Potential
-from gendiff.process import Process
+from gendiff.potential import Potential, scalar, wide
+from gendiff.process import Process, falling
 from gendiff.sampling import ancestral_moments
-from gendiff.types import PRNGKey, Sample, Samples, Scalar
+from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time
 
 
 class Population(NamedTuple):
@@ -22,9 +24,12 @@ class Population(NamedTuple):
 
     particles: Samples
     log_weights: Float[Array, " n"]
-    """As samples of the model p(x_0), before any condition; not normalised, their mean has expectation 1."""
+    """As samples of the model p(x_0), before any condition; not normalised, their mean has expectation 1.  -inf is the
+    weight 0 of a particle that was lost."""
     resampled: Scalar
     """How many of the steps resampled."""
+    lost: Scalar | int = 0
+    """How many particles lost their weight in any step: it became NaN or infinite, or the twist 0 (or underflowed)."""
 
 
 class Judged(NamedTuple):
@@ -35,7 +40,9 @@ class Judged(NamedTuple):
     """Effective number of samples by their weights: at most so many are independent, for what has one ancestor counts
     apart."""
     log_alpha: Scalar
-    """Estimate of log P_p[O = 1]; its exponential is unbiased."""
+    """Estimate of log P_p[O = 1]; its exponential is unbiased, unless particles were lost."""
+    lost: Scalar | int = 0
+    """How many good particles have no finite log-weight: they count as particles of weight 0."""
 
 
 def log_normal(x: Sample, mean: Sample, std: Scalar) -> Scalar:
@@ -43,10 +50,37 @@ def log_normal(x: Sample, mean: Sample, std: Scalar) -> Scalar:
     return -0.5 * jnp.sum(((x - mean) / std) ** 2) - x.size * (jnp.log(std) + 0.5 * jnp.log(2 * jnp.pi))
 
 
-@jax.jit
+def finite(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Log-weights with -inf, the weight 0, in place of NaN and of +inf, which would take the weight of all others."""
+    log_weights = wide(log_weights)
+    return jnp.where(log_weights < jnp.inf, log_weights, -jnp.inf)
+
+
 def systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
-    """Indices (n,) of a systematic resampling: one uniform offset, each particle about n w_i times."""
+    """Indices (n,) of a systematic resampling: one uniform offset, each particle about n w_i times.
+
+    A log-weight that is NaN or infinite is the weight 0.
+
+    Raises:
+      ValueError: no weight is above 0 (in traced code the indices are 0 .. n - 1: all particles stay).
+    """
+    _some_weight("systematic", log_weights)
+    return _systematic(key, log_weights)
+
+
+def _some_weight(caller: str, log_weights: Float[Array, " n"]) -> None:
+    """Raises ValueError where there is no particle, or none has a weight; traced weights pass."""
+    check.shape(f"{caller}: log_weights", log_weights, (None,))
+    check.number(f"{caller}: number of log_weights", len(log_weights), at_least=1, whole=True)
+    if not isinstance(log_weights, jax.core.Tracer):
+        having = np.isfinite(np.asarray(log_weights)).sum()
+        check.number(f"{caller}: particles with a finite log-weight, of {len(log_weights)},", int(having), at_least=1)
+
+
+@jax.jit
+def _systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
     n = len(log_weights)
+    log_weights = finite(log_weights)
     weights = jax.nn.softmax(log_weights)
     edges = jnp.cumsum(weights)
     places = (jnp.arange(n) + jax.random.uniform(key)) / n
@@ -54,13 +88,19 @@ def systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
     # Sums in float32 may step at a particle without weight: take the last one before it that has some, or the first.
     there = weights > 0
     before = jax.lax.cummax(jnp.where(there, jnp.arange(n), -1))
-    return jnp.where(before[index] < 0, jnp.argmax(there), before[index])
+    chosen = jnp.where(before[index] < 0, jnp.argmax(there), before[index])
+    return jnp.where(jnp.any(log_weights > -jnp.inf), chosen, jnp.arange(n))
 
 
 @jax.jit
 def effective_size(log_weights: Float[Array, " n"]) -> Scalar:
-    """1 / sum w_i^2 of the normalised weights, between 1 and n."""
-    return jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+    """1 / sum w_i^2 of the normalised weights, between 1 and n; 0 where no particle has a weight.
+
+    A log-weight that is NaN or infinite is the weight 0.
+    """
+    log_weights = finite(log_weights)
+    size = jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
+    return jnp.where(jnp.any(log_weights > -jnp.inf), size, 0.0)
 
 
 def twisted(
@@ -78,14 +118,34 @@ def twisted(
 
     Args:
       denoiser, guided: the model p and the proposal r; they share the variance of the ancestral step.
-      twist: log psi(x, t), an approximation of log p(y = 1 | x_t).
+      twist: log psi(x, t), an approximation of log p(y = 1 | x_t).  A particle at which psi is 0, or underflows, has
+        the weight 0 from then on: psi must be above 0 wherever y = 1 is possible.
       grid: ends at 0.  The last step has no noise, so it is the model's own mean, not guided, and its weight is 1 /
-      psi. threshold: resample where the effective size falls below this share of the particles.
+        psi.
+      threshold: resample where the effective size falls below this share of the particles, >= 0.
+
+    Raises:
+      ValueError: a number is out of range, the grid does not fall to 0, or a denoiser or the twist gives another shape.
     """
+    check.number("twisted: particles", particles, at_least=1, whole=True)
+    check.number("twisted: threshold", threshold, at_least=0)
+    falling("twisted: grid", grid)
+    check.number("twisted: last time of the grid", grid[-1], at_most=0)
     steps = len(grid) - 1
     start_key, run_key = jax.random.split(key)
     x = process.sigma(grid[0]) * jax.random.normal(start_key, (particles, *shape))
-    log_psi = jax.vmap(twist, (0, None))(x, grid[0])
+
+    def log_twist(x: Samples, t: Time) -> Array:
+        values = wide(jax.vmap(scalar("twisted", twist), (0, None))(x, t))
+        return values.astype(jnp.promote_types(values.dtype, x.dtype))
+
+    def weighed(before: Array, after: Array) -> tuple[Array, Array]:
+        """Log-weights, which a particle without one never has again, and how many particles lost theirs."""
+        after = jnp.where(before > -jnp.inf, finite(after), -jnp.inf)
+        return after, jnp.sum((before > -jnp.inf) & (after == -jnp.inf))
+
+    log_psi = log_twist(x, grid[0])
+    log_w, lost = weighed(jnp.zeros_like(log_psi), log_psi)
 
     def resample(key: PRNGKey, x: Samples, log_psi: Array, log_w: Array) -> tuple:
         index = systematic(key, log_w)
@@ -93,7 +153,7 @@ def twisted(
         return x[index], log_psi[index], jnp.full(particles, level), jnp.ones(())
 
     def step(state: tuple, move: tuple) -> tuple[tuple, None]:
-        x, log_psi, log_w, resampled = state
+        x, log_psi, log_w, resampled, lost = state
         i, t, s = move
         noise_key, index_key = jax.random.split(jax.random.fold_in(run_key, i))
 
@@ -104,35 +164,42 @@ def twisted(
             return new, log_normal(new, mean, std) - log_normal(new, shifted, std)
 
         x, ratio = jax.vmap(propose)(x, jax.random.split(noise_key, particles))
-        new_psi = jax.vmap(twist, (0, None))(x, s)
-        log_w = log_w + ratio + new_psi - log_psi
+        new_psi = log_twist(x, s)
+        log_w, now = weighed(log_w, log_w + ratio + new_psi - log_psi)
         short = effective_size(log_w) < threshold * particles
         x, new_psi, log_w, hit = jax.lax.cond(
             short, resample, lambda key, x, p, w: (x, p, w, jnp.zeros(())), index_key, x, new_psi, log_w
         )
-        return (x, new_psi, log_w, resampled + hit), None
+        return (x, new_psi, log_w, resampled + hit, lost + now), None
 
     moves = (jnp.arange(steps - 1), grid[:-2], grid[1:-1])
-    (x, log_psi, log_w, resampled), _ = jax.lax.scan(step, (x, log_psi, log_psi, jnp.zeros(())), moves)
+    start = (x, log_psi, log_w, jnp.zeros(()), lost)
+    (x, log_psi, log_w, resampled, lost), _ = jax.lax.scan(step, start, moves)
     last = lambda x: ancestral_moments(process, denoiser, x, grid[-2], grid[-1])[0]
-    return Population(jax.vmap(last)(x), log_w - log_psi, resampled)
+    x0 = jax.vmap(last)(x)
+    there = jnp.all(jnp.isfinite(x0.reshape(particles, -1)), 1)
+    log_w, now = weighed(log_w, jnp.where(there, log_w - log_psi, -jnp.inf))
+    return Population(x0, log_w, resampled, lost + now)
 
 
 def judge(population: Population, good: Bool[Array, " n"], key: PRNGKey) -> Judged:
     """Conditions on the oracle's verdict and resamples: as many samples as particles, all good.
 
-    Particles of several populations may be concatenated.
+    Particles of several populations may be concatenated.  A log-weight that is NaN or infinite is the weight 0.
 
     Raises:
-      ValueError: no particle is good.
+      ValueError: no particle is good and has a weight; or the particles, weights and verdicts are not as many.
     """
     good = jnp.asarray(good)
     if good.shape != population.log_weights.shape or good.dtype != bool:
         wanted = population.log_weights.shape
-        raise ValueError(f"smc: good: expected one Boolean a particle, {wanted}, given {good.dtype} {good.shape}")
+        raise ValueError(f"judge: good must be one Boolean a particle, {wanted}, got {good.dtype} {good.shape}")
+    check.rows("judge: particles and log_weights", population[:2])
     if not bool(jnp.any(good)):
-        raise ValueError(f"smc: expected at least one good particle, given 0 of {len(good)}")
-    log_w = jnp.where(good, population.log_weights, -jnp.inf)
+        raise ValueError(f"judge: good must be True for a particle, got 0 of {len(good)}. Take more particles.")
+    log_w = jnp.where(good, finite(population.log_weights), -jnp.inf)
+    _some_weight("judge: good", log_w)
     index = systematic(key, log_w)
     log_alpha = jax.nn.logsumexp(log_w) - jnp.log(len(log_w))
-    return Judged(population.particles[index], effective_size(log_w), log_alpha)
+    lost = jnp.sum(good & (log_w == -jnp.inf))
+    return Judged(population.particles[index], effective_size(log_w), log_alpha, lost)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gendiff import distributed, potential
+from gendiff import check, distributed, potential
 
 T = TypeVar("T")
 _here = threading.local()
@@ -178,7 +178,7 @@ def over_runs(
 
 def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Arrays with a row for each run, split over `replica`; the last run again where they do not come out even."""
-    runs, places = potential.leading_size(tree), mesh.shape["replica"]
+    runs, places = check.rows("together: runs", tree), mesh.shape["replica"]
     rows = np.minimum(np.arange(-(-runs // places) * places), runs - 1)
     return distributed.put(jax.tree.map(lambda a: a[rows], tree), jax.NamedSharding(mesh, jax.P("replica")))
 

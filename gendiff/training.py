@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Int
 
-from gendiff import distributed, losses, together
+from gendiff import check, distributed, losses, together
 from gendiff.losses import Loss
 from gendiff.types import Params, PRNGKey, Scalar
 
@@ -49,7 +49,12 @@ class NotFinite(FloatingPointError):
 
 
 def adam(settings: "Settings") -> optax.GradientTransformation:
-    """Adam (AdamW where there is weight decay) with clipped gradients and a schedule for the rate."""
+    """Adam (AdamW where there is weight decay) with clipped gradients and a schedule for the rate.
+
+    Raises:
+      ValueError: a setting is out of its range.
+    """
+    check_settings(settings)
     rate, warmup, steps = settings.rate, settings.warmup, settings.steps
     first = 0.0 if warmup else rate
     if settings.schedule == "cosine":
@@ -60,12 +65,25 @@ def adam(settings: "Settings") -> optax.GradientTransformation:
             optax.linear_schedule(rate, 0.0, max(steps - warmup, 1)),
         )
         schedule = optax.join_schedules([rise, fall], [warmup])
-    elif settings.schedule == "constant":
-        schedule = optax.warmup_constant_schedule(first, rate, warmup)
     else:
-        raise ValueError(f"training: schedule: expected cosine, linear or constant, given {settings.schedule!r}")
+        schedule = optax.warmup_constant_schedule(first, rate, warmup)
     clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
     return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay))
+
+
+def check_settings(settings: "Settings") -> None:
+    """Raises ValueError where a setting is out of the range that `Settings` states."""
+    check.number("training: steps", settings.steps, at_least=0, whole=True)
+    check.number("training: rate", settings.rate, at_least=0)
+    check.number("training: decay", settings.decay, at_least=0, at_most=1)
+    check.number("training: every", settings.every, at_least=1, whole=True)
+    check.number("training: warmup", settings.warmup, at_least=0, at_most=settings.steps, whole=True)
+    check.choice("training: schedule", settings.schedule, ("cosine", "linear", "constant"))
+    check.number("training: weight_decay", settings.weight_decay, at_least=0)
+    if settings.clip is not None:
+        check.number("training: clip", settings.clip, above=0)
+    if settings.patience is not None:
+        check.number("training: patience", settings.patience, at_least=0, whole=True)
 
 
 def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) -> State:
@@ -96,7 +114,11 @@ def make_step(
         gathered before it is used, once a step, and its gradient is reduced to the parts.
       parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`, which divides
         the batch.
+
+    Raises:
+      ValueError: decay is not in [0, 1]; or, from the step, the arrays of the batch have no rows, or not as many.
     """
+    check.number("training: decay", decay, at_least=0, at_most=1)
     batch_loss = losses.mean(loss)
 
     def here(params: Params, keys: PRNGKey, batch: Any, over: Any) -> tuple[Scalar, Params]:
@@ -112,7 +134,7 @@ def make_step(
         shared = parts if mesh is None else mesh.shape["data"]
         if shared == 1 or losses.looks_at_batch(loss, params, key, batch):
             return jax.value_and_grad(batch_loss)(params, key, batch)
-        keys = jax.random.split(key, jax.tree.leaves(batch)[0].shape[0])
+        keys = jax.random.split(key, check.rows("training: batch", batch))
         if mesh is None:
             each = len(keys) // parts
             mine = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * each, each)
@@ -129,8 +151,7 @@ def make_step(
         return parted(params, keys, batch)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
-        if any(leaf.shape[:1] == (0,) for leaf in jax.tree.leaves(batch)):
-            raise ValueError("training: batch: expected one example or more, given none")
+        check.number("training: rows of the batch", check.rows("training: batch", batch), at_least=1, whole=True)
         key = jax.random.fold_in(state.key, state.step)
         value, gradient = value_and_gradient(state.params, key, batch)
         updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
@@ -193,6 +214,7 @@ def make_block(
     mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[State], tuple[State, Metrics]]:
     """`size` steps on batches drawn on the device, in one scan, then `select`; the metrics are means over the block."""
+    check.number("make_block: size", size, at_least=1, whole=True)
 
     def block(state: State) -> tuple[State, Metrics]:
         state, metrics = jax.lax.scan(make_drawn_step(step, draw, mesh), state, length=size)
@@ -217,17 +239,19 @@ class Settings(NamedTuple):
 
     steps: int
     rate: float = 1e-3
+    """>= 0."""
     decay: float = 0.999
-    """Of the EMA."""
+    """Of the EMA, in [0, 1]."""
     every: int = 500
-    """Steps between validations, checkpoints and reports."""
+    """Steps between validations, checkpoints and reports, >= 1."""
     warmup: int = 0
+    """Steps in which the rate rises from 0, at most `steps`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls to 0 by the last step, after the warm-up; or that it stays."""
     clip: float | None = 1.0
-    """Largest norm of a gradient; None for no limit."""
+    """Largest norm of a gradient, > 0; None for no limit."""
     weight_decay: float = 0.0
-    """Decoupled (AdamW), relative to the rate."""
+    """Decoupled (AdamW), relative to the rate, >= 0."""
     patience: int | None = None
     """Stop when the validation loss has not improved for so many steps; None or 0: never."""
 
@@ -253,12 +277,11 @@ def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[S
     """
     if task.draw is None:
         raise ValueError("fit: task.draw: expected a function of a key, given None")
-    if min(settings.every, settings.steps) < 1:
-        raise ValueError(f"fit: every, steps: expected 1 or more, given {settings.every} and {settings.steps}")
+    optimiser = adam(settings)
+    check.number("fit: steps", settings.steps, at_least=1, whole=True)
     size = min(settings.every, settings.steps)
     if settings.steps % size:
-        raise ValueError(f"fit: every: expected a divisor of steps = {settings.steps}, given {settings.every}")
-    optimiser = adam(settings)
+        raise ValueError(f"fit: every must divide steps = {settings.steps}, got {settings.every}")
     block = make_block(make_step(task.loss, optimiser, settings.decay), task.draw, size, task.validate)
     return jax.lax.scan(lambda state, _: block(state), init(key, params, optimiser), length=settings.steps // size)
 
@@ -289,11 +312,11 @@ def train(
       The last state, whole on every process; fully sharded, on the host.
 
     Raises:
+      ValueError: a setting is out of range, or a batch has no rows, or arrays of several lengths.
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
       distributed.Preempted: after a notice; the state is in the newest checkpoint.
     """
-    if settings.every < 1:
-        raise ValueError(f"training: every: expected 1 or more steps, given {settings.every}")
+    check_settings(settings)
 
     def alone(_: Any) -> State:
         with written(host):
@@ -385,13 +408,8 @@ def drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None
         draw = task(context).draw
         return None if draw is None else draw(key)
 
-    return examples(jax.eval_shape(batch, key, context))
-
-
-def examples(batch: Any) -> int | None:
-    """How many there are in a batch; what divides all numbers if there are several kinds, None without a batch."""
-    sizes = [leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim]
-    return math.gcd(*sizes) if sizes else None
+    shapes = jax.eval_shape(batch, key, context)
+    return None if shapes is None else check.rows("training: batch", shapes)
 
 
 def written(host: Host) -> contextlib.AbstractContextManager[None]:
@@ -512,16 +530,24 @@ def _batches(data: Sequence | Iterator, start: int) -> Iterator:
 
 
 def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
-    """`size` rows, with replacement, of a pytree of arrays with a common leading axis."""
-    rows = jax.random.randint(key, (size,), 0, jax.tree.leaves(examples)[0].shape[0])
+    """`size` rows, with replacement, of a pytree of arrays with a common leading axis.
+
+    Raises:
+      ValueError: size < 1, or the arrays have no rows, or not as many.
+    """
+    check.number("minibatch: size", size, at_least=1, whole=True)
+    n = check.number("minibatch: rows", check.rows("minibatch: examples", examples), at_least=1, whole=True)
+    rows = jax.random.randint(key, (size,), 0, n)
     return jax.tree.map(lambda a: a[rows], examples)
 
 
 def capacity(rows: int, least: int = 8192) -> int:
     """The next power of two, from `least` (itself one) on: arrays padded to it share compiled programs."""
+    check.number("capacity: rows", rows, at_least=0, whole=True)
     return 1 << max(rows - 1, least - 1).bit_length()
 
 
 def padded(array: Any, rows: int) -> np.ndarray:
-    """`array` with zeros appended on axis 0 up to `rows`."""
+    """`array` with zeros appended on axis 0 up to `rows`, at least as many as it has."""
+    check.number("padded: rows", rows, at_least=len(array), whole=True)
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])

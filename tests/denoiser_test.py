@@ -143,3 +143,41 @@ def test_edm_preconditioning_gives_unit_variances(sigma):
     np.testing.assert_allclose(seen["c_noise"], np.log(sigma) / 4, rtol=1e-5)
     # The target is (x_0 - c_skip (x_0 + sigma eps)) / c_out.
     np.testing.assert_allclose(((1 - skip) ** 2 * std**2 + skip**2 * sigma**2) / out**2, 1.0, rtol=2e-4)
+
+
+WRONG = {
+    "(1,) for (2,)": (jnp.zeros(2), lambda *args: jnp.zeros(1)),
+    "(3, 1) for (3,)": (jnp.zeros(3), lambda *args: jnp.zeros((3, 1))),
+    "() for (2,)": (jnp.zeros(2), lambda *args: jnp.zeros(())),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("name", [*PAIRS, "edm"])
+def test_another_shape_is_no_prediction_and_no_x0(name, case):
+    x, model = WRONG[case]
+    conversions = [denoiser.from_edm(model)]
+    if name != "edm":
+        back, there = PAIRS[name]
+        conversions = [back(EDM, model), there(EDM, model)]
+    for convert in conversions:
+        with pytest.raises(ValueError, match=rf"must have shape \({len(x)},\), got \("):
+            jax.jit(convert)(x, 1.0)
+
+
+@pytest.mark.parametrize("type_of_x", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize("type_of_model", [jnp.bfloat16, jnp.float32])
+def test_x0_has_the_type_of_x(type_of_x, type_of_model):
+    x = jnp.asarray([0.5, -1.5], type_of_x)
+    x0 = denoiser.denoise("test", lambda x, t: x.astype(type_of_model), x, 1.0)
+    assert x0.dtype == type_of_x
+    np.testing.assert_array_equal(x0, x)
+
+
+def test_integers_become_no_integers():
+    assert denoiser.denoise("test", lambda x, t: 0.5 * x, jnp.arange(3), 1.0).dtype == jnp.float32
+
+
+def test_the_data_have_a_spread():
+    with pytest.raises(ValueError, match="from_edm: data_std must be > 0, got 0"):
+        denoiser.from_edm(predict, 0)

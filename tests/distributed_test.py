@@ -88,7 +88,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_an_error():
 def test_arrays_without_a_common_leading_axis_are_an_error(batch):
     same = lambda batch: batch
     for given in (lambda: distributed.chunked(same, batch, 2), lambda: distributed.by_process(same, batch)):
-        with pytest.raises(ValueError, match="expected arrays with a common leading axis, given the shapes"):
+        with pytest.raises(ValueError, match="inputs must "):
             given()
 
 
@@ -223,8 +223,19 @@ def test_training_does_not_depend_on_devices(drawn, others):
 
 
 def test_no_examples_are_an_error():
-    with pytest.raises(ValueError, match="expected one example or more, given none"):
+    with pytest.raises(ValueError, match="chunked: examples must be >= 1 and whole, got 0"):
         distributed.chunked(lambda x: x, jnp.zeros((0, 2)))
+
+
+@pytest.mark.parametrize("chunk", [0, -4, 2.5])
+def test_a_chunk_has_an_example(chunk):
+    with pytest.raises(ValueError, match=f"chunked: chunk must be >= 1 and whole, got {chunk}"):
+        distributed.chunked(lambda x: x, jnp.zeros((4, 2)), chunk)
+
+
+def test_a_batch_of_the_host_has_one_number_of_rows():
+    with pytest.raises(ValueError, match=r"batch must be arrays with one number of rows, got shapes \(16, 2\), \(8,\)"):
+        distributed.shard(mesh_of(8), {"x": np.zeros((16, 2)), "y": np.zeros(8)})
 
 
 @pytest.mark.parametrize(

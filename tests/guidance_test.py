@@ -229,3 +229,61 @@ def test_guidance_in_an_interval_is_guidance_there_and_nothing_elsewhere():
     assert "cos" not in done
     at_once = jax.vmap(limited, (None, 0))(x, times)
     np.testing.assert_allclose(at_once, jnp.stack([limited(x, t) for t in times]), rtol=1e-6)
+
+
+def test_x0_and_log_r_of_other_shapes_are_errors():
+    x, narrow, column = jnp.zeros(2), (lambda x, t: jnp.zeros(1)), (lambda x, t: x[:, None])
+    steer, first = guidance.guide(EDM, bump), lambda x0: x0[:1]
+    for guided in (
+        steer(narrow),
+        steer(column),
+        guidance.guide(EDM, lambda x, t: x[:1])(plain),
+        guidance.steer(bump, lambda t: jnp.ones((2, 1)))(plain),
+        guidance.universal(jnp.sum, lambda t: 1.0)(narrow),
+        guidance.universal(first, lambda t: 1.0)(plain),
+        guidance.backward(jnp.sum, 2, 0.1)(narrow),
+        guidance.backward(first, 2, 0.1)(plain),
+        guidance.clip(-1.0, 1.0)(column),
+        guidance.inpaint(jnp.zeros(2), jnp.ones(2, bool))(narrow),
+        guidance.inpaint(jnp.zeros(1), jnp.ones(2, bool))(plain),
+        guidance.inpaint(jnp.zeros(2), jnp.ones((2, 1), bool))(plain),
+    ):
+        with pytest.raises(ValueError, match=r": .* must have shape \(.*\), got \("):
+            guided(x, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: guidance.guide(EDM, bump, np.inf), "guide: scale must be a finite number, got inf"),
+        (lambda: guidance.guide_mean(DDPM, bump, lambda t: t - 1, np.nan), "guide_mean: scale must be a finite number"),
+        (lambda: guidance.backward(jnp.sum, -1, 0.1), "backward: steps must be >= 0 and whole, got -1"),
+        (lambda: guidance.backward(jnp.sum, 1, -0.1), "backward: rate must be >= 0, got -0.1"),
+        (lambda: guidance.backward(jnp.sum, 1, 0.1, 1.0, -1.0), "backward: high - low must be >= 0, got -2.0"),
+        (
+            lambda: guidance.successor(np.arange(5)),
+            "successor: grid: change from a time to the next must be < 0, got 1",
+        ),
+        (lambda: guidance.clip(1.0, -1.0), "clip: high - low must be >= 0, got -2.0"),
+        (lambda: guidance.clip(np.zeros(2), np.float32([1.0, np.nan])), "clip: high - low must be >= 0, got nan among"),
+    ],
+)
+def test_numbers_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_a_narrower_model_and_reward_are_guided():
+    # In every form the carry of Adam, the cotangent of the model and the two sides of the interval have one type.
+    x, narrow = jnp.float32([0.3, -0.2]), lambda x, t: plain(x.astype(jnp.bfloat16), jnp.bfloat16(t))
+    reward = lambda x0: jnp.sum(jnp.cos(x0.astype(jnp.bfloat16)))
+    for guide in (
+        guidance.guide(EDM, lambda x, t: reward(x), 0.3, lambda t: t < 2.0),
+        guidance.universal(reward, lambda t: 0.1),
+        guidance.backward(reward, 3, 0.1),
+        guidance.chain(guidance.clip(-1.0, 1.0), guidance.inpaint(x, jnp.array([True, False]))),
+    ):
+        found = jax.jit(guide(narrow))(x, 1.0)
+        assert found.dtype == jnp.float32
+        expected = guide(plain)(x, 1.0)
+        np.testing.assert_allclose(found, expected, atol=0.03)

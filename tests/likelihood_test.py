@@ -207,7 +207,7 @@ def test_discrete_bounds_need_a_chain():
 @pytest.mark.parametrize("levels", [0, 61])
 def test_reweighted_elbo_checks_its_levels(levels):
     chain = Chain(60, "beta").process
-    with pytest.raises(ValueError, match=r"levels: expected 1\.\.60"):
+    with pytest.raises(ValueError, match="reweighted_elbo: levels must be >= 1 and <= 60 and whole, got"):
         likelihood.reweighted_elbo(chain, exact, jax.random.key(0), jnp.zeros(2), levels)
 
 
@@ -272,5 +272,51 @@ def test_guidance_by_the_bayes_classifier_gains_minus_log_alpha(mixture):
 
 def test_an_unknown_variance_is_named():
     chain = process.ddpm(np.full(10, 0.1))
-    with pytest.raises(ValueError, match="variance: expected 'beta' or 'posterior', given 'Beta'"):
+    with pytest.raises(ValueError, match="variance must be 'beta' or 'posterior', got 'Beta'"):
         likelihood.ddpm_elbo(chain, lambda x, t: x, jax.random.key(0), jnp.zeros(2), "Beta")
+
+
+def bounds(model, x0):
+    """Every bound of the file for a model."""
+    chain, key = process.ddpm(np.full(10, 0.1)), lambda: jax.random.key(0)
+    return [
+        lambda: likelihood.elbo(model, key(), x0, 4),
+        lambda: likelihood.ddpm_elbo(chain, model, key(), x0),
+        lambda: likelihood.reweighted_elbo(chain, model, key(), x0, 4),
+        lambda: likelihood.ode_log_density(model, x0, 4),
+    ]
+
+
+@pytest.mark.parametrize(("shape", "wrong"), [((2,), (1,)), ((3,), (3, 1)), ((2, 2), (2,))])
+def test_a_model_of_another_shape_has_no_likelihood(shape, wrong):
+    for bound in bounds(lambda x, t: jnp.zeros(wrong), jnp.zeros(shape)):
+        with pytest.raises(ValueError, match=r"x_0 of the denoiser must have shape \(.*\), got \("):
+            bound()
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (lambda: likelihood.elbo(exact, None, X0, 0), "elbo: levels must be >= 1 and whole, got 0"),
+        (lambda: likelihood.elbo(exact, None, X0, 2.5), "elbo: levels must be >= 1 and whole, got 2.5"),
+        (lambda: likelihood.elbo(exact, None, X0, 8, low=2.0, high=1.0), "elbo: high must be > 2, got 1.0"),
+        (lambda: likelihood.elbo(exact, None, X0, 8, low=0.0), "elbo: low must be > 0, got 0.0"),
+        (lambda: likelihood.elbo(exact, None, X0, 8, high=np.nan), "elbo: high must be > 0, got nan"),
+        (lambda: likelihood.ode_log_density(exact, X0, 0), "ode_log_density: steps must be >= 1 and whole, got 0"),
+        (lambda: likelihood.ode_log_density(exact, X0, -3), "ode_log_density: steps must be >= 1 and whole, got -3"),
+        (lambda: likelihood.ode_log_density(exact, X0, 3, 80.0, 0.1), "ode_log_density: high must be > 80, got 0.1"),
+        (lambda: likelihood.ode_log_density(exact, X0, 3, data_std=-1), "ode_log_density: data_std must be >= 0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(bound, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        bound()
+
+
+def test_bounds_of_a_narrower_model():
+    x0 = jnp.float32([0.3, -0.2])
+    narrow = lambda x, t: (0.5 * x).astype(jnp.bfloat16)
+    for found, expected in zip(bounds(narrow, x0), bounds(lambda x, t: 0.5 * x, x0), strict=True):
+        value = found()
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected(), rtol=0.02)

@@ -225,7 +225,7 @@ def test_cross_entropy_wants_a_label_for_each_logit():
     edm = process.edm()
     loss = losses.cross_entropy(edm, lambda params, x, t: x)
     for label in (jnp.zeros(()), jnp.zeros(3)):
-        with pytest.raises(ValueError, match="expected a label for each logit, given logits"):
+        with pytest.raises(ValueError, match="cross_entropy: labels, one for each logit, must have shape"):
             loss(None, jax.random.key(0), (jnp.zeros(2), label, 1.0))
 
 
@@ -238,3 +238,68 @@ def test_a_conditional_loss_is_the_loss_of_the_bound_parameters():
         jnp.float32(2), jax.random.key(1), jax.tree.map(lambda a: jnp.stack([a, a]), example)
     )
     assert gradient == 15
+
+
+X, KEY = jnp.float32([0.3, -0.2]), jax.random.key(0)
+WRONG = {"(1,) for (2,)": lambda params, x, t: x[:1], "(2, 1) for (2,)": lambda params, x, t: x[:, None]}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_model_of_another_shape_has_no_loss(case):
+    model, weight = WRONG[case], lambda t: 1.0
+    right = lambda params, x, t: x
+    teacher, student = (lambda x, t: model(None, x, t)), (lambda x, t: x)
+    for loss, example in (
+        (losses.denoising(EDM, model, weight), X),
+        (losses.denoising(EDM, model, weight, jnp.array([True, False])), X),
+        (losses.denoising(EDM, right, weight, jnp.ones(1, bool)), X),
+        (losses.distillation(EDM, model, student, weight), X),
+        (losses.distillation(EDM, right, teacher, weight), X),
+        (losses.regression(model, weight), (X, 1.0, X)),
+        (losses.regression(right, weight), (X, 1.0, X[:1])),
+        (losses.gradient_alignment(model), losses.Aligned(X, 1.0, X, 1.0)),
+        (losses.gradient_alignment(lambda params, x, t: jnp.sum(x)), losses.Aligned(X, 1.0, X[:1], 1.0)),
+        (losses.gradient_alignment(lambda params, x, t: jnp.sum(x)), losses.Aligned(X, 1.0, X, X[:, None])),
+        (losses.cross_entropy(EDM, lambda params, x, t: x[0]), (X, jnp.float32(1), jnp.ones(1))),
+    ):
+        with pytest.raises(ValueError, match=r"must have shape \(.*\), got \("):
+            loss(None, jax.random.clone(KEY), example)
+
+
+def test_a_loss_is_a_scalar_of_arrays_with_one_number_of_rows():
+    batch = (jnp.zeros((10, 2)), jnp.zeros((3, 2)))
+    loss = losses.mean(lambda params, key, example: jnp.sum(example[0]))
+    with pytest.raises(ValueError, match=r"one number of rows, got shapes \(10, 2\), \(3, 2\)"):
+        loss(None, jax.random.clone(KEY), batch)
+    with pytest.raises(ValueError, match=r"loss: the scalar value must have shape \(\), got \(2,\)"):
+        losses.mean(lambda params, key, example: example)(None, jax.random.clone(KEY), jnp.zeros((10, 2)))
+
+
+@pytest.mark.parametrize(("dtype", "of_a_batch"), [(jnp.bfloat16, True), (jnp.bfloat16, False), (jnp.float16, False)])
+def test_an_ensemble_of_narrower_members(dtype, of_a_batch):
+    # Parameters, and losses, in another type than the sum.
+    member = losses.cross_entropy(EDM, lambda params, x, t: (params["w"] @ x.astype(params["w"].dtype)) / 4)
+    params = {"w": jnp.asarray([[1.0, -0.5], [0.5, 0.25]])}
+    examples = (jnp.stack([X, -X]), jnp.float32([1, 0]), jnp.ones(2))
+    loss = losses.Ensemble(member)
+    if of_a_batch:
+        loss, examples = losses.mean(loss), jax.tree.map(lambda a: jnp.stack([a] * 3), examples)
+    run = jax.jit(lambda params: jax.value_and_grad(loss)(params, jax.random.clone(KEY), examples))
+    (value, gradient), (expected, slope) = run(jax.tree.map(lambda a: a.astype(dtype), params)), run(params)
+    assert (value.dtype, gradient["w"].dtype) == (jnp.float32, dtype)
+    np.testing.assert_allclose(value, expected, rtol=0.02)
+    np.testing.assert_allclose(gradient["w"].astype(jnp.float32), slope["w"], rtol=0.05, atol=0.05)
+
+
+def test_an_ensemble_in_float64_of_members_in_float32():
+    with jax.enable_x64(True):
+        member = lambda params, key, x: jnp.sum((params * x) ** 2)
+        params, examples = jnp.float32([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 2), jnp.float32)
+        value, gradient = jax.value_and_grad(losses.Ensemble(member))(params, jax.random.clone(KEY), examples)
+        assert (value.dtype, gradient.dtype) == (jnp.float32, jnp.float32)
+        np.testing.assert_allclose(gradient, 2 * params)
+
+
+def test_the_data_have_a_spread():
+    with pytest.raises(ValueError, match="edm_weight: data_std must be > 0, got 0"):
+        losses.edm_weight(0)

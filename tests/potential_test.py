@@ -103,7 +103,7 @@ def test_stacked_keeps_the_members():
 
 @pytest.mark.parametrize("tree", [{"a": np.zeros((2, 3)), "b": np.zeros((3, 3))}, {"a": np.zeros(())}, {}])
 def test_leading_size_needs_one_size(tree):
-    with pytest.raises(ValueError, match="leading size"):
+    with pytest.raises(ValueError, match="stacked parameters must "):
         potential.leading_size(tree)
 
 
@@ -118,3 +118,50 @@ def test_total_of_none_is_zero_and_a_scalar():
     value = potential.total()(X, T)
     assert jnp.shape(value) == ()
     assert float(value) == 0.0
+
+
+NARROW = [(jnp.float32, jnp.bfloat16), (jnp.float32, jnp.float16), (jnp.bfloat16, jnp.float32), (jnp.bfloat16,) * 2]
+
+
+@pytest.mark.parametrize(("type_of_x", "type_of_members"), NARROW)
+def test_stack_of_another_type(type_of_x, type_of_members):
+    members = jax.tree.map(lambda a: a.astype(type_of_members), potential.stacked(member(0.5), member(1.0)))
+    x = jnp.asarray(X, type_of_x)
+    narrow = lambda params, x, t: logit(params, x.astype(type_of_members), jnp.asarray(T, type_of_members))
+    stack = potential.stack(potential.log_probability(narrow), members)
+    value, gradient = jax.jit(jax.value_and_grad(stack))(x, T)
+    assert value.dtype == jnp.float32, "sums are in float32"
+    assert gradient.dtype == type_of_x
+    exact = potential.stack(potential.log_probability(logit), potential.stacked(member(0.5), member(1.0)))
+    np.testing.assert_allclose(value, exact(X, T), rtol=0.02)
+    np.testing.assert_allclose(gradient.astype(jnp.float32), jax.grad(exact)(X, T), rtol=0.03, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_stack_of_narrower_members_in_float64(dtype):
+    with jax.enable_x64(True):
+        members = jax.tree.map(lambda a: jnp.asarray(a, dtype), potential.stacked(member(0.5), member(1.0)))
+        narrow = lambda params, x, t: logit(params, x.astype(dtype), jnp.asarray(T, dtype))
+        stack = potential.stack(potential.log_probability(narrow), members)
+        value, gradient = jax.value_and_grad(stack)(jnp.asarray(X, jnp.float64), T)
+        assert (value.dtype, gradient.dtype) == (jnp.float64, jnp.float64)
+        assert jax.hessian(stack)(jnp.asarray(X, jnp.float64), T).shape == (2, 2)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (1, 1)])
+def test_a_potential_is_a_scalar(shape):
+    wrong = lambda x, t: jnp.zeros(shape)
+    for function in (
+        potential.total(wrong),
+        potential.scaled(wrong, 2.0),
+        potential.limited(wrong, lambda t: t < 1),
+        potential.stack(lambda params, x, t: wrong(x, t), jnp.zeros(2)),
+        jax.grad(potential.stack(lambda params, x, t: wrong(x, t), jnp.zeros(2))),
+    ):
+        with pytest.raises(ValueError, match=r"must have shape \(\), got \("):
+            function(X, T)
+
+
+def test_a_scale_is_finite():
+    with pytest.raises(ValueError, match="scaled: scale must be a finite number, got nan"):
+        potential.scaled(lambda x, t: jnp.sum(x), float("nan"))

@@ -67,15 +67,15 @@ def test_time_outside_the_chain_is_nan(t):
         assert np.isnan(jax.jit(level)(jnp.asarray(t)))
 
 
-@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.0], [0.1, -0.1], [0.1, np.nan], [[0.1, 0.2]]])
+@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.0], [0.1, -0.1], [0.1, np.nan], [[0.1, 0.2]], 0.1])
 def test_ddpm_rejects_what_is_no_schedule(betas):
-    with pytest.raises(ValueError, match="betas in"):
+    with pytest.raises(ValueError, match="ddpm: betas must "):
         process.ddpm(np.array(betas))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 80.0), (-1.0, 80.0), (2.0, 1.0), (1.0, 1.0)])
 def test_edm_rejects_bad_ends(low, high):
-    with pytest.raises(ValueError, match="sigma_min"):
+    with pytest.raises(ValueError, match="edm: sigma_m"):
         process.edm(low, high)
 
 
@@ -206,7 +206,7 @@ def test_step_to_data_is_the_prediction():
 def test_grids_and_schedules_of_few_steps():
     chain = process.ddpm(process.linear_betas(50))
     for n in (0, 51):
-        with pytest.raises(ValueError, match=f"grid: expected 1 to 50 steps, given {n}"):
+        with pytest.raises(ValueError, match=f"grid: n must be >= 1 and <= 50 and whole, got {n}"):
             chain.grid(n)
     assert len(np.unique(chain.grid(50))) == 51
     # Rescaled ends: the last level of signal is that of 1,000 steps, about.
@@ -231,5 +231,34 @@ def test_grids_of_any_power_fall_from_noise_to_data(steps, n, power):
 
 
 def test_a_power_must_be_positive():
-    with pytest.raises(ValueError, match="power: expected a positive number, given 0"):
+    with pytest.raises(ValueError, match="power must be > 0, got 0"):
         process.ddpm(process.linear_betas(50), power=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: process.ddpm([]), "ddpm: number of betas must be >= 1 and whole, got 0"),
+        (lambda: process.edm(rho=0), "edm: rho must be > 0, got 0"),
+        (lambda: process.edm(rho=-7.0), "edm: rho must be > 0, got -7.0"),
+        (lambda: process.edm(std=-1.2), "edm: std must be >= 0, got -1.2"),
+        (lambda: process.edm(mean=np.nan), "edm: mean must be a finite number, got nan"),
+        (lambda: EDM.grid(0), "edm: grid: n must be >= 1 and whole, got 0"),
+        (lambda: EDM.grid(2.5), "edm: grid: n must be >= 1 and whole, got 2.5"),
+        (lambda: jax.jit(lambda: EDM.grid(-3))(), "edm: grid: n must be >= 1 and whole, got -3"),
+        (lambda: process.linear_betas(0), "linear_betas: steps must be >= 1 and whole, got 0"),
+        (lambda: process.sqrt_linear_betas(-1), "sqrt_linear_betas: steps must be >= 1 and whole, got -1"),
+        (lambda: process.cosine_betas(10, largest=1.0), "cosine_betas: largest must be > 0 and < 1, got 1.0"),
+        (lambda: process.cosine_betas(10, offset=-1), "cosine_betas: offset must be >= 0, got -1"),
+        (lambda: process.classifier_time(share=1.0), "classifier_time: share must be > 0 and < 1, got 1.0"),
+        (lambda: process.classifier_time(low=2.0, high=1.0), "classifier_time: high must be > 2, got 1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+def test_a_posterior_has_one_shape():
+    with pytest.raises(ValueError, match=r"posterior: x0 must have shape \(2,\), got \(1,\)"):
+        process.posterior(EDM, jnp.zeros(2), jnp.zeros(1), 1.0, 0.5)

@@ -217,7 +217,7 @@ def test_runs_that_ended_before_stay_and_do_not_tell_where_the_others_stand(pati
 def test_bad_input_is_named():
     with pytest.raises(training.NotFinite, match="none in runs 2"):
         trained(Host(), own={"slope": OWN["slope"].at[2].set(jnp.nan)})
-    with pytest.raises(ValueError, match="every: expected 1 or more steps, given 0"):
+    with pytest.raises(ValueError, match="training: every must be >= 1 and whole, got 0"):
         trained(Host(), SETTINGS._replace(every=0))
-    with pytest.raises(ValueError, match="expected 4 runs as there are keys, given 5"):
+    with pytest.raises(ValueError, match="replicas: keys, params and own must be arrays with one number of rows"):
         replicas.train(replicas.keys(jax.random.key(0), 4), START, regression, POINTS, OWN, SETTINGS)

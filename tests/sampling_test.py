@@ -210,7 +210,7 @@ def test_churn_stays_in_its_window():
 
 @pytest.mark.parametrize("churn", [-0.1, 0.5])
 def test_churn_has_a_range(churn):
-    with pytest.raises(ValueError, match="churn: expected 0 <= churn"):
+    with pytest.raises(ValueError, match=r"heun: churn must be >= 0 and <= 0\.414"):
         sampling.heun(EDM, plain, churn)
 
 
@@ -281,3 +281,89 @@ def test_states_end_in_the_sample():
     states = sampling.states(DDPM, kernel, grid, jax.random.key(0), (3,))
     assert states.shape == (8, 3)
     np.testing.assert_array_equal(states[-1], sampling.sample(DDPM, kernel, grid, jax.random.key(0), (3,)))
+
+
+KERNELS = {
+    "ddim": sampling.ddim,
+    "ancestral": sampling.ancestral,
+    "heun": sampling.heun,
+    "recurrent": lambda p, model: sampling.recurrent(p, sampling.ddim(p, model), 2),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("shape", "wrong"), [((2,), (1,)), ((3,), (3, 1)), ((2, 3), (3,))])
+def test_a_model_of_another_shape_is_an_error(kernel, shape, wrong):
+    step = KERNELS[kernel](EDM, lambda x, t: jnp.zeros(wrong))
+    with pytest.raises(ValueError, match=r"x_0 of the denoiser must have shape \(.*\), got \("):
+        sampling.sample(EDM, step, EDM.grid(4), jax.random.key(0), shape)
+
+
+@pytest.mark.parametrize("wrong", [(1,), (2, 2)])
+def test_a_kernel_of_another_shape_is_an_error(wrong):
+    draw = lambda: sampling.sample(EDM, lambda key, x, t, s: jnp.ones(wrong), EDM.grid(4), jax.random.key(0), (2,))
+    with pytest.raises(ValueError, match=r"sample: x_s of the kernel must have shape \(2,\), got \("):
+        draw()
+    kernel = sampling.pinned(sampling.ddim(EDM, plain), jnp.zeros(wrong), jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"pinned: known must have shape \(2,\), got \("):
+        kernel(jax.random.key(0), jnp.zeros(2), 2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ([0.0, 1.0, 2.0], "change from a time to the next must be < 0, got 1.0 among 2 values"),
+        ([2.0, 2.0, 0.0], "change from a time to the next must be < 0, got 0.0 among 2 values"),
+        ([2.0, 1.0, -1.0], "grid must be >= 0, got -1.0 among 3 values"),
+        ([2.0, np.nan, 0.0], "grid must be >= 0, got nan among 3 values"),
+        ([0.0], "number of times must be >= 2 and whole, got 1"),
+        ([], "number of times must be >= 2 and whole, got 0"),
+        ([[2.0, 0.0]], r"grid must have shape \(n,\), got \(1, 2\)"),
+    ],
+)
+def test_a_grid_falls(grid, message):
+    stay, key, grid = (lambda key, x, t, s: x), jax.random.key(0), np.float32(grid)
+    for walk in (
+        lambda: sampling.sample(EDM, stay, grid, jax.random.clone(key), (2,)),
+        lambda: sampling.states(EDM, stay, grid, jax.random.clone(key), (2,)),
+        lambda: jax.jit(lambda key: sampling.refine(stay, grid, key, jnp.zeros(2)))(jax.random.clone(key)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            walk()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sampling.ddim(DDPM, plain, -1), "ddim: eta must be >= 0 and <= 1, got -1"),
+        (lambda: sampling.ddim(DDPM, plain, 5.0), "ddim: eta must be >= 0 and <= 1, got 5.0"),
+        (lambda: sampling.heun(EDM, plain, churn_low=2.0, churn_high=1.0), "heun: churn_high must be >= 2, got 1.0"),
+        (lambda: sampling.heun(EDM, plain, churn_noise=-1), "heun: churn_noise must be >= 0, got -1"),
+        (lambda: sampling.recurrent(EDM, None, -1), "recurrent: times must be >= 1 and whole, got -1"),
+        (lambda: sampling.recurrent(EDM, None, jnp.int32(0)), "recurrent: times must be >= 1 and whole, got 0"),
+        (lambda: sampling.ancestral_moments(DDPM, plain, jnp.zeros(2), 2, 1, "learned"), "ancestral: variance must be"),
+    ],
+)
+def test_numbers_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "p"), [("ddim", DDPM), ("ancestral", EDM), ("heun", EDM), ("heun", DDPM), ("recurrent", DDPM)]
+)
+def test_samples_keep_their_type(kernel, p):
+    # Networks and states of other types than the process computes in.
+    narrow = lambda x, t: plain(x.astype(jnp.bfloat16), t)
+    grid = p.grid(5)
+    run = lambda model, x: sampling.refine(KERNELS[kernel](p, model), grid, jax.random.key(0), x)
+    start = np.asarray(p.sigma(grid[0]) * jax.random.normal(jax.random.key(1), (2,)))
+    expected = jax.jit(lambda x: run(plain, x))(start)
+    found = jax.jit(lambda x: (run(narrow, x), run(plain, x.astype(jnp.bfloat16))))(start)
+    assert [x.dtype for x in found] == [jnp.float32, jnp.bfloat16]
+    np.testing.assert_allclose(found[0], expected, atol=0.05)
+    np.testing.assert_allclose(found[1].astype(jnp.float32), expected, atol=0.1)
+    with jax.enable_x64(True):
+        single = lambda x, t: plain(x.astype(jnp.float32), t)
+        wide = jax.jit(lambda x: (run(single, x.astype(jnp.float64)), run(single, x)))(start)
+    assert [x.dtype for x in wide] == [jnp.float64, jnp.float32]

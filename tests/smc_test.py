@@ -206,12 +206,124 @@ def test_judge_weighs_and_counts():
 
 def test_judge_needs_a_good_particle():
     population = smc.Population(jnp.zeros((3, 1)), jnp.zeros(3), jnp.zeros(()))
-    with pytest.raises(ValueError, match="at least one good particle, given 0 of 3"):
+    with pytest.raises(ValueError, match="judge: good must be True for a particle, got 0 of 3"):
         smc.judge(population, jnp.zeros(3, bool), jax.random.key(0))
 
 
 @pytest.mark.parametrize("verdict", [jnp.ones((4, 1), bool), jnp.ones(1, bool), jnp.full(4, jnp.nan)])
 def test_verdicts_are_one_boolean_a_particle(verdict):
     population = smc.Population(jnp.zeros((4, 2)), jnp.zeros(4), jnp.zeros(()))
-    with pytest.raises(ValueError, match=r"good: expected one Boolean a particle, \(4,\), given"):
+    with pytest.raises(ValueError, match=r"good must be one Boolean a particle, \(4,\), got"):
         smc.judge(population, verdict, jax.random.key(0))
+
+
+# Weights that are not finite, other types, other shapes
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("count", [1, 255])
+def test_a_particle_whose_weight_is_not_finite_has_none(bad, count):
+    log_weights = jnp.zeros(256).at[100 : 100 + count].set(bad) if count == 1 else jnp.full(256, bad).at[7].set(-3.0)
+    having = np.flatnonzero(np.isfinite(log_weights))
+    index = np.asarray(smc.systematic(jax.random.key(0), log_weights))
+    assert set(index) == set(having), "each of the others about once"
+    np.testing.assert_allclose(smc.effective_size(log_weights), len(having), rtol=1e-5)
+    population = smc.Population(jnp.arange(256.0)[:, None], log_weights, jnp.zeros(()))
+    judged = smc.judge(population, jnp.ones(256, bool), jax.random.key(1))
+    assert set(np.asarray(judged.samples)[:, 0]) == set(having)
+    assert int(judged.lost) == count
+    np.testing.assert_allclose(judged.effective, len(having), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(judged.log_alpha), np.exp(log_weights[having]).sum() / 256, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_no_weight_at_all_is_an_error(bad):
+    with pytest.raises(ValueError, match="systematic: particles with a finite log-weight, of 4, must be >= 1, got 0"):
+        smc.systematic(jax.random.key(0), jnp.full(4, bad))
+    assert float(smc.effective_size(jnp.full(4, bad))) == 0.0
+    population = smc.Population(jnp.zeros((4, 1)), jnp.array([bad, bad, 0.0, bad]), jnp.zeros(()))
+    with pytest.raises(ValueError, match="judge: good: particles with a finite log-weight, of 4, must be >= 1, got 0"):
+        smc.judge(population, jnp.array([True, True, False, True]), jax.random.key(0))
+    # Within a program all particles stay, so that the error can be raised on the host.
+    index = jax.jit(lambda key: smc.systematic(key, jnp.full(4, bad)))(jax.random.key(0))
+    np.testing.assert_array_equal(index, np.arange(4))
+
+
+def steps_of(model, twist, grid=GRID, shape=(1,), key=0, threshold=0.5, guide=True):
+    guided = guidance.guide(EDM, twist)(model) if guide else model
+    run = jax.jit(lambda key: smc.twisted(EDM, model, guided, twist, grid, key, shape, 64, threshold))
+    return run(jax.random.key(key))
+
+
+@pytest.mark.parametrize(
+    ("none", "threshold"),
+    [
+        (lambda x, t: jnp.where(x[0] > 0, 0.0, -jnp.inf), 0.0),
+        (lambda x, t: jnp.where(x[0] > 0, 0.0, jnp.nan), 0.5),
+        (lambda x, t: jnp.log(jax.nn.sigmoid(-((4 * x[0]) ** 2))), 0.0),
+        (lambda x, t: jnp.where((t < 1) & (x[0] < 0), jnp.inf, 0.0), 0.5),
+    ],
+    ids=["zero", "nan", "underflow", "infinite"],
+)
+def test_a_twist_of_zero_ends_a_particle(none, threshold, gaussian):
+    # log 0 less log 0 is no number, and must not take the weight of all others.
+    population = steps_of(gaussian.denoiser(EDM), none, threshold=threshold, guide=False)
+    weights = np.exp(np.asarray(population.log_weights))
+    assert np.isfinite(weights).all()
+    assert int(population.lost) > 0
+    if threshold == 0.0:
+        assert int(population.lost) == (weights == 0).sum(), "each once"
+    if weights.any():
+        judged = smc.judge(population, jnp.ones(64, bool), jax.random.key(0))
+        assert np.isfinite(judged.effective)
+        assert np.isin(judged.samples, population.particles[weights > 0]).all()
+
+
+def test_particles_that_are_all_lost_are_told_on_the_host(gaussian):
+    population = steps_of(gaussian.denoiser(EDM), lambda x, t: -jnp.inf + 0 * x[0], guide=False)
+    assert (np.asarray(population.log_weights) == -np.inf).all()
+    assert int(population.lost) == 64
+    with pytest.raises(ValueError, match="particles with a finite log-weight, of 64, must be >= 1, got 0"):
+        smc.judge(population, jnp.ones(64, bool), jax.random.key(0))
+
+
+@pytest.mark.parametrize("high", [1.0, 0.06])
+def test_a_model_that_diverges_for_some_particles_loses_those(high, gaussian):
+    # In several steps, or in the last one alone, which has no weight of its own.
+    exact = gaussian.denoiser(EDM)
+    broken = lambda x, t: jnp.where((t < high) & (x > 1), jnp.nan, exact(x, t))
+    population = steps_of(broken, lambda x, t: jnp.zeros(()))
+    assert 0 < int(population.lost) < 64 * len(GRID)
+    assert np.isfinite(population.particles[np.isfinite(population.log_weights)]).all()
+
+
+def test_no_particle_is_lost_where_all_is_well(gaussian, gentle):
+    assert (np.asarray(gentle(4, 0.5).lost) == 0).all()
+
+
+def test_twists_of_other_types(gaussian):
+    exact = gaussian.denoiser(EDM)
+    twist = lambda dtype: lambda x, t: jax.nn.log_sigmoid(2 * exact(x, t)[0].astype(dtype))
+    model = lambda dtype: lambda x, t: exact(x, t).astype(dtype)
+    narrow = steps_of(model(jnp.bfloat16), twist(jnp.bfloat16))
+    assert (narrow.particles.dtype, narrow.log_weights.dtype) == (jnp.float32, jnp.float32)
+    assert np.isfinite(narrow.log_weights).all()
+    with jax.enable_x64(True):
+        wide = steps_of(model(jnp.float32), twist(jnp.float32))
+        assert (wide.particles.dtype, wide.log_weights.dtype) == (jnp.float64, jnp.float64)
+        assert np.isfinite(wide.log_weights).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "twist", "changes", "message"),
+    [
+        (lambda x, t: x[:, None], None, {}, r"x_0 of the denoiser must have shape \(1,\), got \(1, 1\)"),
+        (None, lambda x, t: x, {}, r"twisted: the scalar value must have shape \(\), got \(1,\)"),
+        (None, None, {"threshold": -0.5}, "twisted: threshold must be >= 0, got -0.5"),
+        (None, None, {"grid": GRID[::-1]}, "twisted: grid: change from a time to the next must be < 0"),
+        (None, None, {"grid": GRID[:-1]}, "twisted: last time of the grid must be <= 0, got 0"),
+    ],
+)
+def test_what_cannot_be_run_is_named(model, twist, changes, message, gaussian):
+    with pytest.raises(ValueError, match=message):
+        steps_of(model or gaussian.denoiser(EDM), twist or (lambda x, t: jnp.sum(x)), guide=False, **changes)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gendiff import distributed, losses, training, types
+from gendiff import distributed, losses, replicas, training, types
 from gendiff.checkpoint import Checkpoints
 from gendiff.training import Host, Settings, Task
 from gendiff.types import BATCH
@@ -78,7 +78,7 @@ def test_run_goes_on_from_a_state():
 
 
 def test_blocks_have_a_step():
-    with pytest.raises(ValueError, match="every: expected 1 or more steps, given 0"):
+    with pytest.raises(ValueError, match="training: every must be >= 1 and whole, got 0"):
         training.train(jax.random.key(1), START, drawn, jnp.asarray(DATA), Settings(4, 0.1, every=0))
 
 
@@ -202,7 +202,7 @@ def test_train_is_fit_from_the_host():
 
 @pytest.mark.parametrize(("steps", "every"), [(10, 4), (7, 2)])
 def test_fit_wants_whole_blocks(steps, every):
-    with pytest.raises(ValueError, match="divisor of steps"):
+    with pytest.raises(ValueError, match="fit: every must divide steps"):
         training.fit(jax.random.key(0), START, drawn(jnp.asarray(DATA)), Settings(steps, every=every))
 
 
@@ -337,7 +337,7 @@ def test_without_validation_the_newest_is_the_best():
 def test_an_empty_batch_is_an_error(devices):
     host = Host(distributed.make_mesh(jax.devices()[:devices]))
     task = lambda data: Task(noisy, lambda key: data[:0])
-    with pytest.raises(ValueError, match="batch: expected one example or more, given none"):
+    with pytest.raises(ValueError, match="training: rows of the batch must be >= 1 and whole, got 0"):
         training.train(jax.random.key(0), START, task, jnp.asarray(DATA), SETTINGS, host)
 
 
@@ -378,6 +378,14 @@ def test_minibatch_takes_whole_rows():
     examples = {"a": jnp.arange(10), "b": jnp.arange(20).reshape(10, 2)}
     batch = jax.jit(lambda key: training.minibatch(key, examples, 2000))(jax.random.key(6))
     np.testing.assert_array_equal(batch["b"], np.stack([2 * batch["a"], 2 * batch["a"] + 1], -1))
+    for bad, size, message in (
+        (examples | {"a": jnp.arange(3)}, 4, r"one number of rows, got shapes \(3,\), \(10, 2\)"),
+        ({"a": jnp.zeros(())}, 4, "one number of rows"),
+        ({"a": jnp.zeros((0, 2))}, 4, "minibatch: rows must be >= 1 and whole, got 0"),
+        (examples, 0, "minibatch: size must be >= 1 and whole, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.minibatch(jax.random.key(6), bad, size)
     # Chi-square: rows are uniform.
     assert stats.chisquare(np.bincount(batch["a"], minlength=10)).pvalue > FALSE_ALARM
 
@@ -404,11 +412,62 @@ def test_settings_out_of_range_are_named():
     fit = lambda **changes: training.fit(
         jax.random.key(0), jnp.float32(0.0), task, training.Settings(**{"steps": 4, "every": 2} | changes)
     )
-    with pytest.raises(ValueError, match="schedule: expected cosine, linear or constant, given 'Linear'"):
+    with pytest.raises(ValueError, match="schedule must be 'cosine' or 'linear' or 'constant', got 'Linear'"):
         fit(schedule="Linear")
-    for changes in ({"every": 0}, {"steps": 0}):
-        with pytest.raises(ValueError, match="every, steps: expected 1 or more"):
-            fit(**changes)
+    with pytest.raises(ValueError, match="fit: steps must be >= 1 and whole, got 0"):
+        fit(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": -5}, "training: steps must be >= 0 and whole, got -5"),
+        ({"steps": 2.5}, "training: steps must be >= 0 and whole, got 2.5"),
+        ({"rate": -1}, "training: rate must be >= 0, got -1"),
+        ({"rate": float("nan")}, "training: rate must be >= 0, got nan"),
+        ({"decay": 2}, "training: decay must be >= 0 and <= 1, got 2"),
+        ({"patience": -1}, "training: patience must be >= 0 and whole, got -1"),
+        ({"warmup": 5}, "training: warmup must be >= 0 and <= 4 and whole, got 5"),
+        ({"warmup": -1}, "training: warmup must be >= 0 and <= 4 and whole, got -1"),
+        ({"clip": 0}, "training: clip must be > 0, got 0"),
+        ({"clip": -1.0}, "training: clip must be > 0, got -1.0"),
+        ({"weight_decay": -0.1}, "training: weight_decay must be >= 0, got -0.1"),
+        ({"every": -2}, "training: every must be >= 1 and whole, got -2"),
+    ],
+)
+def test_every_training_checks_its_settings(changes, message):
+    settings, key, data = Settings(**{"steps": 4, "every": 2} | changes), jax.random.key(0), jnp.asarray(DATA)
+    begun = training.init(jax.random.clone(key), {"w": jnp.zeros(3)}, training.adam(Settings(4)))
+    stacked, many = {"w": jnp.zeros((2, 3))}, jax.random.split(key, 2)
+    for run in (
+        lambda: training.fit(jax.random.clone(key), START, drawn(data), settings),
+        lambda: training.train(jax.random.clone(key), START, drawn, data, settings),
+        lambda: training.train(jax.random.clone(key), begun, drawn, data, settings),
+        lambda: replicas.train(many, stacked, lambda data, own: drawn(data), data, jnp.zeros(2), settings),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            run()
+
+
+@pytest.mark.parametrize("batches", [None, [(np.zeros((10, 3), np.float32), np.zeros(3, np.float32))] * 4])
+def test_a_batch_has_one_number_of_rows(batches):
+    loss = lambda params, key, example: jnp.sum(params["w"] * example[0])
+    task = lambda data: Task(loss, None if batches else lambda key: (jnp.zeros((10, 3)), jnp.zeros(3)))
+    with pytest.raises(ValueError, match=r"one number of rows, got shapes \(10, 3\), \(3,\)"):
+        training.train(jax.random.key(0), START, task, (), Settings(4, every=2), data=batches)
+
+
+def test_a_training_of_narrower_parameters_keeps_their_type():
+    task = Task(
+        losses.Ensemble(lambda w, key, x: jnp.sum((w - x.astype(w.dtype)) ** 2)),
+        lambda key: jax.random.normal(key, (8, 2, 3)),
+        lambda w: jnp.sum(w**2),
+    )
+    start = jnp.ones((2, 3), jnp.bfloat16)
+    state, metrics = jax.jit(lambda key: training.fit(key, start, task, Settings(4, 0.1, every=2)))(jax.random.key(0))
+    assert {state.params.dtype, state.ema.dtype, state.best.dtype} == {jnp.dtype(jnp.bfloat16)}
+    assert metrics["loss"].dtype == jnp.float32
+    assert np.isfinite(metrics["loss"]).all()
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gendiff import check as arguments
 from gendiff import distributed, guidance, losses, potential, sampling, together, training
 from gendiff.checkpoint import Archive
 from gendiff.denoiser import Model
@@ -51,7 +52,7 @@ class Problem(NamedTuple):
     rewards of clean samples that normalise by the batch: where it is given, `fit` trains `clean` and not `network`."""
     low: float = -1.0
     high: float = 1.0
-    """Range of the data."""
+    """Range of the data.  Images may leave it (augmentation), but by no more than twice its width."""
     chunk: int = 64
     """Samples at a time and device."""
 
@@ -122,7 +123,8 @@ def clean_log_reward(problem: Problem) -> Callable[[Params, Sample], Scalar]:
     first = lambda: problem.process.grid(problem.process.steps or problem.steps)[-2]
     at_first = lambda phi, x0: problem.network(phi, x0, first())
     logit = at_first if problem.clean is None else problem.clean
-    return lambda phi, x0: jax.nn.log_sigmoid(logit(phi, x0))
+    logit = potential.scalar("censoring: clean reward", logit)
+    return lambda phi, x0: jax.nn.log_sigmoid(potential.wide(logit(phi, x0)))
 
 
 def total_reward(problem: Problem, rewards: Params) -> Reward:
@@ -181,8 +183,10 @@ def draw(
 
     Raises:
       Diverged: a sample is not finite.
+      ValueError: n < 1, or a setting is out of range.
     """
     check(settings)
+    arguments.number("censoring.draw: n", n, at_least=1, whole=True)
     # Scale and recurrence are arguments, so that all of them share one program.
     given = (theta, rewards, key, float(settings.scale), settings.recurrence)
     program = settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
@@ -199,12 +203,21 @@ def draw(
 
 def check(settings: Censoring) -> None:
     """Raises ValueError for settings out of range."""
-    for name, least in (("recurrence", 1), ("backward", 0), ("scale", 0), ("backward_rate", 0)):
-        value = getattr(settings, name)
-        if not value >= least:
-            raise ValueError(f"censoring: {name}: expected {least} or more, given {value}")
-    if settings.mode not in ("ddpm", "ddim"):
-        raise ValueError(f"censoring: mode: expected 'ddpm' or 'ddim', given {settings.mode!r}")
+    for name, least, whole in (
+        ("recurrence", 1, True),
+        ("backward", 0, True),
+        ("scale", 0, False),
+        ("backward_rate", 0, False),
+    ):
+        arguments.number(f"censoring: {name}", getattr(settings, name), at_least=least, whole=whole)
+    arguments.choice("censoring: mode", settings.mode, ("ddpm", "ddim"))
+
+
+def _in_range(problem: Problem, name: str, images: Samples) -> None:
+    """Raises ValueError where a pixel is not finite, or far out of range: 0..255 in place of [-1, 1]."""
+    margin = 2 * (problem.high - problem.low)
+    wanted = f"censoring: {name}, of range [{problem.low:g}, {problem.high:g}],"
+    arguments.number(wanted, images, at_least=problem.low - margin, at_most=problem.high + margin)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -228,6 +241,7 @@ def _draw(
 
 def evaluations(problem: Problem, settings: Censoring, members: int) -> int:
     """Network evaluations for one sample; a gradient counts as two more of its network."""
+    arguments.number("evaluations: members", members, at_least=0, whole=True)
     if not members:
         return problem.steps
     model, reward = (3, 3 * members) if settings.universal else (1, 3 * members)
@@ -244,14 +258,15 @@ def collect(draw: Draw, rater: Rater, malign: int, benign: int, budget: int, key
       The first `malign` malign samples, and all benign ones that were seen.
 
     Raises:
-      ValueError: the budget ran out.
+      ValueError: the budget ran out; `draw` gives no samples, or NaN; the rater does not give 1, 0 or NaN for each; or
+        malign, benign or budget is < 1.
     """
-    if min(malign, benign) < 1:
-        raise ValueError(f"censoring: labels: expected 1 or more of each class, given {malign} and {benign}")
+    for name, value in (("malign", malign), ("benign", benign), ("budget", budget)):
+        arguments.number(f"censoring.collect: {name}", value, at_least=1, whole=True)
     found: list[np.ndarray] = []
     marks: list[np.ndarray] = []
     while True:
-        samples = np.asarray(draw(jax.random.fold_in(key, len(found))))[: budget - sum(map(len, found))]
+        samples = _drawn(draw, jax.random.fold_in(key, len(found)))[: budget - sum(map(len, found))]
         found.append(samples)
         marks.append(np.asarray(rater(samples), np.float64))
         if marks[-1].shape != (len(samples),):
@@ -270,11 +285,28 @@ def collect(draw: Draw, rater: Rater, malign: int, benign: int, budget: int, key
             )
 
 
+def _drawn(draw: Draw, key: PRNGKey) -> np.ndarray:
+    """A batch of one sample or more; without any, `collect` would never end."""
+    try:
+        samples = np.asarray(draw(key))
+    except StopIteration as error:  # of a stream that has ended: within a generator it would be a RuntimeError
+        raise ValueError("censoring.collect: draw must give samples, got none. Draw more, or ask for fewer.") from error
+    rows = arguments.rows("censoring.collect: samples of draw", samples)
+    arguments.number("censoring.collect: number of samples of draw", rows, at_least=1, whole=True)
+    arguments.number("censoring.collect: samples of draw", samples)
+    return samples
+
+
 def bootstrap(labelled: Labelled, members: int, benign: int, key: PRNGKey) -> list[tuple[Samples, Samples]]:
-    """K pairs (malign, benign): all have the same malign samples, each its own `benign` of the benign ones."""
+    """K pairs (malign, benign): all have the same malign samples, each its own `benign` of the benign ones.
+
+    Raises:
+      ValueError: members or benign is < 1, or there are not so many labels.
+    """
+    arguments.number("bootstrap: members", members, at_least=1, whole=True)
+    arguments.number("bootstrap: benign", benign, at_least=1, whole=True)
     for name, pool, least in (("malign", labelled.malign, 1), ("benign", labelled.benign, benign)):
-        if len(pool) < max(least, 1):
-            raise ValueError(f"censoring: {name}: expected at least {max(least, 1)} labels, given {len(pool)}")
+        arguments.number(f"bootstrap: number of {name} labels", len(pool), at_least=least, whole=True)
     keys = jax.random.split(key, members)
     choose = [np.random.default_rng(np.asarray(jax.random.key_data(each))) for each in keys]
     pick = lambda generator: labelled.benign[generator.permutation(len(labelled.benign))[:benign]]
@@ -289,7 +321,13 @@ def union(pairs: list[tuple[Samples, Samples]]) -> tuple[Samples, Samples]:
 def augmented(
     pairs: list[tuple[Samples, Samples]], copies: int, key: PRNGKey, change: Callable[[PRNGKey, Sample], Sample]
 ) -> Sets:
-    """Training sets: the samples and `copies` random changes of each, made once and for all."""
+    """Training sets: the samples and `copies` random changes of each, made once and for all.
+
+    Raises:
+      ValueError: copies < 0, no pair, or sets of several sizes.
+    """
+    arguments.number("augmented: copies", copies, at_least=0, whole=True)
+    arguments.number("augmented: pairs", len(pairs), at_least=1, whole=True)
     sizes = {(len(malign), len(benign)) for malign, benign in pairs}
     if len(set(map(sum, sizes))) != 1:
         raise ValueError(f"censoring: labels: expected as many for each reward, given (malign, benign) {sorted(sizes)}")
@@ -308,6 +346,7 @@ def _changed(change: Callable[[PRNGKey, Sample], Sample], keys: PRNGKey, images:
 
 def rotation(degrees: float, background: float = -1.0) -> Callable[[PRNGKey, Sample], Sample]:
     """(key, image (h, w, c)) -> the image turned by an angle uniform in [-degrees, degrees], bilinear."""
+    arguments.number("rotation: degrees", degrees, at_least=0)
 
     def change(key: PRNGKey, image: Sample) -> Sample:
         angle = jax.random.uniform(key, minval=-degrees, maxval=degrees) * jnp.pi / 180
@@ -340,7 +379,14 @@ def fit(
 
     Args:
       start: K stacked trees, or the state of an earlier fit to go on from, with its moments and its step.
+
+    Raises:
+      ValueError: a setting or a pixel is out of range, or a reward lacks labels of a class.
     """
+    arguments.number("censoring: batch", settings.batch, at_least=1, whole=True)
+    arguments.number("censoring: benign_weight", settings.benign_weight, at_least=0)
+    arguments.shape("censoring: labels", sets.labels, np.shape(sets.images)[:2])
+    _in_range(problem, "images", sets.images)
     for name, there in (("malign", sets.labels == 0), ("benign", sets.labels == 1)):
         if not np.all(np.any(there, axis=1)):
             raise ValueError(f"censoring: {name}: expected at least one label for every reward, given none")
@@ -419,8 +465,12 @@ def imitate(
       start: key -> one reward's parameters.
       steps: training steps at which each round ends, counted over all rounds, such as (500, 1500, 3000).
       prepare: labels -> training set of one reward, such as augmentation.
+      per_class, batch, budget: >= 1; see `collect`.
       rounds_see: False marks samples of the uncensored model in every round: the same labels without imitation.
     """
+    arguments.number("imitate: steps of the first round", steps[0] if steps else 0, at_least=1, whole=True)
+    arguments.number("imitate: steps from round to round", np.diff(steps), at_least=1, whole=True)
+    arguments.number("imitate: batch", batch, at_least=1, whole=True)
     rewards: Params = None
     state: training.State | None = None
     kept: list[Labelled] = []
@@ -464,8 +514,15 @@ def reject(problem: Problem, rewards: Params, samples: Samples, key: PRNGKey, sc
 
     Each with the probability prod_k (r_k(x) / largest)^scale, the largest product being that of these samples: a small
     alpha makes every r_k small, so without it next to nothing would be kept.
+
+    Raises:
+      ValueError: scale < 0, a sample is out of range or a reward NaN, or all rewards are 0.
     """
+    arguments.number("reject: scale", scale, at_least=0)
+    _in_range(problem, "samples", samples)
     log_r = scores(problem, rewards, jnp.asarray(samples)).sum(1)
+    arguments.number("reject: log-rewards", log_r, at_most=0, infinite=True)  # one NaN would be the largest
+    arguments.number("reject: largest log-reward", log_r.max())
     return np.asarray(jnp.log(jax.random.uniform(key, (len(samples),))) < scale * (log_r - log_r.max()))
 
 
@@ -477,5 +534,11 @@ def scores(problem: Problem, rewards: Params, samples: Samples) -> Float[Array, 
 
 
 def disagreement(problem: Problem, rewards: Params, samples: Samples) -> np.ndarray:
-    """Standard deviation over the members of r_k: where it is large, a label teaches most (query by committee)."""
-    return np.exp(np.asarray(scores(problem, rewards, jnp.asarray(samples)))).std(1)
+    """Standard deviation over the members of r_k: where it is large, a label teaches most (query by committee).
+
+    Raises:
+      ValueError: a sample is out of range, or a reward NaN, which would sort as the largest.
+    """
+    _in_range(problem, "samples", samples)
+    log_r = np.asarray(scores(problem, rewards, jnp.asarray(samples)))
+    return np.exp(arguments.number("disagreement: log-rewards", log_r, at_most=0, infinite=True)).std(1)

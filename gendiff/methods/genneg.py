@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gendiff import distributed, guidance, losses, potential, sampling, together, training
+from gendiff import check, distributed, guidance, losses, potential, sampling, together, training
 from gendiff.checkpoint import Archive
-from gendiff.denoiser import Denoiser, Model
+from gendiff.denoiser import Denoiser, Model, denoise
 from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.oracles.oracle import Oracle, label
 from gendiff.potential import Logit, Potential
@@ -110,16 +110,16 @@ class ClassifierTraining(NamedTuple):
 
     training: training.Settings
     half: int = 256
-    """Half of the batch: so many positives and as many negatives."""
+    """Half of the batch, >= 1: so many positives and as many negatives."""
     weighting: Literal["importance", "shift", "none"] = "importance"
     """importance: eq. 12, weights 2 alpha and 2 (1 - alpha).  shift: unweighted, and log(alpha / (1 - alpha)) is
     added to the logit when it guides; the same optimum.  none: without importance sampling, the paper's ablation."""
     select: Literal["all", "balanced"] = "all"
     """balanced: the paper's N of each class.  all: each half from its whole class; the same optimum, less variance."""
     held_out: float = 0.1
-    """Share of each class that is kept for validation and calibration."""
+    """Share of each class that is kept for validation and calibration, in [0, 1); at least one sample is."""
     validation: int = 4096
-    """The most held-out samples of each class that a validation uses; calibration uses all."""
+    """The most held-out samples of each class that a validation uses, >= 1; calibration uses all."""
 
 
 def bound(problem: Problem, guided: Guided, condition: Any) -> Guided:
@@ -176,7 +176,17 @@ def draw(
     scale: float = 1.0,
     conditions: Any = None,
 ) -> np.ndarray:
-    """n samples of a model, whole on every process; `conditions`, a pytree with n rows, one for each."""
+    """n samples of a model, whole on every process; `conditions`, a pytree with n rows, one for each.
+
+    Raises:
+      ValueError: n < 1, `problem.steps` or `problem.chunk` is out of range, the scale is not finite, there are not n
+        conditions, or the model gives another shape than that of a sample.
+    """
+    check.number("genneg.draw: n", n, at_least=1, whole=True)
+    check.number("genneg.draw: scale", scale)
+    if conditions is not None:
+        rows = check.rows("genneg.draw: conditions", conditions)
+        check.number("genneg.draw: rows of the conditions", rows, at_least=n, at_most=n, whole=True)
     return distributed.gather(together.call(_draw, (problem, n), mesh, (guided, key, scale, conditions)), n)
 
 
@@ -210,8 +220,14 @@ def collect(
       conditions: a pytree of arrays with one leading axis; each sample has one of its rows, at random.
 
     Raises:
-      ValueError: the budget gave no sample of one class.
+      ValueError: the budget gave no sample of one class; or per_class, budget or batch is < 1.
+      FloatingPointError: a sample is not finite.
     """
+    for name, value in (("per_class", per_class), ("budget", budget), ("batch", batch)):
+        check.number(f"genneg.collect: {name}", value, at_least=1, whole=True)
+    if conditions is not None:
+        rows = check.rows("genneg.collect: conditions", conditions)
+        check.number("genneg.collect: rows of the conditions", rows, at_least=1, whole=True)
     kept: dict[bool, list] = {True: [], False: []}
     counts = {True: 0, False: 0}
     report(0, budget, {})
@@ -241,7 +257,7 @@ def _labelled(
     rows, given = None, None
     if conditions is not None:
         choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        rows = choice.integers(0, len(jax.tree.leaves(conditions)[0]), n)
+        rows = choice.integers(0, _size(conditions), n)
         given = jax.tree.map(lambda a: a[rows], conditions)
     samples = draw(problem, guided, key, n, mesh, conditions=given)
     if not np.isfinite(samples).all():
@@ -266,7 +282,12 @@ def split(synthetic: Synthetic, settings: ClassifierTraining, key: PRNGKey) -> t
     """Shuffles, selects, and splits into a training set and a held-out set; counts (so alpha) stay those of all draws.
 
     With select = "balanced" what the selection leaves over goes to the held-out set.
+
+    Raises:
+      ValueError: a class has fewer than 2 samples, or a setting is out of range.
     """
+    check.choice("genneg: select", settings.select, ("all", "balanced"))
+    check.number("genneg: held_out", settings.held_out, at_least=0, below=1)
     parts: tuple[list, list] = ([], [])
     smaller = min(_size(synthetic.positives), _size(synthetic.negatives))
     shuffle = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # on the host, where the samples are
@@ -283,7 +304,7 @@ def split(synthetic: Synthetic, settings: ClassifierTraining, key: PRNGKey) -> t
 
 
 def _size(samples: Any) -> int:
-    return len(jax.tree.leaves(samples)[0])
+    return check.rows("genneg: samples", samples)
 
 
 def classifier_loss(problem: Problem, shift: Scalar | float) -> losses.Loss:
@@ -312,7 +333,13 @@ def fit_classifier(
       density: how often each of the positives and negatives of `train` is to be drawn, relative to the others, where
         they are not plain samples of one model (replay).
       conditions: those of `collect`.
+
+    Raises:
+      ValueError: a setting is out of range, or `density` is not a finite number >= 0 for each sample and > 0 for some.
     """
+    check.choice("genneg: weighting", settings.weighting, ("importance", "shift", "none"))
+    check.number("genneg: half", settings.half, at_least=1, whole=True)
+    check.number("genneg: validation", settings.validation, at_least=1, whole=True)
     several = isinstance(train.positives, dict) and train.positives["labels"].ndim > 1
     if settings.weighting == "shift" and several:
         raise ValueError(
@@ -339,6 +366,11 @@ def classifier_context(
     pools = (train.positives, train.negatives)
     rows = training.capacity(max(map(_size, pools)))
     densities = tuple(np.ones(_size(pool)) for pool in pools) if density is None else density
+    for name, each, pool in zip(("positives", "negatives"), densities, pools, strict=True):
+        # The cumulative sum would carry one NaN to all samples after it.
+        check.shape(f"genneg: density of the {name}", each, (_size(pool),))
+        check.number(f"genneg: density of the {name}", each, at_least=0)
+        check.number(f"genneg: sum of the density of the {name}", np.sum(each), above=0)
     most = settings.validation
     held = tuple(jax.tree.map(lambda a: a[:most], each) for each in (held_out.positives, held_out.negatives))
     # Everything that differs between rounds is an argument, and pools are padded: all rounds share one program.
@@ -358,7 +390,8 @@ def classifier_context(
 
 def _prior(train: Synthetic) -> float:
     """Log-odds of a good label."""
-    return float(np.log(train.label_rate / (1 - train.label_rate)))
+    rate = check.number("genneg: share of good labels", train.label_rate, above=0, below=1)
+    return float(np.log(rate / (1 - rate)))
 
 
 @cache
@@ -415,7 +448,7 @@ def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: 
 @cache
 def probability(problem: Problem) -> Callable[[Params, Sample, Time], Scalar]:
     """(classifier, x, t) -> C(x, t); the same function for the same problem, so that compiled programs are shared."""
-    return lambda classifier, x, t: jax.nn.sigmoid(logit(problem)(classifier, x, t))
+    return lambda classifier, x, t: jax.nn.sigmoid(potential.wide(logit(problem)(classifier, x, t)))
 
 
 def distill(
@@ -442,9 +475,12 @@ def distill(
       mesh: the devices that ask it.
       model: the student's, (psi, x, t) -> x_0; default the problem's own.
       conditions, rows: those that samples may have, and the rows of those of x0.
+
+    Raises:
+      ValueError: x0 has no row or a number that is not finite, or batch < 1.
     """
-    if len(x0) == 0:
-        raise ValueError("distill: x0: expected at least one sample, given none")
+    _points("distill: x0", x0)
+    check.number("distill: batch", batch, at_least=1, whole=True)
     examples = together.call(
         teach, (problem,), mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows)
     )
@@ -483,12 +519,14 @@ def mixture(good: Any, bad: Any, n: int, key: PRNGKey, share: float = 0.25) -> A
 
     A student that is asked about good samples alone never sees the regions that the teacher pushes samples out of, and
     what strays there stays there.
+
+    Raises:
+      ValueError: n < 1, share is not in [0, 1), or there is no good sample, or no bad one where share > 0.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"genneg: share: expected a number in [0, 1), given {share}")
+    check.number("mixture: n", n, at_least=1, whole=True)
+    check.number("mixture: share", share, at_least=0, below=1)
     for name, points in (("good", good), *([("bad", bad)] if share else [])):
-        if _size(points) == 0:
-            raise ValueError(f"genneg: {name}: expected at least one sample, given none")
+        check.number(f"mixture: number of {name} samples", _size(points), at_least=1, whole=True)
     pick = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     picked = []
     for points, size in ((good, n - int(share * n)), (bad, int(share * n))):
@@ -518,7 +556,7 @@ def teach(
         key, x0, row = given
         condition = None if conditions is None else jax.tree.map(lambda a: a[row], conditions)
         x, t = losses.noised(process, key, x0)
-        return x, t, denoiser(problem, bound(problem, teacher, condition))(x, t)
+        return x, t, denoise("distill: teacher", denoiser(problem, bound(problem, teacher, condition)), x, t)
 
     return distributed.chunked(example, (jax.random.split(key, len(x0)), x0, rows), problem.chunk, mesh)
 
@@ -534,11 +572,21 @@ def refit(
     conditions: Any = None,
     rows: Any = None,
 ) -> Params:
-    """Rejection, then refit: the denoising loss on samples that the oracle accepts.  No classifier, no guidance."""
-    if len(accepted) == 0:
-        raise ValueError("refit: accepted: expected at least one sample, given none")
+    """Rejection, then refit: the denoising loss on samples that the oracle accepts.  No classifier, no guidance.
+
+    Raises:
+      ValueError: `accepted` has no row or a number that is not finite, or batch < 1.
+    """
+    _points("refit: accepted", accepted)
+    check.number("refit: batch", batch, at_least=1, whole=True)
     task = student_task(denoising_loss(problem), batch, problem.bind)
     return training.train(key, start, task, (jnp.asarray(accepted), rows, conditions), settings, host).best
+
+
+def _points(name: str, samples: Samples) -> None:
+    """Raises ValueError where a set of samples is empty, or not finite: training would fail later, or on some seeds."""
+    check.number(f"{name}: number of samples", len(samples), at_least=1, whole=True)
+    check.number(name, samples)
 
 
 @cache
@@ -595,7 +643,11 @@ def run(
       initial_classifier: key -> phi.
       mesh: the devices that sample; classifiers and students train on one.
       report: called as work goes on.
+
+    Raises:
+      ValueError: a setting is out of range; see also `collect`.
     """
+    check.number("genneg: rounds", settings.rounds, at_least=1, whole=True)
     guided = Guided(theta)
     for number in range(1, settings.rounds + 1):
         one = one_round(problem, guided, number, initial_classifier, settings, key, archive, mesh, report)
@@ -615,6 +667,7 @@ def one_round(
     report: Report,
 ) -> Round:
     """Draws from the current model, fits a classifier, and stacks or distils it."""
+    check.choice("genneg: mode", settings.mode, ("stack", "distill"))
     name = f"round-{number}"
     draw_key, split_key, start_key, fit_key, student_key = jax.random.split(jax.random.fold_in(key, number), 5)
     wanted, budget, batch = settings.per_class, settings.budget, settings.batch
@@ -652,7 +705,13 @@ def one_round(
 def accepted(
     problem: Problem, guided: Guided, key: PRNGKey, n: int, settings: Rounds, mesh: jax.sharding.Mesh | None = None
 ) -> Samples:
-    """At least n samples of a model that the oracle calls good: rejection sampling."""
+    """At least n samples of a model that the oracle calls good: rejection sampling.
+
+    Raises:
+      ValueError: n, the budget or the batch is < 1, a sample is not finite, or the budget does not give n.
+    """
+    for name, value in (("n", n), ("budget", settings.budget), ("batch", settings.batch)):
+        check.number(f"genneg.accepted: {name}", value, at_least=1, whole=True)
     kept: list[np.ndarray] = []
     for i in range(-(-settings.budget // settings.batch)):
         samples = draw(problem, guided, jax.random.fold_in(key, i), settings.batch, mesh)
@@ -683,13 +742,14 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
       A training set and a held-out set with alpha of the first model, and the weights of the training set's positives
       and negatives, for `fit_classifier`.
     """
+    check.number("genneg: rounds", len(rounds), at_least=1, whole=True)
     first = rounds[0].train
     low = problem.process.grid(problem.steps)[-2]
 
     @jax.jit
     def probabilities(classifiers: Params, points: Samples) -> Array:
-        one = lambda classifier, x: probability(problem)(classifier, x, low)
-        each = lambda x: jax.vmap(one, (0, None))(classifiers, x)
+        c = potential.scalar("replay", probability(problem))
+        each = lambda x: jax.vmap(c, (0, None, None))(classifiers, x, low)
         return distributed.chunked(each, points, problem.chunk)
 
     classifiers = potential.stacked(*(each.classifier for each in rounds))

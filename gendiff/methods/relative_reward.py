@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from gendiff import check as arguments
 from gendiff import distributed, guidance, losses, potential, replicas, sampling, training
-from gendiff.denoiser import Denoiser, Model
+from gendiff.denoiser import Denoiser, Model, denoise
 from gendiff.guidance import Guidance, Strength
 from gendiff.losses import Aligned
 from gendiff.potential import Logit, Potential
@@ -114,6 +115,7 @@ def factor(process: Process, target: str, next_time: Callable[[Time], Time] | No
     Args:
       next_time: for "mean", the end of the step from t; t - 1 in a discrete chain.
     """
+    arguments.choice("relative reward: target", target, ("mean", "score", "x0", "noise"))
     alpha, sigma = process.alpha, process.sigma
     if target == "mean":
         if next_time is None and process.steps is None:
@@ -127,8 +129,6 @@ def factor(process: Process, target: str, next_time: Callable[[Time], Time] | No
         return first
     powers = {"x0": lambda t: jnp.ones(()), "noise": lambda t: alpha(t) / sigma(t)}
     powers["score"] = lambda t: alpha(t) / sigma(t) ** 2
-    if target not in powers:
-        raise ValueError(f"relative reward: target: expected 'mean', 'score', 'x0' or 'noise', given {target!r}")
     return powers[target]
 
 
@@ -146,12 +146,19 @@ def aligned(
     Args:
       experts: (x, t) -> the x_0 of all experts, so that the base model is evaluated once for all of them.
       known: coordinates that both models are given; `switches.masked` leaves them out.
+
+    Raises:
+      ValueError: a model, or `known`, has another shape than x, or a switch is none of its values.
     """
-    first, unit = base(x, t), factor(process, switches.target)(t)
+    arguments.choice("relative reward: at", switches.at, ("x", "base_mean"))
+    if known is not None:
+        arguments.shape("relative reward: known", known, jnp.shape(x))
+    first, unit = denoise("relative reward: base", base, x, t), factor(process, switches.target)(t)
+    others = arguments.shape("relative reward: x_0 of the experts", experts(x, t), (None, *jnp.shape(x)))
     at = base_mean(process, x, first, t) if switches.at == "base_mean" else x
     counts = ~known if switches.masked and known is not None else jnp.ones(x.shape, bool)
     relative = 1.0 if switches.weighting == "target" else (factor(process, switches.weighting)(t) / unit) ** 2
-    return Aligned(at, t, unit * (experts(x, t) - first[None]), relative * counts.astype(jnp.float32))
+    return Aligned(at, t, unit * (others - first[None]), relative * counts.astype(jnp.float32))
 
 
 def base_mean(process: Process, x: Sample, x0: Sample, t: Time) -> Sample:
@@ -226,16 +233,24 @@ def collect(
       x0: (n, *shape) data.
 
     Raises:
-      ValueError: two models do not fit together; see `check`.
+      ValueError: two models do not fit together (see `check`), there is no expert, or x0 is empty, not finite, or of
+        another shape.
     """
+    arguments.number("relative reward: experts", len(experts), at_least=1, whole=True)
     for expert in experts:
         check(base, expert, switches)
-    if tuple(x0.shape[1:]) != base.shape or not len(x0):
-        raise ValueError(f"relative reward: x0: expected (n, *{base.shape}) with n > 0, given {x0.shape}")
+    _data(x0, base.shape)
     every = lambda x, t: jnp.stack([expert.denoiser(x, t) for expert in experts])
     example = examples(base.process, base.denoiser, every, switches, known)
     run = jax.jit(lambda keys, x0: distributed.chunked(lambda pair: example(*pair), (keys, x0), 64))
     return run(jax.random.split(key, len(x0)), jnp.asarray(x0))
+
+
+def _data(x0: Samples, shape: Sequence[int | None]) -> None:
+    """Raises ValueError where data are empty, not finite, or of another shape: targets would be, in a few examples."""
+    arguments.shape("relative reward: x0", x0, (None, *shape))
+    arguments.number("relative reward: number of x0", len(x0), at_least=1, whole=True)
+    arguments.number("relative reward: x0", x0)
 
 
 def pool(
@@ -260,9 +275,14 @@ def pool(
       theta, thetas: the base model's parameters, and those of G experts stacked on axis 0.
       known: coordinates that the models are given.
       x0: (n, *shape) data.
-      piece: examples of one call of the compiled program, which pools of any size share.
+      piece: examples of one call of the compiled program, which pools of any size share; >= 1.
+
+    Raises:
+      ValueError: x0 is empty or not finite, or piece < 1.
     """
     x0 = np.asarray(x0)
+    _data(x0, x0.shape[1:])
+    arguments.number("relative reward: piece", piece, at_least=1, whole=True)
     keys = jax.random.split(key, len(x0))
     made = []
     for i in range(0, len(x0), piece):
@@ -324,8 +344,11 @@ def fit(
       The last states; `params` are the rewards (the published evaluations use them, not their averages).
 
     Raises:
-      ValueError: a target is not finite; the message has its place.
+      ValueError: a target is not finite, and the message has its place; a goal has no expert; batch < 1.
     """
+    arguments.number("relative reward: batch", problem.batch, at_least=1, whole=True)
+    n = arguments.rows("relative reward: examples", examples)
+    arguments.number("relative reward: number of examples", n, at_least=1, whole=True)
     finite = np.isfinite(np.asarray(examples.target)).reshape(len(examples.t), examples.target.shape[1], -1).all(-1)
     if not finite.all():
         row, goal = np.argwhere(~finite)[0]
@@ -333,9 +356,11 @@ def fit(
             f"relative reward: targets: expected finite numbers, given {np.sum(~finite)} examples of {finite.size} "
             f"that are not, the first at t = {examples.t[row]}, of expert {goal}: a model diverges there"
         )
-    goals, experts = jnp.asarray(goals, jnp.int32), examples.target.shape[1]
-    if not 0 <= int(goals.min()) <= int(goals.max()) < experts:
-        raise ValueError(f"relative reward: goals: expected 0 to {experts - 1}, given {goals}")
+    arguments.shape("relative reward: goals", goals, (None,))
+    arguments.number("relative reward: number of goals", len(goals), at_least=1, whole=True)
+    last = examples.target.shape[1] - 1
+    arguments.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=last, whole=True)
+    goals = jnp.asarray(goals, jnp.int32)
     own = {"goal": goals}
     return replicas.train(replicas.keys(key, len(goals)), start, reward_task(problem), examples, own, settings, host)
 
@@ -358,19 +383,21 @@ def reward_task(problem: Problem) -> Callable[[Aligned, dict[str, Array]], train
 
 def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
     """How far grad rho shifts x_0: 1 / `factor`, so that a perfect reward at scale 1 turns base into expert."""
+    arguments.number("relative reward: scale", scale)
     each = factor(process, switches.target)
     return lambda t: scale / each(t)
 
 
 def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | float = 1.0) -> Guidance:
     """Steers the base model with its reward; with `at="base_mean"`, by the gradient where it was fitted."""
-    shift, gradient = strength(process, switches, scale), jax.grad(rho)
+    arguments.choice("relative reward: at", switches.at, ("x", "base_mean"))
+    shift, gradient = strength(process, switches, scale), jax.grad(potential.scalar("relative reward", rho))
     if switches.at == "x":
         return guidance.steer(rho, shift)
 
     def steering(base: Denoiser) -> Denoiser:
         def steered(x: Sample, t: Time) -> Sample:
-            x0 = base(x, t)
+            x0 = denoise("relative reward: base", base, x, t)
             return x0 + shift(t) * gradient(base_mean(process, x, x0, t), t)
 
         return steered
@@ -394,7 +421,8 @@ class Fit(NamedTuple):
 
 
 def quality(network: Logit, rewards: Params, goals: Array, examples: Aligned, bounds: np.ndarray) -> list[Fit]:
-    """The fit of K rewards, on held-out examples, by noise level."""
+    """The fit of K rewards, on held-out examples, by noise level; ValueError where the bounds of t do not rise."""
+    arguments.number("quality: change from a bound to the next", np.diff(bounds), above=0)
     rest, size = map(np.asarray, _squares(network, rewards, jnp.asarray(goals, jnp.int32), examples))
     where = np.digitize(np.asarray(examples.t), bounds) - 1
     share = lambda k, inside: (
@@ -431,11 +459,13 @@ def asymmetry(field: Denoiser, x: Sample, t: Time, key: PRNGKey, probes: int = 8
     sqrt(sum of the first / sum of the second) / 2 is 0 for a gradient of a potential, and 1 for a field that turns and
     nothing else: a reward can explain no more than the symmetric part.
     """
+    arguments.number("asymmetry: probes", probes, at_least=1, whole=True)
+    at = lambda x: denoise("asymmetry", field, x, t)
 
     def one(key: PRNGKey) -> tuple[Scalar, Scalar]:
         v = jax.random.rademacher(key, x.shape, x.dtype)
-        along = jax.jvp(lambda x: field(x, t), (x,), (v,))[1]
-        across = jax.vjp(lambda x: field(x, t), x)[1](v)[0]
+        along = jax.jvp(at, (x,), (v,))[1]
+        across = jax.vjp(at, x)[1](v)[0]
         return jnp.sum((along - across) ** 2), 0.5 * jnp.sum(along**2 + across**2)
 
     first, second = jax.vmap(one)(jax.random.split(key, probes))
@@ -448,9 +478,11 @@ def line_integral(field: Denoiser, start: Sample, end: Sample, t: Time, nodes: i
     By Gauss and Legendre's rule with `nodes` evaluations.  For a conservative field it does not depend on the path,
     and a fitted rho must give the same difference: a check in low dimension.
     """
+    arguments.number("line_integral: nodes", nodes, at_least=1, whole=True)
+    arguments.shape("line_integral: end", end, jnp.shape(start))
     places, weights = np.polynomial.legendre.leggauss(nodes)
     direction = end - start
-    along = lambda u: jnp.sum(field(start + u * direction, t) * direction)
+    along = lambda u: jnp.sum(denoise("line_integral", field, start + u * direction, t) * direction)
     values = jax.vmap(along)(jnp.asarray((places + 1) / 2, jnp.float32))
     return jnp.sum(jnp.asarray(weights / 2, jnp.float32) * values)
 
@@ -458,4 +490,5 @@ def line_integral(field: Denoiser, start: Sample, end: Sample, t: Time, nodes: i
 def difference(process: Process, base: Denoiser, expert: Denoiser, target: str) -> Denoiser:
     """The field that a reward is fitted to: (x, t) -> factor(t) (expert - base)."""
     each = factor(process, target)
-    return lambda x, t: each(t) * (expert(x, t) - base(x, t))
+    of = lambda model, x, t: denoise("difference", model, x, t)
+    return lambda x, t: each(t) * (of(expert, x, t) - of(base, x, t))

@@ -171,7 +171,7 @@ def test_recurrence_is_that_many_passes():
     a, v = float(ratio), float(variance)
     assert abs(values.mean() - (1 + a + a**2)) < stats.norm.isf(FALSE_ALARM / 2) * np.sqrt(v * (1 + a**2) / 20_000)
     np.testing.assert_allclose(values.var(), v * (1 + a**2), rtol=0.05)
-    with pytest.raises(ValueError, match="times: expected 1 or more, given 0"):
+    with pytest.raises(ValueError, match="recurrent: times must be >= 1 and whole, got 0"):
         sampling.recurrent(DDPM, kernel, 0)
 
 
@@ -223,7 +223,10 @@ def test_collect_stops_at_the_first_moment_with_enough():
     assert (marked.seen, len(marked.benign)) == (15, 12)
 
 
-@pytest.mark.parametrize(("malign", "benign", "message"), [(0, 1, "1 or more of each class"), (30, 1, "within 50")])
+@pytest.mark.parametrize(
+    ("malign", "benign", "message"),
+    [(0, 1, "malign must be >= 1"), (1, -2, "benign must be >= 1"), (30, 1, "within 50")],
+)
 def test_collect_with_too_little(malign, benign, message):
     with pytest.raises(ValueError, match=message):
         censoring.collect(lambda key: np.ones((20, 1)), lambda x: x[:, 0] > 0, malign, benign, 50, jax.random.key(0))
@@ -240,9 +243,9 @@ def test_bootstrap_shares_the_malign():
     malign, benign = censoring.union(pairs)
     assert len(malign) == 3
     assert 10 < len(benign) <= 40
-    with pytest.raises(ValueError, match="benign: expected at least 41 labels, given 40"):
+    with pytest.raises(ValueError, match="number of benign labels must be >= 41 and whole, got 40"):
         censoring.bootstrap(labelled, 2, 41, jax.random.key(0))
-    with pytest.raises(ValueError, match="malign: expected at least 1 labels, given 0"):
+    with pytest.raises(ValueError, match="number of malign labels must be >= 1 and whole, got 0"):
         censoring.bootstrap(labelled._replace(malign=labelled.malign[:0]), 2, 5, jax.random.key(0))
 
 
@@ -394,8 +397,9 @@ def test_clean_rewards_train_together_as_alone(fresh):
 
 
 def test_clean_rewards_say_that_they_diverged(fresh):
+    broken = jax.tree.map(lambda a: np.nan * a, fresh)
     with pytest.raises(training.NotFinite, match="expected a finite number, given nan by step 2"):
-        censoring.fit(CLEAN, Sets(np.nan * IMAGES, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0))
+        censoring.fit(CLEAN, Sets(IMAGES, LABELS), broken, CLEAN_TRAINING, jax.random.key(0))
 
 
 def test_disagreement_is_the_spread_of_the_members():
@@ -465,11 +469,12 @@ def test_rate_of_later_rounds_follows_the_global_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Censoring(recurrence=0), "recurrence: expected 1 or more, given 0"),
-        (Censoring(backward=-1), "backward: expected 0 or more, given -1"),
-        (Censoring(scale=-1.0), "scale: expected 0 or more, given -1"),
-        (Censoring(scale=float("nan")), "scale: expected 0 or more, given nan"),
-        (Censoring(mode="euler"), "mode: expected 'ddpm' or 'ddim', given 'euler'"),
+        (Censoring(recurrence=0), "recurrence must be >= 1 and whole, got 0"),
+        (Censoring(backward=-1), "backward must be >= 0 and whole, got -1"),
+        (Censoring(scale=-1.0), "scale must be >= 0, got -1"),
+        (Censoring(scale=float("nan")), "scale must be >= 0, got nan"),
+        (Censoring(backward_rate=-0.1), "backward_rate must be >= 0, got -0.1"),
+        (Censoring(mode="euler"), "mode must be 'ddpm' or 'ddim', got 'euler'"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -491,3 +496,95 @@ def test_evaluations():
     assert censoring.evaluations(own, Censoring(), 5) == 50 * (1 + 15)
     assert censoring.evaluations(own, Censoring(recurrence=4, backward=5), 5) == 200 * (1 + 15 + 75)
     assert censoring.evaluations(own, Censoring(universal=True), 1) == 50 * 6
+
+
+# Samples, images and rewards that cannot be used
+
+
+@pytest.mark.parametrize("rater", [lambda x: x[:, 0] > 0, lambda x: np.ones(len(x))])
+@pytest.mark.parametrize(
+    ("draws", "message"),
+    [
+        (lambda key: np.zeros((0, 1)), "number of samples of draw must be >= 1 and whole, got 0"),
+        (lambda key: np.zeros(()), "samples of draw must be arrays with one number of rows"),
+        (lambda key: next(iter(())), "draw must give samples, got none"),
+        (lambda key: np.array([[1.0], [np.nan]]), "samples of draw must be a finite number, got nan among 2 values"),
+        (lambda key: np.array([[-np.inf], [1.0]]), "samples of draw must be a finite number, got -inf among 2 values"),
+    ],
+    ids=["empty", "scalar", "ended", "nan", "infinite"],
+)
+def test_collect_ends_where_no_sample_can_be_marked(draws, message, rater):
+    with pytest.raises(ValueError, match=f"^censoring.collect: {message}"):
+        censoring.collect(draws, rater, 3, 3, 50, jax.random.key(0))
+
+
+@pytest.mark.parametrize("budget", [0, -3])
+def test_a_budget_is_a_number_of_samples(budget):
+    with pytest.raises(ValueError, match=f"censoring.collect: budget must be >= 1 and whole, got {budget}"):
+        censoring.collect(lambda key: np.ones((4, 1)), lambda x: np.ones(4), 1, 1, budget, jax.random.key(0))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 255.0, -6.0])
+def test_images_of_another_range_are_refused(bad, fresh):
+    # 0..255 in place of [-1, 1]: networks that have never seen such numbers answer all the same.
+    images = IMAGES.copy()
+    images[0, 1, 2, 1, 0] = bad
+    with pytest.raises(ValueError, match=r"images, of range \[-1, 1\], must be >= -5 and <= 5, got "):
+        censoring.fit(CLEAN, Sets(images, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0))
+    own, rewards = Problem(DDPM, plain, line, (3,), 10), {"a": jnp.ones(2), "b": jnp.zeros(2)}
+    samples = np.float32([[0.1, 0.2, 0.3], [0.1, bad, 0.0]])
+    for use in (
+        lambda: censoring.disagreement(own, rewards, samples),
+        lambda: censoring.reject(own, rewards, samples, jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match=r"samples, of range \[-1, 1\], must be >= -5 and <= 5, got "):
+            use()
+
+
+def test_rewards_that_are_no_numbers_keep_nothing_unseen():
+    own = Problem(DDPM, plain, lambda phi, x, t: jnp.where(x[0] > 0.5, phi["bad"], x[0]), (1,), 10)
+    x = np.float32([[0.1], [0.2], [0.9]])
+    bad = lambda value: {"bad": jnp.full(2, value)}
+    for use in (
+        lambda: censoring.reject(own, bad(np.nan), x, jax.random.key(0)),
+        lambda: censoring.disagreement(own, bad(np.nan), x),
+    ):
+        with pytest.raises(ValueError, match="log-rewards must be <= 0, got nan among"):
+            use()
+    keep = censoring.reject(own, bad(-np.inf), x, jax.random.key(0))
+    assert not keep[2], "a reward of 0"
+    with pytest.raises(ValueError, match="reject: largest log-reward must be a finite number, got -inf"):
+        censoring.reject(own, bad(-np.inf), x[2:], jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: drawn(Censoring(), n=0), "censoring.draw: n must be >= 1 and whole, got 0"),
+        (lambda: drawn(Censoring(), chunk=0), "chunked: chunk must be >= 1 and whole, got 0"),
+        (lambda: drawn(Censoring(), low=1.0, high=-1.0), "clip: high - low must be >= 0, got -2.0"),
+        (lambda: censoring.rotation(-5.0), "rotation: degrees must be >= 0, got -5.0"),
+        (lambda: censoring.evaluations(problem(), Censoring(), -1), "evaluations: members must be >= 0"),
+        (lambda: censoring.augmented([], 1, jax.random.key(0), None), "augmented: pairs must be >= 1"),
+        (lambda: censoring.reject(problem(), NONE, np.zeros((2, 3)), jax.random.key(0), -1.0), "reject: scale must be"),
+    ],
+)
+def test_numbers_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()
+
+
+def test_rewards_of_a_narrower_type_are_compared_in_float32():
+    own = Problem(DDPM, plain, lambda phi, x, t: (phi["b"] + x[0]).astype(jnp.bfloat16), (1,), 10)
+    rewards, x = {"b": jnp.zeros(2)}, np.float32([[0.5], [-0.5]])
+    assert censoring.scores(own, rewards, x).dtype == jnp.float32
+    np.testing.assert_allclose(censoring.scores(own, rewards, x), np.tile(-np.logaddexp(0, -x), 2), rtol=0.01)
+    wrong = own._replace(network=lambda phi, x, t: phi["b"] + x)
+    with pytest.raises(ValueError, match=r"clean reward: the scalar value must have shape \(\), got \(1,\)"):
+        censoring.reject(wrong, rewards, x, jax.random.key(0))
+
+
+@pytest.mark.parametrize(("steps", "message"), [((), "got 0"), ((0, 5), "got 0"), ((20, 20), "got 0"), ((5, 2), "-3")])
+def test_rounds_of_imitation_go_on(tmp_path, steps, message):
+    with pytest.raises(ValueError, match=f"imitate: steps .* must be >= 1 and whole, .*{message}"):
+        imitation_rounds(tmp_path, steps=steps)

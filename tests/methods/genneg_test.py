@@ -308,9 +308,9 @@ def test_mixture_of_good_and_bad():
         counts = [(points == value).sum() for value in pool[:, 0]]
         assert stats.chisquare(counts).pvalue > FALSE_ALARM
     assert (genneg.mixture(good, bad[:0], 8, jax.random.key(0), share=0.0) >= 0).all()
-    with pytest.raises(ValueError, match="bad: expected at least one sample"):
+    with pytest.raises(ValueError, match="mixture: number of bad samples must be >= 1 and whole, got 0"):
         genneg.mixture(good, bad[:0], 8, jax.random.key(0))
-    with pytest.raises(ValueError, match="share: expected a number in"):
+    with pytest.raises(ValueError, match="mixture: share must be >= 0 and < 1, got 1"):
         genneg.mixture(good, bad, 8, jax.random.key(0), share=1.0)
 
 
@@ -327,7 +327,7 @@ def test_refit_learns_what_was_accepted(problem):
 @pytest.mark.parametrize("method", ["distill", "refit"])
 def test_nothing_to_learn_from(method, problem):
     arguments = (Guided(THETA),) if method == "distill" else ()
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="number of samples must be >= 1 and whole, got 0"):
         getattr(genneg, method)(
             problem, *arguments, np.zeros((0, 1), np.float32), THETA, 8, Settings(2), jax.random.key(0)
         )
@@ -592,3 +592,79 @@ def test_a_classifier_of_another_network_is_refused_and_kept(problem, tmp_path):
     with pytest.raises(CheckpointError, match=r"net\.a must be float32 \(2,\), got float32 \(\)"):
         run(wide)
     jax.tree.map(np.testing.assert_array_equal, first, run(start))
+
+
+# Numbers, shapes and types that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, g, key: genneg.draw(p, g, key, 0), "genneg.draw: n must be >= 1 and whole, got 0"),
+        (lambda p, g, key: genneg.draw(p, g, key, -5), "genneg.draw: n must be >= 1 and whole, got -5"),
+        (lambda p, g, key: genneg.draw(p, g, key, 5, scale=np.nan), "genneg.draw: scale must be a finite number"),
+        (lambda p, g, key: genneg.draw(p._replace(steps=0), g, key, 5), "edm: grid: n must be >= 1"),
+        (lambda p, g, key: genneg.draw(p._replace(chunk=0), g, key, 5), "chunked: chunk must be >= 1"),
+        (lambda p, g, key: genneg.draw(p, g, key, 5, conditions=MEANS), "rows of the conditions must be >= 5 and <= 5"),
+        (lambda p, g, key: genneg.collect(p, g, key, 0, 10, 10), "genneg.collect: per_class must be >= 1"),
+        (lambda p, g, key: genneg.collect(p, g, key, 1, 0, 10), "genneg.collect: budget must be >= 1"),
+        (lambda p, g, key: genneg.collect(p, g, key, 1, 10, 0), "genneg.collect: batch must be >= 1"),
+        (lambda p, g, key: genneg.collect(p, g, key, 1, 9, 9, conditions=np.ones((0, 2))), "rows of the conditions"),
+        (lambda p, g, key: genneg.accepted(p, g, key, 0, ROUNDS), "genneg.accepted: n must be >= 1"),
+        (lambda p, g, key: genneg.accepted(p, g, key, 5, ROUNDS._replace(batch=0)), "genneg.accepted: batch must be"),
+        (lambda p, g, key: genneg.mixture(MEANS, MEANS, 0, key), "mixture: n must be >= 1 and whole, got 0"),
+        (lambda p, g, key: next(genneg.run(p, THETA, None, ROUNDS._replace(rounds=0), key)), "genneg: rounds must be"),
+        (lambda p, g, key: next(genneg.run(p, THETA, None, ROUNDS._replace(mode="x"), key)), "genneg: mode must be"),
+        (lambda p, g, key: genneg.refit(p, np.ones((4, 1)), THETA, 0, Settings(2), key), "refit: batch must be >= 1"),
+        (
+            lambda p, g, key: genneg.refit(p, np.full((4, 1), np.nan), THETA, 2, Settings(2), key),
+            "refit: accepted must",
+        ),
+        (lambda p, g, key: genneg.distill(p, g, np.array([[1.0], [np.inf]]), THETA, 2, Settings(2), key), "x0 must be"),
+    ],
+)
+def test_numbers_out_of_range_are_named(call, message, problem):
+    with pytest.raises(ValueError, match=message):
+        call(problem, Guided(THETA), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"half": 0}, "genneg: half must be >= 1 and whole, got 0"),
+        ({"validation": -1}, "genneg: validation must be >= 1 and whole, got -1"),
+        ({"held_out": 1.0}, "genneg: held_out must be >= 0 and < 1, got 1.0"),
+        ({"weighting": "Importance"}, "genneg: weighting must be 'importance' or 'shift' or 'none', got 'Importance'"),
+        ({"select": "both"}, "genneg: select must be 'all' or 'balanced', got 'both'"),
+    ],
+)
+def test_settings_of_a_classifier_are_checked(changes, message, problem, gaussian):
+    how = CLASSIFIER._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        genneg.fit_classifier(
+            problem, *genneg.split(synthetic(50, gaussian), how, jax.random.key(0)), PHI, how, jax.random.key(1)
+        )
+
+
+@pytest.mark.parametrize(("bad", "message"), [(np.nan, "got nan"), (-1.0, "got -1.0"), (np.inf, "got inf")])
+def test_a_density_is_finite(bad, message, problem, parts):
+    # The cumulative sum, from which rows are drawn, would carry it on to all rows after it.
+    density = [np.ones(len(pool)) for pool in (parts[0].positives, parts[0].negatives)]
+    density[1][3] = bad
+    with pytest.raises(ValueError, match=f"genneg: density of the negatives must be >= 0, {message} among"):
+        genneg.fit_classifier(problem, *parts, PHI, CLASSIFIER, jax.random.key(3), density=tuple(density))
+    for wrong in (density[0][:-1], 0 * density[0]):
+        with pytest.raises(ValueError, match="density of the positives must "):
+            genneg.fit_classifier(problem, *parts, PHI, CLASSIFIER, jax.random.key(3), density=(wrong, density[0]))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: jnp.zeros((3, 1)), lambda x: jnp.zeros(1), lambda x: x[:2]])
+def test_a_model_of_another_shape_draws_nothing(wrong, problem):
+    own = problem._replace(model=lambda theta, x, t: wrong(x), shape=(3,))
+    classifier = {"net": jnp.float32(0.0), "shift": jnp.float32(0.0)}
+    linear = own._replace(network=lambda phi, x, t: phi * jnp.sum(x))
+    for setup, guided in ((own, Guided(THETA)), (linear, genneg.append(Guided(THETA), classifier))):
+        with pytest.raises(ValueError, match=r"x_0 of the denoiser must have shape \(3,\), got \("):
+            genneg.draw(setup, guided, jax.random.key(0), 4)
+    with pytest.raises(ValueError, match=r"x_0 of the denoiser must have shape \(3,\), got \("):
+        genneg.teach(own, None, Guided(THETA), jnp.zeros((4, 3)), jax.random.key(0))

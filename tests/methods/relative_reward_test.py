@@ -254,7 +254,7 @@ def test_any_two_models_make_examples():
     field = relative_reward.difference(CHAIN, BASE, EXPERT, "noise")
     np.testing.assert_allclose(pool.target[:, 0], jax.vmap(field)(pool.x, pool.t), rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(pool.target[:, 1], 0)
-    with pytest.raises(ValueError, match=r"x0: expected \(n, \*\(2,\)\) with n > 0, given \(5, 3\)"):
+    with pytest.raises(ValueError, match=r"relative reward: x0 must have shape \(n, 2\), got \(5, 3\)"):
         relative_reward.collect(base, [expert], PRINCIPLED, jax.random.key(0), jnp.zeros((5, 3)))
     other = expert._replace(process=process.ddpm(process.linear_betas(100)))
     with pytest.raises(ValueError, match="expected one process"):
@@ -310,7 +310,7 @@ def test_goals_out_of_range_are_named():
     examples = losses.Aligned(jnp.zeros((3, 2)), jnp.array([5, 9, 7]), jnp.zeros((3, 2, 2)), jnp.ones((3, 2)))
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 2))
     problem = relative_reward.Problem(CHAIN, network)
-    with pytest.raises(ValueError, match=r"goals: expected 0 to 1, given \[0 2\]"):
+    with pytest.raises(ValueError, match="goals must be >= 0 and <= 1 and whole, got 2 among 2 values"):
         relative_reward.fit(problem, examples, jnp.array([0, 2]), start, training.Settings(10), jax.random.key(0))
 
 
@@ -319,5 +319,69 @@ def test_a_process_without_steps_has_no_mean():
         relative_reward.steer(EDM, lambda x, t: 0.0, Switches("x0", "base_mean"))(lambda x, t: x)(jnp.zeros(2), 1.0)
     with pytest.raises(ValueError, match="target 'mean': expected next_time"):
         relative_reward.factor(EDM, "mean")
-    with pytest.raises(ValueError, match="target: expected 'mean', 'score', 'x0' or 'noise', given 'v'"):
+    with pytest.raises(ValueError, match="target must be 'mean' or 'score' or 'x0' or 'noise', got 'v'"):
         relative_reward.factor(EDM, "v")
+
+
+@pytest.mark.parametrize(
+    ("x0", "message"),
+    [
+        (np.float32([[0.1, 0.2], [np.nan, 0.0]]), "x0 must be a finite number, got nan among 4 values"),
+        (np.float32([[0.1, -np.inf]]), "x0 must be a finite number, got -inf among 2 values"),
+        (np.zeros((0, 2), np.float32), "number of x0 must be >= 1 and whole, got 0"),
+    ],
+)
+def test_data_that_make_no_examples_are_named(x0, message):
+    base, expert = Diffusion("base", CHAIN, BASE, (2,)), Diffusion("expert", CHAIN, EXPERT, (2,))
+    model = lambda mean, x, t: mean + x
+    with pytest.raises(ValueError, match=f"relative reward: {message}"):
+        relative_reward.collect(base, [expert], PRINCIPLED, jax.random.key(0), x0)
+    with pytest.raises(ValueError, match=f"relative reward: {message}"):
+        relative_reward.pool(CHAIN, model, PRINCIPLED, 0.0, jnp.zeros(2), None, jax.random.key(0), x0)
+
+
+def test_models_of_another_shape_are_named():
+    x, experts = jnp.float32([0.3, 0.7]), lambda x, t: EXPERT(x, t)[None]
+    narrow = lambda x, t: BASE(x, t)[:1]
+    rho = lambda x, t: jnp.sum(x**3)
+    for call in (
+        lambda: relative_reward.aligned(CHAIN, narrow, experts, PRINCIPLED, x, 30),
+        lambda: relative_reward.aligned(CHAIN, BASE, EXPERT, PRINCIPLED, x, 30),
+        lambda: relative_reward.aligned(CHAIN, BASE, lambda x, t: narrow(x, t)[None], PRINCIPLED, x, 30),
+        lambda: relative_reward.aligned(CHAIN, BASE, experts, PRINCIPLED, x, 30, jnp.ones(1, bool)),
+        lambda: relative_reward.difference(CHAIN, BASE, narrow, "noise")(x, 30),
+        lambda: relative_reward.steer(CHAIN, rho, PUBLISHED)(narrow)(x, 30),
+        lambda: relative_reward.steer(CHAIN, lambda x, t: x[:1], PUBLISHED)(BASE)(x, 30),
+        lambda: relative_reward.steer(CHAIN, lambda x, t: x[:1], PRINCIPLED)(BASE)(x, 30),
+        lambda: relative_reward.asymmetry(narrow, x, 30, jax.random.key(0)),
+        lambda: relative_reward.line_integral(narrow, x, -x, 30),
+        lambda: relative_reward.line_integral(BASE, x, -x[:1], 30),
+    ):
+        with pytest.raises(ValueError, match=r"must have shape \(.*\), got \("):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, key: relative_reward.asymmetry(BASE, x, 30, key, 0), "asymmetry: probes must be >= 1"),
+        (lambda x, key: relative_reward.line_integral(BASE, x, -x, 30, -1), "line_integral: nodes must be >= 1"),
+        (lambda x, key: relative_reward.strength(CHAIN, PRINCIPLED, np.nan), "relative reward: scale must be"),
+        (lambda x, key: relative_reward.steer(CHAIN, None, Switches(at="y")), "relative reward: at must be 'x' or"),
+        (
+            lambda x, key: relative_reward.pool(CHAIN, None, PRINCIPLED, 0.0, None, None, key, x[None], 0),
+            "relative reward: piece must be >= 1",
+        ),
+        (
+            lambda x, key: relative_reward.collect(Diffusion("b", CHAIN, BASE, (2,)), [], PRINCIPLED, key, x[None]),
+            "relative reward: experts must be >= 1",
+        ),
+        (
+            lambda x, key: relative_reward.quality(network, None, [], None, np.array([5, 5, 1])),
+            "quality: change from a bound to the next must be > 0, got 0 among 2 values",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_named(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(jnp.float32([0.3, 0.7]), jax.random.key(0))
