@@ -291,24 +291,33 @@ def test_help_and_points_need_no_packages_of_the_page(folder, tmp_path_factory):
     assert "Traceback" not in done.stderr
 
 
-def test_labels_that_vanish_close_no_page(folder, capsys):
+def test_labels_that_vanish_close_no_page(folder, capsys, tmp_path_factory):
     board = ask.make_board(folder, Options(rater="anna"))
     mark(folder, "mb")
     board.refresh()
-    thread = threading.Thread(target=ask.hold, args=(board, Options(port=0)), kwargs={"show": lambda text: None})
+    elsewhere, path, said = tmp_path_factory.mktemp("elsewhere") / "folder", folder / "labels.jsonl", ""
+    options = {"show": lambda text: None}
+    thread = threading.Thread(target=ask.hold, args=(board, Options(port=0)), kwargs=options, daemon=True)
     thread.start()
-    elsewhere = folder.with_name("elsewhere")
+
+    def until(condition):
+        end = time.monotonic() + 100
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.02)
+        assert condition()
+
+    def told():
+        nonlocal said
+        said += capsys.readouterr().err
+        return "could not be written" in said
+
     folder.rename(elsewhere)
-    for _ in range(600):
-        if "could not be written" in (said := capsys.readouterr().err):
-            break
-        time.sleep(0.05)
+    until(told)
     assert said.startswith("warning: labels ")
     elsewhere.rename(folder)
-    (folder / "labels.jsonl").unlink()
-    while not (folder / "labels.jsonl").exists():
-        time.sleep(0.05)
+    path.unlink()
+    until(lambda: path.exists() and len(labels.read(path)) == 2)
     assert thread.is_alive()
     board.finished.set()
-    thread.join(timeout=60)
-    assert len(labels.read(folder / "labels.jsonl")) == 2
+    thread.join(timeout=100)
+    assert not thread.is_alive()

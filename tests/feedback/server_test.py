@@ -254,7 +254,7 @@ def test_names_that_are_no_unicode_are_shown_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["removed", "emptied", "folder removed"])
-def test_labels_that_vanish_are_written_again_and_told(client, how, caplog):
+def test_labels_that_vanish_are_written_again_and_told(client, how, caplog, tmp_path_factory):
     client.post(client.line(0), client.line(1, label="benign"))
     before, path = labels.records(client.board.path), client.board.path
     if how == "emptied":
@@ -262,7 +262,7 @@ def test_labels_that_vanish_are_written_again_and_told(client, how, caplog):
     else:
         path.unlink()
     if how == "folder removed":
-        path.parent.rename(path.parent.with_name("elsewhere"))
+        path.parent.rename(tmp_path_factory.mktemp("elsewhere") / "folder")
         answer = client.post(client.line(2))
         assert (answer.status, b"could not be written" in answer.body) == (507, True)
         path.parent.mkdir()
