@@ -281,7 +281,7 @@ def test_arguments_out_of_range_are_named(call, message):
 def test_a_split_without_scenes_is_told(tmp_path):
     for number in range(2):
         files.store(traffic._file(tmp_path, number), lambda file: np.savez_compressed(file, **SCENES._asdict()))
-    with pytest.raises(ValueError, match="test must have scenes, got none: 2 maps are too few"):
+    with pytest.raises(ValueError, match="maps of test must have scenes, got none; 2 maps are too few"):
         traffic.read(tmp_path, "test")
 
 

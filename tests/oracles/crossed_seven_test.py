@@ -85,7 +85,7 @@ def test_values_beyond_the_range_are_clipped():
             np.full((2, 16, 16, 1), 255.0),
             r"pixels must be in \[-1, 1\], got float64 up to 255\.0; scale 0\.\.255",
         ),
-        (np.arange(512.0).reshape(2, 16, 16, 1), r"pixels must be in \[-1, 1\], got float64"),
+        (np.arange(512.0).reshape(2, 16, 16, 1) % 256, r"pixels must be in \[-1, 1\], got float64"),
         (np.zeros((2, 16, 16, 1), np.uint8), r"pixels must be in \[-1, 1\], got uint8"),
         (np.ones((2, 16, 16, 1), bool), r"pixels must be in \[-1, 1\], got bool"),
     ],
@@ -93,6 +93,12 @@ def test_values_beyond_the_range_are_clipped():
 def test_bad_images_are_named(images, message):
     with pytest.raises(ValueError, match=message):
         crossed_seven.judge(images)
+
+
+def test_samples_that_diverged_are_still_judged():
+    rng = np.random.default_rng(0)
+    for scale in (3.0, 50.0, 1e9):
+        assert crossed_seven.judge(scale * rng.uniform(0.1, 1, (2, 16, 16, 1))).logit.shape == (2,)
 
 
 def test_narrow_images_are_judged_as_their_values():
