@@ -419,6 +419,7 @@ def _run(
         ("seed", seed, 0),
         ("environments", environments, 1),
         ("limit", rules.limit, 1),
+        ("threads", 1 if threads is None else threads, 1),
     ):
         if given < least:
             raise ValueError(f"maze2d: {name}: expected {least} or more, given {given}")

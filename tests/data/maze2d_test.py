@@ -337,6 +337,8 @@ def test_a_stopped_data_set_goes_on_to_the_same_bytes(tmp_path, monkeypatch, cap
         ({"transitions": 0}, "transitions: expected 1 or more, given 0"),
         ({"seed": -1}, "seed: expected 0 or more, given -1"),
         ({"environments": 0}, "environments: expected 1 or more, given 0"),
+        ({"threads": 0}, "threads: expected 1 or more, given 0"),
+        ({"threads": -1}, "threads: expected 1 or more, given -1"),
         ({"rules": Rules(start="uniform")}, "start: expected one of inverse_area, area, given 'uniform'"),
         ({"rules": Rules(limit=0)}, "limit: expected 1 or more"),
     ],
