@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tyro
 from tabulate import tabulate
 
+from gendiff.command import say
 from gendiff.data import files
 
 if TYPE_CHECKING:  # JAX and SciPy take seconds to import: --help and errors need neither
@@ -1001,7 +1002,7 @@ def main() -> None:
                 f"no run of an experiment in {places}: run one first, {_module(_names()[0])} --preset smoke"
             )
         if options.row is not None:
-            print(reproduce(runs, *options.row, options.join_commits))
+            say(reproduce(runs, *options.row, options.join_commits))
             return
         output = options.output / "index" if options.output.is_dir() else options.output
         stem = output.with_suffix("") if output.suffix in (".md", ".html") else output
@@ -1011,7 +1012,7 @@ def main() -> None:
             (".html", as_html(blocks, stem.parent, options.embed)),
         ):
             write(stem.with_name(stem.name + ending), text)
-            print(stem.with_name(stem.name + ending))
+            say(str(stem.with_name(stem.name + ending)))
     except (ValueError, OSError) as error:
         if os.environ.get("GENDIFF_TRACEBACK"):
             raise

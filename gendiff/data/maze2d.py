@@ -432,6 +432,7 @@ def _run(
         ("seed", seed, 0),
         ("environments", environments, 1),
         ("limit", rules.limit, 1),
+        ("threads", 1 if threads is None else threads, 1),
     ):
         check.number(f"maze2d: {name}", given, at_least=least, whole=True)
     check.number("maze2d: clearance", rules.clearance, at_least=0, below=0.5)

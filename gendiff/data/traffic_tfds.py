@@ -8,6 +8,7 @@ gives random access to it, also for Grain.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -191,7 +192,8 @@ def main() -> None:
     except (ValueError, OSError, sumo.SumoError) as error:
         parser.error(str(error))
     except distributed.Preempted as error:
-        parser.exit(error.status, f"{error}\n")
+        tqdm.write(str(error), file=sys.stderr)
+        raise SystemExit(error.status) from None
     finally:
         for bar in bars.values():
             bar.close()

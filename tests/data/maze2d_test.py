@@ -341,6 +341,7 @@ def test_a_stopped_data_set_goes_on_to_the_same_bytes(tmp_path, monkeypatch, cap
         ({"rules": Rules(limit=0)}, "limit must be >= 1"),
         ({"rules": Rules(clearance=np.nan)}, "clearance must be >= 0 and < 0.5, got nan"),
         ({"threads": 0}, "threads must be >= 1 and whole, got 0"),
+        ({"threads": -1}, "threads must be >= 1 and whole, got -1"),
         ({"transitions": 1.5}, "transitions must be >= 1 and whole, got 1.5"),
         ({"goal": (np.nan, 1)}, "a free cell of the maze umaze"),
     ],
