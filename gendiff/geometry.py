@@ -5,6 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gendiff import check
+from gendiff.types import wide
 
 Boxes = Float[Array, "*n 6"]
 """x, y of the centre, length along and width across the heading, cos and sin of the heading."""
@@ -13,12 +14,6 @@ Points = Float[Array, "*n p 2"]
 # NumPy's: an array of JAX would start its devices when this file is imported.
 AROUND = np.array([(1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1)], np.float32) / 2
 """Corners and, between them, the middles of the edges, in units of length and width."""
-
-
-def wide(values: Array) -> Array:
-    """Numbers in float32 or wider: in bfloat16 a place 50 m away is rounded to 0.25 m."""
-    values = jnp.asarray(values)
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 def outline(boxes: Boxes, corners_only: bool = False) -> Points:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool
 
 from gendiff import check, potential
 from gendiff.denoiser import Denoiser, Model, denoise
-from gendiff.potential import Logit, scalar, wide
+from gendiff.potential import Logit, scalar
 from gendiff.process import Process, perturb
-from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time
+from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time, wide
 
 Loss: TypeAlias = Callable[[Params, PRNGKey, Any], Scalar]
 Weight: TypeAlias = Callable[[Time], Scalar]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from gendiff import check
-from gendiff.types import Params, Sample, Scalar, Time
+from gendiff.types import Params, Sample, Scalar, Time, wide
 
 Potential: TypeAlias = Callable[[Sample, Time], Scalar]
 Logit: TypeAlias = Callable[[Params, Sample, Time], Scalar]
@@ -24,11 +24,6 @@ Interval: TypeAlias = Callable[[Time], Bool[Array, ""]]
 def scalar(caller: str, potential: Callable[..., Scalar]) -> Callable[..., Scalar]:
     """The same function, which raises ValueError where its value is no scalar, because sums would hide an array."""
     return lambda *args: check.shape(f"{caller}: the scalar value", potential(*args), ())
-
-
-def wide(x: Array) -> Array:
-    """x in float32, or in its own type if that is wider: sums and log-ratios of narrower types lose digits."""
-    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
 def log_probability(logit: Logit) -> Logit:

@@ -13,10 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from gendiff import check
 from gendiff.denoiser import Denoiser
-from gendiff.potential import Potential, scalar, wide
+from gendiff.potential import Potential, scalar
 from gendiff.process import Process, falling
 from gendiff.sampling import ancestral_moments
-from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time
+from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time, wide
 
 
 class Population(NamedTuple):

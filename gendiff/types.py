@@ -3,6 +3,7 @@
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
@@ -21,3 +22,11 @@ Valid: TypeAlias = Bool[jax.Array | np.ndarray, " n"]
 """An oracle's verdict on a batch, True is good."""
 BATCH = "batch"
 """Name of the mapped axis of a batch, over which a loss may take means (batch normalisation, contrasts)."""
+
+
+def wide(x: Any) -> jax.Array:
+    """x in float32, or in its own type if that is wider.
+
+    Sums and log-ratios of narrower types lose digits, and in bfloat16 a place 50 m away is rounded to 0.25 m.
+    """
+    return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

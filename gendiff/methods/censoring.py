@@ -25,7 +25,7 @@ from gendiff.denoiser import Model
 from gendiff.guidance import Reward
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
-from gendiff.types import BATCH, Params, PRNGKey, Sample, Samples, Scalar
+from gendiff.types import BATCH, Params, PRNGKey, Sample, Samples, Scalar, wide
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
 """Samples (n, *shape) -> 1 where benign, 0 where malign, NaN where undecided: a person's marks, or an oracle."""
@@ -124,7 +124,7 @@ def clean_log_reward(problem: Problem) -> Callable[[Params, Sample], Scalar]:
     at_first = lambda phi, x0: problem.network(phi, x0, first())
     logit = at_first if problem.clean is None else problem.clean
     logit = potential.scalar("censoring: clean reward", logit)
-    return lambda phi, x0: jax.nn.log_sigmoid(potential.wide(logit(phi, x0)))
+    return lambda phi, x0: jax.nn.log_sigmoid(wide(logit(phi, x0)))
 
 
 def total_reward(problem: Problem, rewards: Params) -> Reward:

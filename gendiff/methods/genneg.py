@@ -27,7 +27,7 @@ from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.oracles.oracle import Oracle, label
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
-from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time, Valid
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time, Valid, wide
 
 Report = Callable[[str, int, int, dict[str, float]], None]
 """(phase, done, of, metrics): called as work goes on."""
@@ -448,7 +448,7 @@ def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: 
 @cache
 def probability(problem: Problem) -> Callable[[Params, Sample, Time], Scalar]:
     """(classifier, x, t) -> C(x, t); the same function for the same problem, so that compiled programs are shared."""
-    return lambda classifier, x, t: jax.nn.sigmoid(potential.wide(logit(problem)(classifier, x, t)))
+    return lambda classifier, x, t: jax.nn.sigmoid(wide(logit(problem)(classifier, x, t)))
 
 
 def distill(

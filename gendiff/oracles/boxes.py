@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gendiff import check
-from gendiff.geometry import Boxes, wide
+from gendiff.geometry import Boxes
+from gendiff.types import wide
 
 LEAST = 0.1
 """Metres: what a sampled length or width below it counts as."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gendiff import check
-from gendiff.geometry import wide
 from gendiff.oracles.oracle import Oracle
+from gendiff.types import wide
 
 
 def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Array, "*n 2"]:

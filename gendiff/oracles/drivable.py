@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 from scipy import ndimage
 
 from gendiff import check
-from gendiff.geometry import outline, wide
+from gendiff.geometry import outline
+from gendiff.types import wide
 
 TOLERANCE = 0.3
 """Metres that a box may reach beyond the drivable area."""

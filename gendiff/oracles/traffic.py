@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gendiff import check
-from gendiff.geometry import wide
 from gendiff.oracles import boxes, drivable
+from gendiff.types import wide
 
 
 class Infractions(NamedTuple):
