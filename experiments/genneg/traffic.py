@@ -65,7 +65,7 @@ class TrafficConfig(Config):
     """Folder of simulated scenes, made if it is not there (`python -m gendiff.data.traffic`); default: one for each
     data seed in $XDG_CACHE_HOME/gendiff. With --source tfds TFDS's folder; default: ~/tensorflow_datasets."""
     stream: bool = False
-    """Feed the baseline's training from the host, batch by batch, through Grain (`pip install 'gendiff[data]'`), in
+    """Feed the baseline's training from the host, batch by batch, through Grain, in
     place of scenes that lie on every device."""
     scenes: Annotated[int, Between(1000, 10_000_000)] = 8000
     """Scenes in all; of ten maps eight are for training, one for validation and one for tests."""

@@ -18,9 +18,10 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorflow_datasets as tfds
 
 from experiments.censoring import mnist
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Progress, Results, Row, main
+from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from experiments.speed import table
 from gendiff import losses, process, training
 from gendiff.data import mnist as digits
@@ -104,15 +105,7 @@ def _png(image: np.ndarray) -> io.BytesIO:
 
 
 def stored(folder: str, name: str, count: int) -> Any:
-    """A data set of TFDS, `digits` or `motions`, as a random-access source.
-
-    Raises:
-      ConfigError: TFDS is not installed.
-    """
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ConfigError(f"speed.input: expected TFDS, given none ({error}): pip install 'gendiff[data]'") from None
+    """A data set of TFDS, `digits` or `motions`, as a random-access source."""
     rng = np.random.default_rng(0)
     image = lambda: _png(rng.integers(0, 256, (28, 28), np.uint8))
     motion = lambda: rng.normal(size=(256, 263)).astype(np.float32)

@@ -15,15 +15,11 @@ from typing import Any, ClassVar, TypeAlias, get_args
 
 import jax
 import numpy as np
+import tensorflow_datasets as tfds
 
 from gendiff import check
 from gendiff.data import checkerboard, commonroad, drawn_sevens, episodes, maze2d, mnist, traffic
 from gendiff.data.traffic import Cut, Scenes
-
-try:
-    import tensorflow_datasets as tfds
-except ImportError as error:
-    raise ImportError(f"data: TFDS must be installed, got none ({error}): pip install tensorflow-datasets") from None
 
 Row: TypeAlias = Mapping[str, Any]
 Examples: TypeAlias = Callable[[], Iterator[tuple[Any, Row]]]

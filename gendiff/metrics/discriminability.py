@@ -2,10 +2,14 @@
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.linear_model import LogisticRegression
 
 from gendiff import check
 from gendiff.metrics.rates import Estimate, rate
+
+try:
+    from sklearn.linear_model import LogisticRegression
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("discriminability needs scikit-learn: pip install 'gendiff[maze]'") from None
 
 
 def accuracy(
