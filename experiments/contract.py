@@ -59,7 +59,7 @@ class Between(NamedTuple):
 
 
 class Distinct(NamedTuple):
-    """Marks an option that is a list in which a value may stand once: `Annotated[tuple[int, ...], Distinct()]`."""
+    """Marks an option that is a list of one value or more, none twice: `Annotated[tuple[int, ...], Distinct()]`."""
 
 
 class ConfigError(Exception):
@@ -106,11 +106,13 @@ def check_local(option: str, path: Path) -> None:
 
 
 def check_distinct(option: str, values: Sequence[Any]) -> None:
-    """Refuse a list with a value twice, because its results would count twice.
+    """Refuse an empty list, and one with a value twice, because its results would count twice.
 
     Raises:
-      ConfigError: it has one.
+      ConfigError: it is one of them.
     """
+    if not values:
+        raise ConfigError(f"{option} must have 1 or more values, got none")
     for i, value in enumerate(values):
         if value in values[:i]:
             raise ConfigError(f"{option} must name every value once, got {value} twice: leave one out")

@@ -122,11 +122,6 @@ class MazeConfig(Config):
     radius: Annotated[float, Between(0.05, 2.0)] = 0.5
     """Distance to the goal, in cells, that counts as having reached it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.mazes:
-            raise ConfigError("--mazes must have 1 or more names, got none")
-
 
 PRESETS = {
     "smoke": MazeConfig(

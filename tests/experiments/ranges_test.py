@@ -12,7 +12,10 @@ from experiments import contract, sweep
 from experiments.contract import Between, Config, ConfigError
 
 PAPERS = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
-OTHERS = ("censoring.oracle", *(f"speed.{name}" for name in ("genneg", "censoring", "traffic", "relative_reward")))
+OTHERS = (
+    "censoring.oracle",
+    *(f"speed.{name}" for name in ("genneg", "censoring", "traffic", "relative_reward", "mesh", "input")),
+)
 
 
 def presets(name: str) -> dict[str, Config]:
@@ -68,7 +71,7 @@ def test_every_number_out_of_range_is_one_error(name: str) -> None:
         ("censoring.mnist", ["--resnet-widths"], "--resnet-widths must have 1 or more numbers, got 0"),
         ("relative_reward.maze2d", ["--decay", "2"], "--decay must be 0.0 to 0.99999, got 2.0"),
         ("relative_reward.maze2d", ["--multipliers", "1", "0"], "--multipliers must be 1 to 64, got 0"),
-        ("relative_reward.maze2d", ["--mazes"], "--mazes must have 1 or more names, got none"),
+        ("relative_reward.maze2d", ["--mazes"], "--mazes must have 1 or more values, got none"),
     ],
 )
 def test_a_command_says_it_in_one_line_with_status_2(

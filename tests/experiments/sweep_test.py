@@ -163,7 +163,7 @@ def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
         (lambda: sweep.seeds(",".join(map(str, range(1001)))), "which names 1,001"),
         (lambda: sweep.seeds("1,1"), "--seeds must name every value once, got 1 twice"),
         (lambda: sweep.seeds("1,01"), "--seeds must name every value once, got 1 twice"),
-        (lambda: planned(Path("x"), seeds="-1:1"), "--seed: expected 0 to 2147483647, given -1"),
+        (lambda: planned(Path("x"), seeds="-1:1"), "--seed must be 0 to 2147483647, got -1"),
         (lambda: planned(Path("x"), "rate=1,1"), "--grid rate must name every value once, got 1 twice"),
         (lambda: planned(Path("x"), "rate=1,1.0"), "different runs, got rate-1_seed-0 and rate-1.0_seed-0"),
         (lambda: planned(Path("x"), "rate=1e3,2,1000"), "different runs, got rate-1e3_seed-0 and rate-1000_seed-0"),
