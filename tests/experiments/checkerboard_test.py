@@ -153,8 +153,8 @@ def test_two_seeds_side_by_side_are_two_runs(whole: Path, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["--preset", "huge"], "--preset: expected one of smoke, default, paper, given huge"),
-        (["--preset", "smoke", "--rounds", "0"], "--rounds: expected 1 to 20, given 0"),
-        (["--preset", "smoke", "--cells", "1"], "--cells: expected 2 to 32, given 1"),
+        (["--preset", "smoke", "--rounds", "0"], "--rounds must be 1 to 20, got 0"),
+        (["--preset", "smoke", "--cells", "1"], "--cells must be 2 to 32, got 1"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -162,9 +162,9 @@ def test_labels_and_members_are_drawn_with_different_keys(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "smoke", "--recurrence", "0"], "--recurrence: expected 1 to 100, given 0"),
-        (["--preset", "smoke", "--backward", "-1"], "--backward: expected 0 to 1000, given -1"),
-        (["--preset", "smoke", "--labels", "0"], "--labels: expected 1 to 10000, given 0"),
+        (["--preset", "smoke", "--recurrence", "0"], "--recurrence must be 1 to 100, got 0"),
+        (["--preset", "smoke", "--backward", "-1"], "--backward must be 0 to 1000, got -1"),
+        (["--preset", "smoke", "--labels", "0"], "--labels must be 1 to 10000, got 0"),
     ],
 )
 def test_options_out_of_range(arguments, message):

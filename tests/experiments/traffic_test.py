@@ -203,7 +203,7 @@ def test_sizes_of_the_presets():
 def test_bad_options_are_one_error(tmp_path):
     with pytest.raises(ConfigError, match="--heads: expected a divisor of the width 128, given 7"):
         parse(traffic.TrafficConfig, traffic.PRESETS, ["--heads", "7"])
-    with pytest.raises(ConfigError, match="--samples: expected 16 to 1000000000, given 3"):
+    with pytest.raises(ConfigError, match="--samples must be 16 to 1000000000, got 3"):
         parse(traffic.TrafficConfig, traffic.PRESETS, ["--samples", "3"])
     for options, message in (
         (["--classifier-heads", "7"], "--classifier-heads: expected a divisor of the width 128, given 7"),
