@@ -255,7 +255,7 @@ def main() -> None:
         print(f"{distributed.name()}error: {name}: {error}", file=sys.stderr)
     if failed:
         mendable = all(isinstance(error, contract.MENDABLE) for error in failed.values())
-        raise SystemExit(contract.BAD_INPUT if mendable else 1)
+        raise SystemExit(command.BAD_INPUT if mendable else 1)
 
 
 def asked() -> tuple[Options, Experiment, list[Planned], Path]:

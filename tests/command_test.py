@@ -157,7 +157,7 @@ def test_ctrl_c_stops_a_run_which_then_goes_on(place):
     resumed = command(place, "toys.toy", "--output", str(folder), "--pause", "0.3", PYTHONIOENCODING="ascii")
     status, _, out = ended(resumed)
     assert status == 0
-    assert "| warme - \\U0001f600 |" in out
+    assert "| w\\xe4rme - \\U0001f600 |" in out
     (row,) = json.loads((folder / "results.json").read_text())["rows"]
     assert (row["name"], row["metrics"]["value"]["value"]) == ("w\u00e4rme \u2500 \U0001f600", 9.0)
 

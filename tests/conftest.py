@@ -21,7 +21,7 @@ from gendiff.process import Process
 
 # Nearly all the time of the tests goes into machine code that runs once, so most of LLVM's passes are left out.
 # XLA's own passes, hence the program, stay.  `XLA_FLAGS=` (nothing, or other flags) turns this off.
-QUICK = ("--xla_backend_optimization_level=1", "--xla_llvm_disable_expensive_passes=true")
+QUICK = ("--xla_backend_optimization_level=2", "--xla_llvm_disable_expensive_passes=true")
 # Halves the compilation of JAX 0.10; XLA of JAX 0.12 ends every process that sets it.
 QUICK_BEFORE = "--xla_cpu_use_fusion_emitters=false"
 

@@ -798,8 +798,6 @@ def measured(parts: list[dict[str, list[Any]]], seeds: int) -> dict[str, Estimat
 
 def run(config: MazeConfig) -> Results:
     """Runs what the folder does not hold yet, and writes the table and the figures."""
-    if not config.mazes or not config.grid or min(config.grid) < 1:
-        raise ConfigError(f"--mazes, --grid: expected one or more, of 1 or more, given {config.mazes}, {config.grid}")
     if wrong := [window for window in (config.window, *config.grid) if config.horizon % window]:
         raise ConfigError(f"--window, --grid: expected divisors of the horizon {config.horizon}, given {wrong[0]}")
     folder = Folder("relative_reward.maze2d", config)

@@ -42,7 +42,7 @@ def fake(recipe, number):
 
 def without_sumo(patch):
     patch.setattr(traffic, "of_map", fake)
-    patch.setattr(traffic, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
+    patch.setattr(traffic, "ProcessPoolExecutor", lambda workers, context, **worker: ThreadPoolExecutor(workers))
     patch.setattr(traffic_tfds, "MAPS", 5)
 
 

@@ -640,8 +640,8 @@ def test_the_manifest():
 
 
 def test_the_manifest_knows_the_exit_statuses():
-    contract = pytest.importorskip("experiments.contract")
-    assert (contract.BAD_INPUT, contract.LOST, contract.STOPPED) == (2, 70, 75)
+    command = pytest.importorskip("gendiff.command")
+    assert (command.BAD_INPUT, command.LOST, command.STOPPED) == (2, 70, 75)
 
 
 # The README.
