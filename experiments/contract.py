@@ -33,6 +33,7 @@ from gendiff import command, distributed, together, training
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.command import BAD_INPUT, INTERRUPTED, LOST, UNREAD
 from gendiff.data import files
+from gendiff.feedback import regular
 from gendiff.metrics.rates import Estimate
 
 C = TypeVar("C", bound="Config")
@@ -336,7 +337,7 @@ class Folder:
         text = json.dumps({"experiment": self.experiment} | _fields(self.config), indent=2) + "\n"
         (self.path / "checkpoints").mkdir(exist_ok=True)
         for name in CONFIGS:
-            if _stored(self.path / name) is None:
+            if _stored(self.path / name) != json.loads(text):
                 write(self.path / name, text)
 
     def _is_ours(self) -> None:
@@ -353,12 +354,13 @@ class Folder:
     def check(path: Path, experiment: str, config: Config) -> bool:
         """Whether the folder holds a run of this experiment with this configuration; False where it holds none.
 
-        The configuration stands in config.json, a copy of it beside the checkpoints, and results.json.
+        The configuration stands beside the checkpoints, in config.json, and in results.json.  The first of them that
+        can be read counts, so that a damaged config.json does not part a run from its checkpoints.
 
         Raises:
           ConfigError: it holds another one.
         """
-        held = [found for name in CONFIGS if (found := _stored(path / name)) is not None]
+        held = [found for name in CONFIGS if (found := _stored(path / name)) is not None][:1]
         if not held and (results := _stored(path / "results.json")) and isinstance(results.get("config"), dict):
             held = [results["config"] | {"experiment": results.get("experiment"), "output": None}]
         fields = {"experiment": experiment} | _fields(config)
@@ -371,10 +373,10 @@ class Folder:
 
     def _check_there(self) -> None:
         """Raise OSError if the folder is no longer the one that the run began in."""
-        if not (self.path / "config.json").exists():
+        if lock.lost(self.path) or not (self.path / "config.json").exists():
             raise OSError(
-                f"{self.path} must stay as it is during the run, but its config.json is gone: empty the folder and run "
-                "the same command again"
+                f"{self.path} must stay as it is during the run, but it was removed or replaced: empty the folder and "
+                "run the same command again"
             )
 
     def write(self, name: str, text: str) -> None:
@@ -395,7 +397,8 @@ class Folder:
         self._check_there()
         lock.touch(self.path)
         path = self.path / "metrics.jsonl"
-        with writing(path), path.open("ab+") as file:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+        with writing(path), os.fdopen(regular.descriptor(path, flags), "ab+") as file:
             # A line that a full disk cut off must not swallow this one.
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
@@ -427,8 +430,8 @@ class Folder:
         return Results(rows, self.path, table)
 
 
-CONFIGS = ("config.json", "checkpoints/config.json")
-"""A configuration and its copy, from which it is written again if it is lost."""
+CONFIGS = ("checkpoints/config.json", "config.json")
+"""The configuration beside its checkpoints, from which the one of the folder is written again if it is lost."""
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
@@ -452,7 +455,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror}); checkpoints are kept") from None
+        kept = "; checkpoints are kept" if path.parent.exists() else ""
+        raise OSError(f"{path}: could not be written ({error.strerror}){kept}") from None
 
 
 class Progress:

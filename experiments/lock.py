@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from gendiff.feedback import regular
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -37,7 +39,10 @@ def take(folder: Path) -> None:
     if fcntl is None or _has(path):
         return
     release(folder)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = regular.descriptor(path, os.O_RDWR | os.O_CREAT)
+    except OSError as error:  # a link would lead to a file of somebody else
+        raise OSError(f"{path} must be a regular file of the run ({error.strerror}): remove it") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -61,6 +66,12 @@ def _has(path: Path) -> bool:
         return path in _descriptors and os.path.samestat(os.fstat(_descriptors[path]), path.stat())
     except OSError:
         return False
+
+
+def lost(folder: Path) -> bool:
+    """Whether this process took the lock, and the folder has been removed or replaced since."""
+    path = folder.resolve() / NAME
+    return path in _descriptors and not _has(path)
 
 
 def _holder() -> str:

@@ -37,8 +37,9 @@ def start() -> None:
     distributed.start()
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason, asked = str(error).strip().splitlines()[0], os.environ.get("JAX_PLATFORMS", "")
+    except (RuntimeError, AssertionError) as error:  # the second where a platform is known and its plugin is missing
+        reason, asked = str(error).strip().partition("\n")[0], os.environ.get("JAX_PLATFORMS", "")
+        reason = reason or "the platform is not installed"
         raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={asked!r}: {reason}") from None
     distributed.heed_notices()
 
@@ -82,10 +83,9 @@ def private(folder: Path) -> Path:
         if held.st_uid not in ({os.getuid()} if place == whole else {0, os.getuid()}):
             raise OSError(f"{place} belongs to user {held.st_uid}, who can change what is in it: {HOME}")
         if open_to_others and (place == whole or not held.st_mode & stat.S_ISVTX):
-            raise OSError(
-                f"{place} has mode {stat.S_IMODE(held.st_mode):o}, so others can change what is in it: delete {folder} "
-                f"and `chmod go-w {place}`, or {HOME}"
-            )
+            remedy = "delete it" if place == whole else f"delete {folder} and `chmod go-w {place}`"
+            mode = f"{stat.S_IMODE(held.st_mode):o}"
+            raise OSError(f"{place} has mode {mode}, so others can change what is in it: {remedy}, or {HOME}")
     return folder
 
 

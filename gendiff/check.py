@@ -101,6 +101,19 @@ def shape(name: str, value: T, wanted: Sequence[int | None]) -> T:
     return value
 
 
+def broadcasts(name: str, value: T, wanted: Sequence[int]) -> T:
+    """Return `value`, an array that broadcasts to a shape without widening it, such as a mask (n, 1) for (n, d).
+
+    Raises:
+      ValueError: it does not; both shapes are named.
+    """
+    plain: Any = value
+    got = np.shape(plain)
+    if len(got) > len(wanted) or any(g not in (1, w) for g, w in zip(got[::-1], tuple(wanted)[::-1], strict=False)):
+        raise ValueError(f"{name} must broadcast to shape {tuple(wanted)}, got {got}")
+    return value
+
+
 def rows(name: str, tree: Any) -> int:
     """Return the number of rows of a pytree: the length of axis 0, which all its arrays share.
 

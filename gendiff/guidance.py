@@ -167,7 +167,13 @@ def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: f
 def clip(low: float | Array, high: float | Array) -> Guidance:
     """Clips x_0 to [low, high], in data units (static thresholding); raises ValueError where low > high."""
     _range("clip", low, high)
-    return lambda denoiser: lambda x, t: jnp.clip(denoise("clip", denoiser, x, t), low, high)
+
+    def clipped(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
+        for name, bound in (("low", low), ("high", high)):
+            check.broadcasts(f"clip: {name}", bound, jnp.shape(x))
+        return jnp.clip(denoise("clip", denoiser, x, t), low, high)
+
+    return lambda denoiser: lambda x, t: clipped(denoiser, x, t)
 
 
 def _range(caller: str, low: float | Array, high: float | Array) -> None:
@@ -177,11 +183,11 @@ def _range(caller: str, low: float | Array, high: float | Array) -> None:
 
 
 def inpaint(known: Sample, mask: Bool[Array, "*shape"]) -> Guidance:
-    """Replaces x_0 by `known` where `mask` is true; both have the shape of x, or there is a ValueError."""
+    """Replaces x_0 by `known` where `mask` is true; both broadcast to the shape of x, or there is a ValueError."""
 
     def guided(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
         for name, value in (("mask", mask), ("known", known)):
-            check.shape(f"inpaint: {name}", value, jnp.shape(x))
+            check.broadcasts(f"inpaint: {name}", value, jnp.shape(x))
         return jnp.where(mask, known, denoise("inpaint", denoiser, x, t))
 
     return lambda denoiser: lambda x, t: guided(denoiser, x, t)

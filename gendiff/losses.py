@@ -48,7 +48,7 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
         first and last state).
 
     Raises (the loss):
-      ValueError: the model's x_0, or `known`, does not have the shape of x_0.
+      ValueError: the model's x_0 does not have the shape of x_0, or `known` does not broadcast to it.
     """
 
     def loss(params: Params, key: PRNGKey, x0: Sample) -> Scalar:
@@ -56,7 +56,7 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
         of_params = partial(model, params)
         if known is None:
             return weight(t) * jnp.sum((denoise("denoising", of_params, x, t) - x0) ** 2)
-        check.shape("denoising: known", known, jnp.shape(x0))
+        check.broadcasts("denoising: known", known, jnp.shape(x0))
         error = denoise("denoising", of_params, jnp.where(known, x0, x), t) - x0
         return weight(t) * jnp.sum(jnp.where(known, 0.0, error) ** 2)
 

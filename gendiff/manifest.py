@@ -41,7 +41,7 @@ def check_containers(tree: Any, where: str = "") -> None:
     """
     if isinstance(tree, dict):
         for key, value in tree.items():
-            if not isinstance(key, str):
+            if not isinstance(key, str) or not _encodes(key):
                 raise ValueError(f"checkpoint: keys of {where or 'the tree'} must be text, got {key!r}: use str(key)")
             check_containers(value, f"{where}.{key}" if where else key)
     elif type(tree) is list:
@@ -95,11 +95,24 @@ def write(tree: Any, notes: dict[str, Any], keys: Mapping[str, str] | None = Non
     if not arrays:
         raise ValueError("checkpoint: the tree must have at least one array, got none")
     try:
+        same = json.loads(json.dumps(notes, allow_nan=True))
         text = json.dumps({"arrays": arrays, "keys": dict(keys or {}), "notes": notes})
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: notes must be values that JSON can hold, got others ({error})") from None
+    if repr(same) != repr(notes):  # keys that are no text, tuples; not by ==, for which NaN differs from itself
+        raise ValueError(
+            f"checkpoint: notes must come back from JSON as they are, got {notes!r}, which becomes {same!r}"
+        )
     # A text, because its checksum must not depend on how Orbax writes a dict.
     return {"format": FORMAT, "manifest": text, "crc32": zlib.crc32(text.encode())}
+
+
+def _encodes(key: str) -> bool:
+    """Whether a text is Unicode: half an emoji is not, and no file system stores it."""
+    try:
+        return bool(key.encode()) or not key
+    except UnicodeEncodeError:
+        return False
 
 
 def _storable(dtype: np.dtype) -> bool:

@@ -144,7 +144,7 @@ def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel
 
     def hold(x: Sample) -> Sample:
         for name, value in (("mask", mask), ("known", known)):
-            check.shape(f"pinned: {name}", value, jnp.shape(x))
+            check.broadcasts(f"pinned: {name}", value, jnp.shape(x))
         return jnp.where(mask, known, x)
 
     return lambda key, x, t, s: hold(kernel(key, hold(x), t, s))

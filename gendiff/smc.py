@@ -99,6 +99,8 @@ def effective_size(log_weights: Float[Array, " n"]) -> Scalar:
     A log-weight that is NaN or infinite is the weight 0.
     """
     log_weights = finite(log_weights)
+    # Relative to the largest, because differences of large log-weights lose digits.
+    log_weights = log_weights - jnp.maximum(jnp.max(log_weights), jnp.finfo(log_weights.dtype).min)
     size = jnp.exp(2 * jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(2 * log_weights))
     return jnp.where(jnp.any(log_weights > -jnp.inf), size, 0.0)
 

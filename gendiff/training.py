@@ -77,11 +77,11 @@ def check_settings(settings: "Settings") -> None:
     check.number("training: rate", settings.rate, at_least=0)
     check.number("training: decay", settings.decay, at_least=0, at_most=1)
     check.number("training: every", settings.every, at_least=1, whole=True)
-    check.number("training: warmup", settings.warmup, at_least=0, at_most=settings.steps, whole=True)
+    check.number("training: warmup", settings.warmup, at_least=0, whole=True)
     check.choice("training: schedule", settings.schedule, ("cosine", "linear", "constant"))
     check.number("training: weight_decay", settings.weight_decay, at_least=0)
     if settings.clip is not None:
-        check.number("training: clip", settings.clip, above=0)
+        check.number("training: clip", settings.clip, above=0, infinite=True)
     if settings.patience is not None:
         check.number("training: patience", settings.patience, at_least=0, whole=True)
 
@@ -245,7 +245,7 @@ class Settings(NamedTuple):
     every: int = 500
     """Steps between validations, checkpoints and reports, >= 1."""
     warmup: int = 0
-    """Steps in which the rate rises from 0, at most `steps`."""
+    """Steps in which the rate rises from 0; where they are more than `steps`, the rate never gets to its height."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the rate falls to 0 by the last step, after the warm-up; or that it stays."""
     clip: float | None = 1.0

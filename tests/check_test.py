@@ -71,3 +71,11 @@ def test_rows_are_those_of_all_arrays(tree):
     with pytest.raises(ValueError, match=r"^f: batch must "):
         check.rows("f: batch", tree)
     assert check.rows("f: batch", {"a": np.zeros(4), "b": jnp.zeros((4, 2))}) == 4
+
+
+def test_what_broadcasts_without_widening_passes():
+    for shape in ((), (1,), (2,), (3, 1), (1, 2), (3, 2)):
+        check.broadcasts("f: mask", np.zeros(shape), (3, 2))
+    for shape in ((3,), (2, 2), (1, 3, 2), (3, 2, 1)):
+        with pytest.raises(ValueError, match=r"^f: mask must broadcast to shape \(3, 2\), got \("):
+            check.broadcasts("f: mask", np.zeros(shape), (3, 2))

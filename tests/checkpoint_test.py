@@ -220,6 +220,11 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, tree, message: st
 def test_notes_that_json_cannot_hold_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="notes must be values that JSON can hold"):
         save(tmp_path / "one", {"a": A}, at=b"bytes")
+    for note in ({1: 2}, (1, 2), [{"a": (1,)}]):
+        with pytest.raises(ValueError, match="notes must come back from JSON as they are"):
+            save(tmp_path / "one", {"a": A}, at=note)
+    with pytest.raises(ValueError, match=r"keys of the tree must be text, got '\\ud83d'"):
+        save(tmp_path / "one", {"\ud83d": A})
     with pytest.raises(ValueError, match="a must be numbers"):
         Checkpoints(tmp_path / "steps").save(1, {"a": A.astype(">f4")})
     assert list(tmp_path.iterdir()) == []

@@ -94,6 +94,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
         ("JAX_NUM_CPU_DEVICES", "-1", "JAX_NUM_CPU_DEVICES must be a whole number >= 1, got '-1'"),
         ("JAX_ENABLE_X64", "maybe", "JAX refuses a variable of the environment: "),
         ("JAX_PLATFORMS", "nonsense", "JAX finds no device with JAX_PLATFORMS='nonsense': "),
+        ("JAX_PLATFORMS", "cuda", "JAX finds no device with JAX_PLATFORMS='cuda': "),
     ],
 )
 def test_a_bad_variable_is_one_line_and_status_2(variable, value, said, place):

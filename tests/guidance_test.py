@@ -245,11 +245,25 @@ def test_x0_and_log_r_of_other_shapes_are_errors():
         guidance.backward(first, 2, 0.1)(plain),
         guidance.clip(-1.0, 1.0)(column),
         guidance.inpaint(jnp.zeros(2), jnp.ones(2, bool))(narrow),
-        guidance.inpaint(jnp.zeros(1), jnp.ones(2, bool))(plain),
-        guidance.inpaint(jnp.zeros(2), jnp.ones((2, 1), bool))(plain),
     ):
         with pytest.raises(ValueError, match=r": .* must have shape \(.*\), got \("):
             guided(x, 1.0)
+    for guided in (
+        guidance.inpaint(jnp.zeros(3), jnp.ones(2, bool))(plain),
+        guidance.inpaint(jnp.zeros(2), jnp.ones((2, 1), bool))(plain),
+        guidance.clip(jnp.zeros((2, 1)), 1.0)(plain),
+        guidance.clip(-1.0, jnp.ones(3))(plain),
+    ):
+        with pytest.raises(ValueError, match=r": .* must broadcast to shape \(2,\), got \("):
+            guided(x, 1.0)
+
+
+def test_masks_and_bounds_of_a_column_serve_all_columns():
+    x, mask = jnp.full((3, 2), 4.0), jnp.array([[True], [False], [False]])
+    held = guidance.chain(guidance.clip(-1.0, jnp.ones((1, 2))), guidance.inpaint(jnp.zeros((1, 1)), mask))(
+        lambda x, t: x
+    )(x, 1.0)
+    np.testing.assert_array_equal(held, [[0, 0], [1, 1], [1, 1]])
 
 
 @pytest.mark.parametrize(

@@ -304,8 +304,8 @@ def test_a_kernel_of_another_shape_is_an_error(wrong):
     draw = lambda: sampling.sample(EDM, lambda key, x, t, s: jnp.ones(wrong), EDM.grid(4), jax.random.key(0), (2,))
     with pytest.raises(ValueError, match=r"sample: x_s of the kernel must have shape \(2,\), got \("):
         draw()
-    kernel = sampling.pinned(sampling.ddim(EDM, plain), jnp.zeros(wrong), jnp.ones(2, bool))
-    with pytest.raises(ValueError, match=r"pinned: known must have shape \(2,\), got \("):
+    kernel = sampling.pinned(sampling.ddim(EDM, plain), jnp.zeros((*wrong, 3)), jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"pinned: known must broadcast to shape \(2,\), got \("):
         kernel(jax.random.key(0), jnp.zeros(2), 2.0, 1.0)
 
 

@@ -327,3 +327,9 @@ def test_twists_of_other_types(gaussian):
 def test_what_cannot_be_run_is_named(model, twist, changes, message, gaussian):
     with pytest.raises(ValueError, match=message):
         steps_of(model or gaussian.denoiser(EDM), twist or (lambda x, t: jnp.sum(x)), guide=False, **changes)
+
+
+@pytest.mark.parametrize("level", [0.0, 60000.0, -4e5, -3e38])
+def test_the_effective_size_does_not_depend_on_the_level(level):
+    weights = np.zeros(256, np.float32) + np.float32(level)
+    np.testing.assert_allclose(smc.effective_size(weights), 256, rtol=1e-5)

@@ -200,6 +200,11 @@ def _joined(where: str, attempts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Ep
         observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*attempts, strict=True))
     except (TypeError, ValueError) as error:  # not numbers, or of other widths
         raise DataError(f"{where}: episodes must have numbers of one width, got others ({error})") from None
+    for number, (seen, taken) in enumerate(attempts):
+        if len(seen) != len(taken):
+            raise DataError(
+                f"{where}: episode {number} must have as many observations as actions, got {len(seen)} and {len(taken)}"
+            )
     return _checked(where, Episodes(observations, actions, np.array([len(seen) for seen, _ in attempts])))
 
 

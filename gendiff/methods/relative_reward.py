@@ -243,7 +243,9 @@ def collect(
     every = lambda x, t: jnp.stack([expert.denoiser(x, t) for expert in experts])
     example = examples(base.process, base.denoiser, every, switches, known)
     run = jax.jit(lambda keys, x0: distributed.chunked(lambda pair: example(*pair), (keys, x0), 64))
-    return run(jax.random.split(key, len(x0)), jnp.asarray(x0))
+    found = run(jax.random.split(key, len(x0)), jnp.asarray(x0))
+    arguments.number("relative reward: targets, differences of the models' x_0,", np.asarray(found.target))
+    return found
 
 
 def _data(x0: Samples, shape: Sequence[int | None]) -> None:

@@ -27,6 +27,7 @@ def rate(events: int, n: int) -> Estimate:
     Raises:
       ValueError: `n` is below 1, or `events` is outside of 0..n.
     """
+    events, n = (int(count) if float(count).is_integer() else count for count in (events, n))  # sums of float masks
     check.number("rate: n", n, at_least=1, whole=True)
     check.number("rate: events", events, at_least=0, at_most=n, whole=True)
     interval = stats.binomtest(int(events), int(n)).proportion_ci(CONFIDENCE, method="wilson")
@@ -69,8 +70,9 @@ def change(after: ArrayLike, before: ArrayLike) -> Estimate:
 def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed: int = 0) -> Estimate:
     """Mean of values that come in groups (samples of one scene), with the percentile bootstrap over the groups.
 
-    Where all values are the same the bootstrap knows nothing: then it is Wilson's interval of one value a group, which
-    needs values in [0, 1].  One group says nothing of the spread between groups: its interval has no bounds.
+    Where all groups have the same mean the bootstrap knows nothing.  Then it is Wilson's interval: of one value a group
+    where all values are the same, of all values where they are 0 and 1.  One group says nothing of the spread between
+    groups: its interval has no bounds.
 
     Args:
       values: finite numbers (n,), n >= 1.
@@ -92,8 +94,9 @@ def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed:
     value = float(values.mean())
     if len(counts) == 1:
         return _unbounded(value, len(values))
-    if np.all(values == values[0]) and value in (0.0, 1.0):
-        return rate(round(value * len(counts)), len(counts))._replace(n=len(values))
+    if np.isin(values, (0, 1)).all() and np.ptp(sums / counts) == 0:
+        trials = len(counts) if value in (0.0, 1.0) else len(values)
+        return rate(round(value * trials), trials)._replace(n=len(values))
     rows = np.random.default_rng(seed).integers(0, len(counts), (resamples, len(counts)))
     means = sums[rows].sum(1) / counts[rows].sum(1)
     low, high = np.quantile(means, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])

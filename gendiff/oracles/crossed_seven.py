@@ -163,7 +163,7 @@ def _bytes(samples: np.ndarray) -> bool:
     """Whether images seem to be 0..255: samples that left [-1, 1] go below 0, or are no whole numbers."""
     if not samples.size or samples.min() < 0 or not 2 < samples.max() <= 255:
         return False
-    return bool(np.mean(samples == np.round(samples)) > 0.25)
+    return bool(samples.max() > 100 or np.mean(samples == np.round(samples)) > 0.25)
 
 
 @jax.jit

@@ -62,7 +62,8 @@ ATTEMPT = np.ones((3, 4)), np.ones((3, 2))
         ([ATTEMPT, None], "attempts must go on to 9 rows, got 3 of 2"),
         ([ATTEMPT, (np.ones((0, 4)), np.ones((0, 2)))], "attempt 2 must have a row or more, got none"),
         ([ATTEMPT] * 2 + [(np.full((3, 4), np.nan), np.ones((3, 2)))], "observations must be .* got nan"),
-        ([ATTEMPT] * 2 + [(np.ones((3, 4)), np.ones((2, 2)))], r"must have one n, got \(9, 4\), \(8, 2\)"),
+        ([ATTEMPT] * 2 + [(np.ones((3, 4)), np.ones((2, 2)))], "episode 2 must have as many .* got 3 and 2"),
+        ([(np.ones((5, 4)), np.ones((4, 2))), (np.ones((4, 4)), np.ones((5, 2)))], "episode 0 must have .* 5 and 4"),
         ([ATTEMPT] * 2 + [(np.ones((3, 5)), np.ones((3, 2)))], "episodes must have numbers of one width"),
     ],
 )

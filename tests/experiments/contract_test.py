@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import contract
+from experiments import contract, lock
 from experiments.contract import Between, Column, Config, ConfigError, Folder, Row
 from gendiff.metrics import rates
 
@@ -197,6 +197,47 @@ def test_what_a_killed_run_left_of_its_beginning_is_no_obstacle(tmp_path):
     Folder("tiny", TinyConfig(output=tmp_path / "run")).log(a=1)
 
 
+def test_the_configuration_beside_the_checkpoints_counts(tmp_path):
+    """A flipped digit in config.json parts no run from its checkpoints."""
+    config = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", config)
+    folder.archive.once("phase", lambda: {"a": np.ones(2)})
+    before = (folder.path / "config.json").read_text()
+    (folder.path / "config.json").write_text(before.replace('"seed": 0', '"seed": 1'))
+    assert Folder("tiny", config).archive.once("phase", lambda: {"a": np.zeros(2)})["a"].tolist() == [1, 1]
+    assert (folder.path / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl"])
+def test_links_in_a_folder_are_not_followed(tmp_path, name):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    folder = Folder("tiny", TinyConfig(output=tmp_path / "run"))
+    folder.log(a=1)
+    lock.release(folder.path)
+    (folder.path / name).unlink()
+    for target in (thesis, tmp_path / "missing"):
+        (folder.path / name).symlink_to(target)
+        with pytest.raises(OSError, match=f"{name}.*(link|written)"):
+            Folder("tiny", TinyConfig(output=tmp_path / "run")).log(a=1)
+        lock.release(folder.path)
+        (folder.path / name).unlink()
+    assert thesis.read_text() == "years of work"
+    assert not (tmp_path / "missing").exists()
+
+
+def test_a_folder_that_another_run_made_again_is_not_written_to(tmp_path):
+    config = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", config)
+    (tmp_path / "run").rename(tmp_path / "old")
+    (tmp_path / "run").mkdir()
+    for file in ("config.json", ".lock"):
+        (tmp_path / "run" / file).write_bytes((tmp_path / "old" / file).read_bytes())
+    with pytest.raises(OSError, match="was removed or replaced"):
+        folder.log(a=1)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("way", ["log", "write", "finish"])
 def test_a_folder_that_is_removed_during_the_run_ends_it(tmp_path, way):
     config = TinyConfig(output=tmp_path / "run")
@@ -209,7 +250,7 @@ def test_a_folder_that_is_removed_during_the_run_ends_it(tmp_path, way):
         "write": lambda: folder.write("table.md", ""),
         "finish": lambda: folder.finish([], []),
     }
-    with pytest.raises(OSError, match=r"run must stay as it is .* its config\.json is gone: empty the folder"):
+    with pytest.raises(OSError, match=r"run must stay as it is .* it was removed or replaced: empty the folder"):
         ways[way]()
     shutil.rmtree(folder.path)
     folder.path.mkdir()

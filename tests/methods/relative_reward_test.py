@@ -385,3 +385,10 @@ def test_models_of_another_shape_are_named():
 def test_numbers_out_of_range_are_named(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call(jnp.float32([0.3, 0.7]), jax.random.key(0))
+
+
+def test_a_model_that_gives_nan_makes_no_examples():
+    base = Diffusion("base", CHAIN, BASE, (2,))
+    broken = Diffusion("expert", CHAIN, lambda x, t: x / 0.0, (2,))
+    with pytest.raises(ValueError, match=r"relative reward: targets, .* must be a finite number, got (nan|inf|-inf)"):
+        relative_reward.collect(base, [broken], PRINCIPLED, jax.random.key(0), jnp.ones((4, 2)))

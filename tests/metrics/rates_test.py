@@ -214,3 +214,18 @@ def test_paired_shares_are_antisymmetric(seed, shares):
     there, back = rates.paired(one, two, groups), rates.paired(two, one, groups)
     assert there.low <= there.value <= there.high
     np.testing.assert_allclose([there.value, there.low, there.high], [-back.value, -back.high, -back.low], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"), [([1, 1, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]), ([0, 1, 1, 0], [0, 0, 1, 1]), ([1, 1], [0, 1])]
+)
+def test_groups_that_agree_have_an_interval(values, groups):
+    there = rates.clustered(values, groups)
+    wilson = rates.rate(sum(values), len(values))
+    assert (there.low, there.high) == (wilson.low, wilson.high)
+    assert there.low < there.high
+
+
+@pytest.mark.parametrize("events", [1.0, np.float64(1), np.True_])
+def test_counts_of_masks_in_floating_point_are_counts(events):
+    assert rates.rate(events, 2.0) == rates.rate(1, 2)

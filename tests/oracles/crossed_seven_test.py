@@ -86,6 +86,7 @@ def test_values_beyond_the_range_are_clipped():
             r"pixels must be in \[-1, 1\], got float64 up to 255\.0; scale 0\.\.255",
         ),
         (np.arange(512.0).reshape(2, 16, 16, 1) % 256, r"pixels must be in \[-1, 1\], got float64"),
+        (np.random.default_rng(0).uniform(0, 255, (2, 16, 16, 1)), r"pixels must be in \[-1, 1\], got float64"),
         (np.zeros((2, 16, 16, 1), np.uint8), r"pixels must be in \[-1, 1\], got uint8"),
         (np.ones((2, 16, 16, 1), bool), r"pixels must be in \[-1, 1\], got bool"),
     ],
