@@ -25,7 +25,7 @@ TINY = Config(name="tiny", scenes=88, most=5, recipe=RECIPE)
 SPLITS = get_args(Split)
 
 
-def fake(recipe, number):
+def fake(recipe, number, scratch=None):
     """0, 4 or 9 scenes of vehicles in a row, on random maps that are drivable where the vehicles are."""
     n, cells = (0, 4, 9)[number % 3], recipe.cut.cells
     rng = np.random.default_rng((recipe.seed, number))
@@ -226,7 +226,7 @@ def test_the_command_makes_a_data_set(tmp_path, no_sumo, monkeypatch, capsys):
     assert sum(sizes) == traffic.SMOKE
     told = f"{dataset(tmp_path, 'smoke')}: " + ", ".join(map("{} {}".format, sizes, SPLITS))
     assert capsys.readouterr().out.splitlines()[-1] == told
-    monkeypatch.setattr(traffic, "of_map", lambda recipe, number: (_ for _ in ()).throw(ValueError("of map")))
+    monkeypatch.setattr(traffic, "of_map", lambda recipe, number, scratch: (_ for _ in ()).throw(ValueError("of map")))
     shutil.rmtree(tmp_path / "downloads")
     command()
     with pytest.raises(SystemExit):
@@ -285,7 +285,7 @@ def test_halved_maps_are_what_the_oracle_reads_between_cells():
 
 def test_embedding_rounds_distances_and_leaves_invalid_scenes_out(tmp_path, no_sumo, monkeypatch):
     off = lambda scenes: scenes._replace(vehicles=scenes.vehicles + np.float32([0, 100, 0, 0, 0, 0, 0])[None, None])
-    broken = lambda recipe, number: off(fake(recipe, number)) if number == 4 else fake(recipe, number)
+    broken = lambda recipe, number, scratch: off(fake(recipe, number)) if number == 4 else fake(recipe, number)
     monkeypatch.setattr(traffic, "of_map", broken)
     monkeypatch.setattr(metadata, "version", lambda name: "0")
     path = tmp_path / "small.npz"
