@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +160,8 @@ def make_step(
         rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, rate)
         moved = state._replace(step=state.step + 1, params=params, ema=ema, optimiser=optimiser_state)
+        # Scans and checkpoints need a state that keeps its types; JAX's own error would not name the array.
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, moved)
         return moved, dict(zip(METRICS, (value, optax.tree.norm(gradient)), strict=True))
 
     return step

@@ -40,7 +40,7 @@ def test_imports_point_down(file):
     place, found = str(file.relative_to(ROOT)), imports(file)
     packages = {name.split(".")[0] for name in found}
     assert {name for name, home in HOMES.items() if name in packages and not place.startswith(home)} == set()
-    assert not packages & {"experiments", "tests", "tensorflow", "chex", "pytest"}
+    assert not packages & {"experiments", "tests", "tensorflow", "pytest"}
     own = {name.split(".")[1] for name in found if name.startswith("gendiff.")}
     if place.startswith("gendiff/nets"):
         assert own <= {"types", "check", "geometry", "nets"}, "networks know nothing of methods"
