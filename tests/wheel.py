@@ -4,9 +4,8 @@ python tests/wheel.py
 """
 
 import importlib
-import importlib.util
 import pkgutil
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import gendiff
@@ -28,7 +27,8 @@ def main() -> None:
                 raise
     for name in DATA:
         assert resources.files("gendiff").joinpath(name).read_bytes(), name
-    assert importlib.util.find_spec("experiments") is None, "the wheel has a package called experiments"
+    top = {file.parts[0] for file in metadata.files("gendiff") or ()}
+    assert "experiments" not in top, f"the wheel has {top}: a package of that name would shadow a user's own"
     print(f"gendiff {gendiff.__version__}: {len(names)} modules and the data files are in the wheel")
 
 
