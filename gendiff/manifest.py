@@ -95,11 +95,11 @@ def write(tree: Any, notes: dict[str, Any], keys: Mapping[str, str] | None = Non
     if not arrays:
         raise ValueError("checkpoint: the tree must have at least one array, got none")
     try:
-        same = json.loads(json.dumps(notes, allow_nan=True))
+        same = json.loads(json.dumps(notes))
         text = json.dumps({"arrays": arrays, "keys": dict(keys or {}), "notes": notes})
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: notes must be values that JSON can hold, got others ({error})") from None
-    if repr(same) != repr(notes):  # keys that are no text, tuples; not by ==, for which NaN differs from itself
+    if not _same(same, notes):
         raise ValueError(
             f"checkpoint: notes must come back from JSON as they are, got {notes!r}, which becomes {same!r}"
         )
@@ -107,12 +107,22 @@ def write(tree: Any, notes: dict[str, Any], keys: Mapping[str, str] | None = Non
     return {"format": FORMAT, "manifest": text, "crc32": zlib.crc32(text.encode())}
 
 
+def _same(one: Any, two: Any) -> bool:
+    """Whether two values are equal as JSON has them: a tuple is no list, 1 as a key is no text, NaN is NaN."""
+    if isinstance(two, dict):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in two)
+    if isinstance(two, list):
+        return all(map(_same, one, two))
+    return bool(one == two or (one != one and two != two))
+
+
 def _encodes(key: str) -> bool:
     """Whether a text is Unicode: half an emoji is not, and no file system stores it."""
     try:
-        return bool(key.encode()) or not key
+        key.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _storable(dtype: np.dtype) -> bool:

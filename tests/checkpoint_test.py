@@ -217,6 +217,12 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, tree, message: st
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_of_numpy_and_nan_are_notes(tmp_path: Path) -> None:
+    save(tmp_path / "one", {"a": A}, seconds=np.float64(1.5), loss=float("nan"))
+    _, notes = load(tmp_path / "one")
+    assert notes["seconds"] == 1.5
+
+
 def test_notes_that_json_cannot_hold_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="notes must be values that JSON can hold"):
         save(tmp_path / "one", {"a": A}, at=b"bytes")

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from gendiff import data
 from gendiff.data import files
 
 try:
@@ -14,14 +15,7 @@ try:
 except ImportError:  # Windows: pages of one server are still kept apart, two servers are not
     fcntl = None  # type: ignore[assignment]
 
-KINDS = {
-    stat.S_IFLNK: "a link (name the file that it leads to)",
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
+KINDS = data.KINDS | {stat.S_IFLNK: "a link (name the file that it leads to)"}
 """Other files than regular ones: they block their reader, never end, or lead elsewhere."""
 
 
