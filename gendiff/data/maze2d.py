@@ -352,7 +352,7 @@ def attempts(
                 first += 1
             previous, states, row = states[:, :2], step(states, actions), row + 1
             if len(over):
-                names[over] = names.max() + 1 + np.arange(len(over))
+                names[over] = np.max(names) + 1 + np.arange(len(over))
                 previous[over], paths[over] = begin(maze, seed, names[over], goal, rules)
                 states[over] = np.concatenate([previous[over], np.zeros((len(over), 2))], 1)
                 at[over] = row[over] = 0

@@ -229,7 +229,7 @@ def _angles(rng: np.random.Generator, arms: int) -> np.ndarray:
     """Directions at least 48 degrees apart."""
     while True:
         angles = np.sort(rng.uniform(0, 2 * np.pi, arms))
-        if np.diff(angles, append=angles[0] + 2 * np.pi).min() > math.radians(48):
+        if np.min(np.diff(angles, append=angles[0] + 2 * np.pi)) > math.radians(48):
             return angles
 
 

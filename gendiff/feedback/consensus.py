@@ -118,7 +118,7 @@ def agreement(marks: Iterable[Mark]) -> Agreement:
 def cohen(table: np.ndarray) -> float:
     """Kappa = (p_o - p_e) / (1 - p_e) of a contingency table (L, L) of two raters' counts (Cohen 1960, eq. 1)."""
     share = table / table.sum()
-    return _beyond_chance(np.trace(share), share.sum(1) @ share.sum(0))
+    return _beyond_chance(float(np.trace(share)), float(share.sum(1) @ share.sum(0)))
 
 
 def fleiss(counts: np.ndarray) -> float:

@@ -142,7 +142,7 @@ def bones(every: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
     some = _some(every, 20).astype(np.float64).reshape(-1, *every.shape[2:])
     apart = np.linalg.norm(some[:, :, None] - some[:, None], axis=-1)
     cost = apart.std(0) + 0.1 * apart.mean(0)
-    tree = csgraph.minimum_spanning_tree(1 + cost / (cost.max() or 1))  # SciPy takes zeros for no edge
+    tree = csgraph.minimum_spanning_tree(1 + cost / (np.max(cost) or 1))  # SciPy takes zeros for no edge
     return np.stack(tree.nonzero(), axis=1)
 
 
@@ -152,7 +152,7 @@ def frame(points: np.ndarray) -> Frame:
     low, high = flat.min(0), flat.max(0)
     # Points that only differ by rounding fill no window.
     rounding = 8 * float(np.finfo(points.dtype).eps) * max(np.abs(low).max(), np.abs(high).max())
-    return Frame((low + high) / 2, max(0.56 * float((high - low).max()), rounding) or 1.0)
+    return Frame((low + high) / 2, max(0.56 * float(np.max(high - low)), rounding) or 1.0)
 
 
 def _projected(sample: np.ndarray, up: Up) -> np.ndarray:

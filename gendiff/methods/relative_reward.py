@@ -428,7 +428,7 @@ def quality(network: Logit, rewards: Params, goals: Array, examples: Aligned, bo
     rest, size = map(np.asarray, _squares(network, rewards, jnp.asarray(goals, jnp.int32), examples))
     where = np.digitize(np.asarray(examples.t), bounds) - 1
     share = lambda k, inside: (
-        float(1 - rest[k][inside].sum() / size[k][inside].sum()) if size[k][inside].any() else np.nan
+        float(1 - np.sum(rest[k][inside]) / np.sum(size[k][inside])) if size[k][inside].any() else np.nan
     )
     bins = [where == b for b in range(len(bounds) - 1)]
     every = np.ones(len(where), bool)

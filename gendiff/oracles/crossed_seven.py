@@ -222,5 +222,9 @@ def blurred(image: Float[Array, "s s"], width: Scalar) -> Float[Array, "s s"]:
     """Gaussian blur of a standard deviation in pixels, with -1 outside."""
     taps = jnp.exp(-0.5 * (jnp.arange(-2, 3) / jnp.maximum(width, 0.05)) ** 2)
     taps = taps / jnp.sum(taps)
-    once = lambda a: sum(tap * jnp.pad(a, ((2, 2), (0, 0)))[i : i + a.shape[0]] for i, tap in enumerate(taps))
+
+    def once(a: Array) -> Array:
+        shifted = (jnp.pad(a, ((2, 2), (0, 0)))[i : i + a.shape[0]] for i in range(len(taps)))
+        return sum((tap * rows for tap, rows in zip(taps, shifted, strict=True)), jnp.zeros_like(a))
+
     return once(once(image + 1).T).T - 1
