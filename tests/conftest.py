@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def accepted(flags: Sequence[str]) -> list[str]:
     return [flag for flag, process in zip(flags, tried, strict=True) if process.wait() == 0]
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `&` switches Ctrl-C off, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "XLA_FLAGS" not in os.environ:  # the workers of pytest-xdist inherit what the first process finds
     os.environ["XLA_FLAGS"] = " ".join(accepted((*QUICK, QUICK_BEFORE)))
 jax.config.update("jax_num_cpu_devices", 8)

@@ -330,6 +330,7 @@ def main() -> None:
     usual = " ".join(f"{name}={share}" for name, share in SHARES.items())
     parser.add_argument("--experiments", nargs="+", metavar="NAME=SHARE", help=f"default: {usual}")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` switches it off, and children inherit it
     try:
         pairs = [text.partition("=") for text in given.experiments or []]
         shares = {name: int(share or 1) for name, _, share in pairs} or SHARES
