@@ -191,6 +191,16 @@ def test_the_second_ctrl_c_ends_at_once(place):
     assert (status, len(lines)) == (130, 1)
 
 
+@pytest.mark.parametrize(("name", "status"), [("INT", 0), ("TERM", 75)])
+def test_what_a_script_starts_with_an_ampersand_heeds_sigterm_alone(name, status, place):
+    # POSIX: such a command begins with SIGINT switched off, so that Ctrl-C for the script's foreground spares it.
+    folder = place / f"background-{name}"
+    begun = f'"$PYTHON" -m toys.toy --output {folder} --pause 0.3 2>{place}/{name}.log & child=$!'
+    told = f"until grep -q 'phase 1' {place}/{name}.log; do sleep 0.05; done; kill -{name} $child; wait $child"
+    done = shell(place, f"{begun}; {told}")
+    assert done.returncode == status, done.stderr
+
+
 # The compile cache.
 
 CACHES = """
