@@ -305,7 +305,7 @@ def train(
       params: to begin from; or a `State` to go on from, with its moments, key and step (so `settings.steps` counts the
         steps of both runs).
       task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the
-        compiled program and not constants in it.  Runs that share the function (see `functools.cache`) share the
+        compiled program and not constants in it.  Runs with equal functions (see `gendiff.static`) share the
         program.
       context: a pytree of arrays.
       data: batches from the host, where the task draws none: a sequence whose element i is the batch of step i (exact
@@ -448,7 +448,7 @@ def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> Stat
     return state._replace(key=jax.random.wrap_key_data(state.key))
 
 
-# A task that is the same function, with settings that are equal, runs the same compiled program.
+# Equal tasks (`gendiff.static`) with equal settings run the same compiled program.
 
 
 @partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ With the Bayes classifier the guided model is p(x | y = 1): each data point gain
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.oracles.oracle import Oracle, label
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
+from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time, Valid, wide
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -394,9 +395,9 @@ def _prior(train: Synthetic) -> float:
     return float(np.log(rate / (1 - rate)))
 
 
-@cache
+@by_value
 def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], training.Task]:
-    """The task of `fit_classifier`; the same function for the same problem, so that all rounds share one program."""
+    """The task of `fit_classifier`."""
 
     def task(context: dict) -> training.Task:
         loss = classifier_loss(problem, context["shift"])
@@ -445,9 +446,9 @@ def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: 
     return calibrate(problem.process, c, classifier, positives, negatives, held_out.alpha, key, times)
 
 
-@cache
+@by_value
 def probability(problem: Problem) -> Callable[[Params, Sample, Time], Scalar]:
-    """(classifier, x, t) -> C(x, t); the same function for the same problem, so that compiled programs are shared."""
+    """(classifier, x, t) -> C(x, t)."""
     return lambda classifier, x, t: jax.nn.sigmoid(wide(logit(problem)(classifier, x, t)))
 
 
@@ -485,18 +486,12 @@ def distill(
         teach, (problem,), mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows)
     )
     model = problem.model if model is None else model
-    task = student_task(answer_loss(model, problem.weight), batch, problem.bind)
+    task = student_task(losses.regression(model, problem.weight), batch, problem.bind)
     given = (examples, rows, conditions)
     return training.train(jax.random.fold_in(key, 2), start, task, given, settings, host).best
 
 
-@cache
-def answer_loss(model: Model, weight: losses.Weight) -> losses.Loss:
-    """Regression on stored answers; the same function for the same model."""
-    return losses.regression(model, weight)
-
-
-@cache
+@by_value
 def student_task(loss: losses.Loss, batch: int, bind: losses.Bind | None) -> Callable[[tuple], training.Task]:
     """Batches of examples with their conditions, if any; the context is (examples, rows, conditions)."""
 
@@ -589,9 +584,8 @@ def _points(name: str, samples: Samples) -> None:
     check.number(name, samples)
 
 
-@cache
 def denoising_loss(problem: Problem) -> losses.Loss:
-    """The loss that theta was trained with; the same function for the same problem."""
+    """The loss that theta was trained with."""
     return losses.denoising(problem.process, problem.model, problem.weight)
 
 
