@@ -532,15 +532,19 @@ def _batches(data: Sequence | Iterator, start: int) -> Iterator:
     return (data[i] for i in range(start, len(data)))
 
 
-def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
+def minibatch(key: PRNGKey, examples: Any, size: int, count: Int[Array, ""] | int | None = None) -> Any:
     """`size` rows, with replacement, of a pytree of arrays with a common leading axis.
 
+    Args:
+      count: rows that count, the first ones, where the others are padding (`padded`); default: all.
+
     Raises:
-      ValueError: size < 1, or the arrays have no rows, or not as many.
+      ValueError: size < 1, the arrays have no rows, or not as many, or count is not in 1 .. their number.
     """
     check.number("minibatch: size", size, at_least=1, whole=True)
     n = check.number("minibatch: rows", check.rows("minibatch: examples", examples), at_least=1, whole=True)
-    rows = jax.random.randint(key, (size,), 0, n)
+    count = n if count is None else check.number("minibatch: count", count, at_least=1, at_most=n, whole=True)
+    rows = jax.random.randint(key, (size,), 0, count)
     return jax.tree.map(lambda a: a[rows], examples)
 
 

@@ -33,7 +33,7 @@ from experiments.contract import (
     Row,
     main,
 )
-from gendiff import denoiser, distributed, losses, potential, process, static, training
+from gendiff import denoiser, distributed, losses, nets, potential, process, static, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
 from gendiff.convert import state_dict
@@ -282,26 +282,17 @@ def resnet_of(config: MnistConfig) -> ResNet:
 def new_resnet(config: MnistConfig, key: Array) -> Params:
     """A fresh time-independent reward; with `resnet_weights` only its last layer is."""
     net = resnet_of(config)
-    start = _variables(net, config.size, key)
+    image = jnp.zeros((config.size, config.size, 3))
+    start = nets.fresh(net, key, image)
     if config.resnet_weights is None:
         return start
-    like = jax.eval_shape(partial(_variables, net.clone(outputs=1000), config.size), key)
+    like = jax.eval_shape(net.clone(outputs=1000).init, key, image)
     return convert.with_head_of(convert.resnet(state_dict.read(config.resnet_weights), like), start)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _variables(net: ResNet, size: int, key: Array) -> Params:
-    return net.init(key, jnp.zeros((size, size, 3)))
 
 
 def initialised(network: Any, config: MnistConfig, key: Array) -> Params:
     """Fresh parameters of a network of images."""
-    return _initialised(network, config.size, key)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _initialised(network: Any, size: int, key: Array) -> Params:
-    return network.init(key, jnp.zeros((size, size, 1)), jnp.zeros(()))
+    return nets.fresh(network, key, jnp.zeros((config.size, config.size, 1)), jnp.zeros(()))
 
 
 class Run:

@@ -16,7 +16,19 @@ from jaxtyping import Array
 
 from experiments import contract, figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown
-from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, together, training
+from gendiff import (
+    denoiser,
+    distributed,
+    likelihood,
+    losses,
+    nets,
+    potential,
+    process,
+    sampling,
+    smc,
+    together,
+    training,
+)
 from gendiff.checkpoint import Archive
 from gendiff.data import checkerboard as data
 from gendiff.methods import genneg
@@ -164,7 +176,7 @@ def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
 
 def initialised(network: Any, key: Array) -> Params:
     """Fresh parameters of a network of points."""
-    return jax.jit(network.init)(key, jnp.zeros(2), jnp.zeros(()))
+    return nets.fresh(network, key, jnp.zeros(2), jnp.zeros(()))
 
 
 @by_value

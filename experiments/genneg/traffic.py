@@ -33,7 +33,7 @@ from experiments.contract import (
     main,
     markdown,
 )
-from gendiff import denoiser, distributed, likelihood, losses, potential, process, sampling, smc, static, training
+from gendiff import denoiser, distributed, likelihood, losses, nets, potential, process, sampling, smc, static, training
 from gendiff.checkpoint import Archive
 from gendiff.data import commonroad
 from gendiff.data import traffic as data
@@ -730,7 +730,7 @@ class Run:
         held = data.take(validation, spread(min(512, len(validation.world)), len(validation.world)))
         whole = lambda scenes: (places(scenes), self.normalised(scenes))
         keys = jax.random.split(self.fold(VALIDATION), len(held.world))
-        start = jax.jit(denoiser_network(config).init)(self.fold(START), rows_of(self.test_places, 0))
+        start = nets.fresh(denoiser_network(config), self.fold(START), rows_of(self.test_places, 0))
         host = self.host("baseline", config.base_steps, config.base_batch)
         train = whole(self.scenes["train"])
         batches = streamed(train, config.base_batch, config.seed) if config.stream else None
@@ -769,7 +769,7 @@ class Run:
         steps = config.classifier_steps
         settings = training.Settings(steps, config.classifier_rate, 0.998, min(250, steps), warmup=min(100, steps // 5))
         how = genneg.ClassifierTraining(settings, config.classifier_batch // 2, weighting, validation=256)
-        start = jax.jit(classifier_network(config, head).init)(self.fold(CLASSIFIER), rows_of(self.test_places, 0))
+        start = nets.fresh(classifier_network(config, head), self.fold(CLASSIFIER), rows_of(self.test_places, 0))
         if config.from_denoiser:
             start = begun_from(theta, start)
         train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))

@@ -60,7 +60,7 @@ def classifier_text(setup, phi, synthetic, conditions):
 def student_text(setup, guided, x0, conditions, rows):
     examples = genneg.teach(setup, None, guided, x0, jax.random.key(5), conditions, rows)
     task = genneg.student_task(losses.regression(setup.model, setup.weight), 8, setup.bind)
-    return steps_text(task, guided.theta, (examples, rows, conditions))
+    return steps_text(task, guided.theta, (examples, rows, len(x0), conditions))
 
 
 def samples_text(program, static, given):
