@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import jax
 import tyro
@@ -37,7 +37,6 @@ from gendiff.feedback import regular
 from gendiff.metrics.rates import Estimate
 
 C = TypeVar("C", bound="Config")
-F = TypeVar("F", bound=Callable)
 T = TypeVar("T")
 
 
@@ -143,23 +142,6 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output must be a folder, got {path} ({error.strerror}): name another one") from None
-
-
-VALUES: dict[str, Any] = {"seed": 0, "output": None, "guidance_scale": 1.0}
-"""Fields of configurations that no program is made of, and what stands for them there."""
-
-
-def of_program(function: F) -> F:
-    """A cache of what is made from a configuration: two that differ in what programs take as a value, such as their
-    seeds, share it, and so their programs."""
-    cached = functools.cache(function)
-
-    @functools.wraps(function)
-    def shared(config: Config, *more: Any, **named: Any) -> Any:
-        values = {name: value for name, value in VALUES.items() if hasattr(config, name)}
-        return cached(dataclasses.replace(config, **values), *more, **named)
-
-    return cast(F, shared)
 
 
 class Row(NamedTuple):

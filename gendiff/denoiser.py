@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from gendiff import check
 from gendiff.process import Process
+from gendiff.static import by_value
 from gendiff.types import Params, Sample, Time
 
 Denoiser: TypeAlias = Callable[[Sample, Time], Sample]
@@ -43,6 +44,7 @@ def _prediction(caller: str, predict: Predictor, args: tuple) -> Sample:
     return check.shape(f"{caller}: prediction of the network", predict(*args), jnp.shape(args[-2]))
 
 
+@by_value
 def from_epsilon(process: Process, predict: Predictor) -> Predictor:
     """Denoiser of a network that predicts the noise: x_0 = (x - sigma eps) / alpha."""
 
@@ -53,6 +55,7 @@ def from_epsilon(process: Process, predict: Predictor) -> Predictor:
     return denoiser
 
 
+@by_value
 def from_v(process: Process, predict: Predictor) -> Predictor:
     """Denoiser of a network that predicts v = alpha eps - sigma x_0 (Salimans and Ho 2022, appendix D)."""
 
@@ -64,6 +67,7 @@ def from_v(process: Process, predict: Predictor) -> Predictor:
     return denoiser
 
 
+@by_value
 def from_score(process: Process, predict: Predictor) -> Predictor:
     """Denoiser of a score, by Tweedie's formula: x_0 = (x + sigma^2 score) / alpha."""
 
@@ -74,6 +78,7 @@ def from_score(process: Process, predict: Predictor) -> Predictor:
     return denoiser
 
 
+@by_value
 def from_edm(network: Predictor, data_std: float = 0.5) -> Predictor:
     """Denoiser of a network F with EDM's preconditioning (Karras et al. 2022, eq. 7 and Table 1); alpha = 1, t = sigma.
 
@@ -94,17 +99,26 @@ def from_edm(network: Predictor, data_std: float = 0.5) -> Predictor:
     return denoiser
 
 
+@by_value
+def zero_based(network: Predictor) -> Predictor:
+    """A network that counts the steps of a chain from 0, as public checkpoints do, as a function of t = 1 .. T."""
+    return lambda *args: jnp.asarray(network(*args[:-1], args[-1] - 1))
+
+
+@by_value
 def to_epsilon(process: Process, denoiser: Denoiser) -> Denoiser:
     """The noise that a denoiser implies: eps = (x - alpha x_0) / sigma."""
     return lambda x, t: (x - process.alpha(t) * denoise("to_epsilon", denoiser, x, t)) / process.sigma(t)
 
 
+@by_value
 def to_v(process: Process, denoiser: Denoiser) -> Denoiser:
     """The velocity that a denoiser implies: v = alpha eps - sigma x_0."""
     epsilon = to_epsilon(process, denoiser)
     return lambda x, t: process.alpha(t) * epsilon(x, t) - process.sigma(t) * denoise("to_v", denoiser, x, t)
 
 
+@by_value
 def to_score(process: Process, denoiser: Denoiser) -> Denoiser:
     """Tweedie: grad log p_t(x) = (alpha x_0 - x) / sigma^2."""
     return lambda x, t: (process.alpha(t) * denoise("to_score", denoiser, x, t) - x) / process.sigma(t) ** 2

@@ -14,6 +14,7 @@ from gendiff import check
 from gendiff.denoiser import Denoiser, denoise
 from gendiff.potential import Interval, Potential, scalar
 from gendiff.process import Process, falling
+from gendiff.static import by_value
 from gendiff.types import Sample, Scalar, Time
 
 Guidance: TypeAlias = Callable[[Denoiser], Denoiser]
@@ -23,6 +24,7 @@ Reward: TypeAlias = Callable[[Sample], Scalar]
 """log r of a clean sample."""
 
 
+@by_value
 def chain(*guidances: Guidance) -> Guidance:
     """Applies guidances from first to last: `chain(a, b)(denoiser)` is `b(a(denoiser))`; `chain()` changes nothing."""
 
@@ -34,11 +36,13 @@ def chain(*guidances: Guidance) -> Guidance:
     return guidance
 
 
+@by_value
 def score_strength(process: Process) -> Strength:
     """sigma^2 / alpha: x_0 is shifted as the score is by grad log r (Tweedie)."""
     return lambda t: process.sigma(t) ** 2 / process.alpha(t)
 
 
+@by_value
 def mean_strength(process: Process, next_time: Callable[[Time], Time], variance: str = "posterior") -> Strength:
     """The shift of x_0 that moves the mean of an ancestral step by Sigma grad log r.
 
@@ -64,6 +68,7 @@ def successor(grid: Float[Array, " steps+1"]) -> Callable[[Time], Time]:
     return lambda t: jnp.max(jnp.where(grid < t, grid, grid[-1]))
 
 
+@by_value
 def steer(potential: Potential, strength: Strength, within: Interval | None = None) -> Guidance:
     """x_0 + strength(t) grad log r, with the gradient at the noisy x, not through the denoiser.
 
@@ -86,6 +91,7 @@ def steer(potential: Potential, strength: Strength, within: Interval | None = No
     return lambda denoiser: lambda x, t: shifted(denoiser, x, t)
 
 
+@by_value
 def guide(
     process: Process, potential: Potential, scale: Scalar | float = 1.0, within: Interval | None = None
 ) -> Guidance:
@@ -99,6 +105,7 @@ def guide(
     return steer(potential, lambda t: scale * strength(t), within)
 
 
+@by_value
 def guide_mean(
     process: Process,
     potential: Potential,
@@ -116,6 +123,7 @@ def guide_mean(
     return steer(potential, lambda t: scale * strength(t))
 
 
+@by_value
 def universal(reward: Reward, strength: Strength) -> Guidance:
     """x_0 + strength(t) grad_x log r(x_0_hat(x)), with the gradient through the denoiser (Bansal et al. 2023).
 
@@ -134,6 +142,7 @@ def universal(reward: Reward, strength: Strength) -> Guidance:
     return guidance
 
 
+@by_value
 def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: float = 1.0) -> Guidance:
     """`steps` of Adam from x_0_hat up log r, with fresh moments each time, kept within [low, high] (2307.02770).
 
@@ -164,6 +173,7 @@ def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: f
     return lambda denoiser: lambda x, t: ascend(denoise("backward", denoiser, x, t))
 
 
+@by_value
 def clip(low: float | Array, high: float | Array) -> Guidance:
     """Clips x_0 to [low, high], in data units (static thresholding); raises ValueError where low > high."""
     _range("clip", low, high)
@@ -182,6 +192,7 @@ def _range(caller: str, low: float | Array, high: float | Array) -> None:
         check.number(f"{caller}: high - low", np.subtract(high, low), at_least=0, infinite=True)
 
 
+@by_value
 def inpaint(known: Sample, mask: Bool[Array, "*shape"]) -> Guidance:
     """Replaces x_0 by `known` where `mask` is true; both broadcast to the shape of x, or there is a ValueError."""
 

@@ -13,6 +13,7 @@ from gendiff import check, potential
 from gendiff.denoiser import Denoiser, Model, denoise
 from gendiff.potential import Logit, scalar
 from gendiff.process import Process, perturb
+from gendiff.static import by_value
 from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time, wide
 
 Loss: TypeAlias = Callable[[Params, PRNGKey, Any], Scalar]
@@ -29,17 +30,20 @@ def noised(process: Process, key: PRNGKey, x0: Sample) -> tuple[Sample, Time]:
     return perturb(process, noise_key, x0, t)[0], t
 
 
+@by_value
 def edm_weight(data_std: float = 0.5) -> Weight:
     """(sigma^2 + sd^2) / (sigma sd)^2 of Karras et al. (2022): unit weight on EDM's F; data_std > 0."""
     check.number("edm_weight: data_std", data_std, above=0)
     return lambda t: 1.0 / t**2 + 1.0 / data_std**2
 
 
+@by_value
 def epsilon_weight(process: Process) -> Weight:
     """alpha^2 / sigma^2: with it, the squared error of x_0 is that of eps (Ho et al. 2020, eq. 14)."""
     return lambda t: (process.alpha(t) / process.sigma(t)) ** 2
 
 
+@by_value
 def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array, "*shape"] | None = None) -> Loss:
     """Denoising score matching, weight(t) || D(x_t, t) - x_0 ||^2; an example is x_0.
 
@@ -63,6 +67,7 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
     return loss
 
 
+@by_value
 def cross_entropy(process: Process, logit: Logit) -> Loss:
     """Importance-weighted cross-entropy of Gen-neG, eq. 12; an example is (x_0, label in [0, 1], weight).
 
@@ -80,11 +85,13 @@ def cross_entropy(process: Process, logit: Logit) -> Loss:
     return loss
 
 
+@by_value
 def conditional(loss: Loss, bind: Bind) -> Loss:
     """A loss of examples that have conditions: an example is (condition, example of `loss`)."""
     return lambda params, key, example: loss(bind(params, example[0]), key, example[1])
 
 
+@by_value
 def distillation(process: Process, model: Model, teacher: Denoiser, weight: Weight) -> Loss:
     """weight(t) || D(x_t, t) - teacher(x_t, t) ||^2, Gen-neG eq. 13; an example is x_0, the teacher is not trained."""
 
@@ -96,6 +103,7 @@ def distillation(process: Process, model: Model, teacher: Denoiser, weight: Weig
     return loss
 
 
+@by_value
 def regression(model: Model, weight: Weight) -> Loss:
     """weight(t) || D(x_t, t) - target ||^2 on stored targets; an example is (x_t, t, target)."""
 
@@ -119,6 +127,7 @@ class Aligned(NamedTuple):
     """Of the squared error, broadcast to x; 0 where it does not count."""
 
 
+@by_value
 def gradient_alignment(potential: Logit, mode: Literal["reverse", "directional"] = "reverse") -> Loss:
     """Mean over the coordinates of weight (grad_x rho(x, t) - target)^2; an example is `Aligned`.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from gendiff import check
+from gendiff.static import by_value
 from gendiff.types import Params, Sample, Scalar, Time, wide
 
 Potential: TypeAlias = Callable[[Sample, Time], Scalar]
@@ -21,11 +22,13 @@ Interval: TypeAlias = Callable[[Time], Bool[Array, ""]]
 """Whether to guide at a time at all."""
 
 
+@by_value
 def scalar(caller: str, potential: Callable[..., Scalar]) -> Callable[..., Scalar]:
     """The same function, which raises ValueError where its value is no scalar, because sums would hide an array."""
     return lambda *args: check.shape(f"{caller}: the scalar value", potential(*args), ())
 
 
+@by_value
 def log_probability(logit: Logit) -> Logit:
     """log C = -softplus(-l), exact where sigmoid(l) has long rounded to 0 or 1.  Its gradient is (1 - C) grad l.
 
@@ -34,6 +37,7 @@ def log_probability(logit: Logit) -> Logit:
     return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(wide(logit(params, x, t))))
 
 
+@by_value
 def limited(potential: Potential, within: Interval) -> Potential:
     """log r where `within(t)` holds, 0 elsewhere; there, with one t for all samples, it is not evaluated."""
 
@@ -97,6 +101,7 @@ def stacked(*members: Params) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
+@by_value
 def total(*potentials: Potential) -> Potential:
     """The sum of potentials: the product of what they stand for."""
     parts = [scalar("total", potential) for potential in potentials]

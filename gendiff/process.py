@@ -15,11 +15,15 @@ from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
 from gendiff import check
+from gendiff.static import by_value
 from gendiff.types import PRNGKey, Sample, Scalar, Time
 
 
 class Process(NamedTuple):
-    """The four functions that define a forward noising process."""
+    """The four functions that define a forward noising process.
+
+    Two processes are equal if their functions are (`gendiff.static`).
+    """
 
     alpha: Callable[[Time], Scalar]
     """Signal level at time t."""
@@ -51,17 +55,35 @@ def edm(
     check.number("edm: rho", rho, above=0)
     check.number("edm: mean", mean)
     check.number("edm: std", std, at_least=0)
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return Process(
-        alpha=lambda t: jnp.ones_like(t, dtype=jnp.float32),
-        sigma=lambda t: t,
-        sample_time=lambda key: jnp.exp(mean + std * jax.random.normal(key)),
-        grid=lambda n: jnp.append(
-            jnp.linspace(high, low, check.number("edm: grid: n", n, at_least=1, whole=True)) ** rho, 0.0
-        ),
-    )
+    return Process(_one, _itself, _lognormal(mean, std), _falling_powers(sigma_min, sigma_max, rho))
 
 
+def _one(t: Time) -> Scalar:
+    return jnp.ones_like(t, dtype=jnp.float32)
+
+
+def _itself(t: Time) -> Scalar:
+    return t
+
+
+@by_value
+def _lognormal(mean: float, std: float) -> Callable[[PRNGKey], Time]:
+    return lambda key: jnp.exp(mean + std * jax.random.normal(key))
+
+
+@by_value
+def _falling_powers(low: float, high: float, rho: float) -> Callable[[int], Array]:
+    """Karras et al. (2022), eq. 5."""
+    first, last = high ** (1 / rho), low ** (1 / rho)
+
+    def grid(n: int) -> Array:
+        check.number("edm: grid: n", n, at_least=1, whole=True)
+        return jnp.append(jnp.linspace(first, last, n) ** rho, 0.0)
+
+    return grid
+
+
+@by_value
 def classifier_time(
     mean: float = -3.0, std: float = 1.5, share: float = 0.8, low: float = 0.002, high: float = 80.0
 ) -> Callable[[PRNGKey], Time]:
@@ -108,11 +130,27 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
     steps = check.number("ddpm: number of betas", len(betas), at_least=1, whole=True)
     # In float64 on the host: a product of 1,000 factors near 1 loses digits in float32, for good.
     log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
-    # NumPy's, so that a process that is made inside a compiled function, and kept, holds no tracer.
     alpha = np.exp(0.5 * log_alpha_bar).astype(np.float32)
     sigma = np.sqrt(-np.expm1(log_alpha_bar)).astype(np.float32)
+    return Process(_looked_up(alpha), _looked_up(sigma), _any_step(steps), _respaced(steps, power), steps)
+
+
+@by_value
+def _looked_up(levels: Float[np.ndarray, " T+1"]) -> Callable[[Time], Scalar]:
+    """t -> its level."""
+    beyond = len(levels)
 
     # `take` gives NaN beyond the end, but counts negative times from it.
+    return lambda t: jnp.take(jnp.asarray(levels), jnp.where(jnp.asarray(t) < 0, beyond, t))
+
+
+@by_value
+def _any_step(steps: int) -> Callable[[PRNGKey], Time]:
+    return lambda key: jax.random.randint(key, (), 1, steps + 1)
+
+
+@by_value
+def _respaced(steps: int, power: float) -> Callable[[int], Array]:
     def grid(n: int) -> Array:
         check.number("ddpm: grid: n", n, at_least=1, at_most=steps, whole=True)
         times = np.round(steps * np.linspace(0, 1, n + 1) ** power)
@@ -120,14 +158,7 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
         times = np.maximum.accumulate(times - np.arange(n + 1)) + np.arange(n + 1)
         return jnp.asarray(np.minimum(times, steps - n + np.arange(n + 1))[::-1].astype(int))
 
-    within = lambda t: jnp.where(jnp.asarray(t) < 0, steps + 1, t)
-    return Process(
-        alpha=lambda t: jnp.take(jnp.asarray(alpha), within(t)),
-        sigma=lambda t: jnp.take(jnp.asarray(sigma), within(t)),
-        sample_time=lambda key: jax.random.randint(key, (), 1, steps + 1),
-        grid=grid,
-        steps=steps,
-    )
+    return grid
 
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[np.ndarray, " T"]:

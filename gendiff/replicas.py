@@ -8,7 +8,7 @@ Run k gives the numbers that `training.fit` gives it alone, up to the order of s
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gendiff import check, distributed, losses, potential, together, training
+from gendiff.static import by_value
 from gendiff.training import Host, Metrics, NotFinite, Settings, State, Task
 from gendiff.types import Params, PRNGKey
 
@@ -36,7 +37,7 @@ def train(
       keys: (K,), one a run.
       params: K trees of parameters stacked on axis 0.
       task: (context, own of one run) -> Task, which draws its batches on the device.  Runs of `train` that share the
-        function (see `functools.cache`) share the compiled program.
+        function (or an equal one, see `gendiff.static`) share the compiled program.
       context: a pytree of arrays that all runs read, such as a pool of examples.
       own: a pytree of arrays with leading axis K: what each run has for itself.
       settings: of every run; with `patience` each ends by itself, and the others go on.
@@ -208,7 +209,7 @@ def _of_run(state: State, k: int) -> State:
     return jax.tree.map(lambda a: a[k], state._replace(key=jax.random.clone(state.key)))
 
 
-@cache
+@by_value
 def _of_own(task: Callable[[Any], Task]) -> Callable[[Any, Any], Task]:
     return lambda context, own: task(own)
 

@@ -305,7 +305,7 @@ def train(
       params: to begin from; or a `State` to go on from, with its moments, key and step (so `settings.steps` counts the
         steps of both runs).
       task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the
-        compiled program and not constants in it.  Runs that share the function (see `functools.cache`) share the
+        compiled program and not constants in it.  Runs with equal functions (see `gendiff.static`) share the
         program.
       context: a pytree of arrays.
       data: batches from the host, where the task draws none: a sequence whose element i is the batch of step i (exact
@@ -448,7 +448,7 @@ def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> Stat
     return state._replace(key=jax.random.wrap_key_data(state.key))
 
 
-# A task that is the same function, with settings that are equal, runs the same compiled program.
+# Equal tasks (`gendiff.static`) with equal settings run the same compiled program.
 
 
 @partial(jax.jit, static_argnums=0)
@@ -532,15 +532,19 @@ def _batches(data: Sequence | Iterator, start: int) -> Iterator:
     return (data[i] for i in range(start, len(data)))
 
 
-def minibatch(key: PRNGKey, examples: Any, size: int) -> Any:
+def minibatch(key: PRNGKey, examples: Any, size: int, count: Int[Array, ""] | int | None = None) -> Any:
     """`size` rows, with replacement, of a pytree of arrays with a common leading axis.
 
+    Args:
+      count: rows that count, the first ones, where the others are padding (`padded`); default: all.
+
     Raises:
-      ValueError: size < 1, or the arrays have no rows, or not as many.
+      ValueError: size < 1, the arrays have no rows, or not as many, or count is not in 1 .. their number.
     """
     check.number("minibatch: size", size, at_least=1, whole=True)
     n = check.number("minibatch: rows", check.rows("minibatch: examples", examples), at_least=1, whole=True)
-    rows = jax.random.randint(key, (size,), 0, n)
+    count = n if count is None else check.number("minibatch: count", count, at_least=1, at_most=n, whole=True)
+    rows = jax.random.randint(key, (size,), 0, count)
     return jax.tree.map(lambda a: a[rows], examples)
 
 

@@ -32,9 +32,8 @@ from experiments.contract import (
     Results,
     Row,
     main,
-    of_program,
 )
-from gendiff import denoiser, distributed, losses, potential, process, training
+from gendiff import denoiser, distributed, losses, nets, potential, process, static, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
 from gendiff.convert import state_dict
@@ -48,7 +47,7 @@ from gendiff.nets import resnet
 from gendiff.nets.resnet import ResNet
 from gendiff.nets.unet import HalfUNet, UNet
 from gendiff.oracles import crossed_seven
-from gendiff.types import Params, Samples
+from gendiff.types import Params, Sample, Samples
 
 KEPT = Path(__file__).with_name("mnist_16.npz")
 """The base model of the default preset, made by `--base train` and `--keep`."""
@@ -221,31 +220,42 @@ BASE, SECOND, LABELS, REWARDS, SAMPLES, BOOTSTRAP, ACTIVE, IMITATION, REJECTION,
 TUNING_TRIAL = 1_000_000
 
 
-@of_program
 def problem(config: MnistConfig) -> censoring.Problem:
     """DDPM with 1,000 linear steps; networks count them from 0, as public checkpoints do."""
     chain = process.ddpm(process.linear_betas(1000))
-    unet, half = unet_of(config), reward_of(config)
     return censoring.Problem(
         process=chain,
-        model=denoiser.from_epsilon(chain, lambda theta, x, t: unet.apply(theta, x, t - 1)),
-        network=lambda phi, x, t: jnp.asarray(half.apply(phi, x, t - 1)),
+        model=denoiser.from_epsilon(chain, denoiser.zero_based(unet_of(config).apply)),
+        network=denoiser.zero_based(reward_of(config).apply),
         shape=(config.size, config.size, 1),
         steps=config.sampler_steps,
     )
 
 
-@of_program
 def clean_problem(config: MnistConfig) -> censoring.Problem:
     """The same with time-independent rewards, in the reference's range: without ImageNet's mean and deviation."""
-    net, coloured = resnet_of(config), lambda x: jnp.broadcast_to(x, (*x.shape[:-1], 3))
+    net = resnet_of(config)
     return problem(config)._replace(
-        clean=lambda phi, x0: jnp.asarray(net.apply(phi, coloured(x0))),
-        in_batch=lambda phi, x0: resnet.in_batch(net, phi, coloured(x0)),
+        clean=static.partial(clean_logit, net), in_batch=static.partial(clean_logit_in_batch, net)
     )
 
 
-@cache
+def clean_logit(net: ResNet, phi: Params, x0: Sample) -> Array:
+    """h of a clean grey image, on three channels."""
+    return jnp.asarray(net.apply(phi, coloured(x0)))
+
+
+def clean_logit_in_batch(net: ResNet, phi: Params, x0: Sample) -> tuple[Array, Params]:
+    """The same, and phi with the moments of the batch."""
+    return resnet.in_batch(net, phi, coloured(x0))
+
+
+def coloured(x0: Sample) -> Array:
+    """A grey image (h, w, 1) on three channels."""
+    return jnp.broadcast_to(x0, (*x0.shape[:-1], 3))
+
+
+@static.by_value
 def base_task(setup: censoring.Problem, batch: int) -> Callable[[Array], training.Task]:
     """Images -> the task of a base model, Ho et al.'s simple loss on eps."""
     loss = losses.denoising(setup.process, setup.model, losses.epsilon_weight(setup.process))
@@ -272,26 +282,17 @@ def resnet_of(config: MnistConfig) -> ResNet:
 def new_resnet(config: MnistConfig, key: Array) -> Params:
     """A fresh time-independent reward; with `resnet_weights` only its last layer is."""
     net = resnet_of(config)
-    start = _variables(net, config.size, key)
+    image = jnp.zeros((config.size, config.size, 3))
+    start = nets.fresh(net, key, image)
     if config.resnet_weights is None:
         return start
-    like = jax.eval_shape(partial(_variables, net.clone(outputs=1000), config.size), key)
+    like = jax.eval_shape(net.clone(outputs=1000).init, key, image)
     return convert.with_head_of(convert.resnet(state_dict.read(config.resnet_weights), like), start)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _variables(net: ResNet, size: int, key: Array) -> Params:
-    return net.init(key, jnp.zeros((size, size, 3)))
 
 
 def initialised(network: Any, config: MnistConfig, key: Array) -> Params:
     """Fresh parameters of a network of images."""
-    return _initialised(network, config.size, key)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _initialised(network: Any, size: int, key: Array) -> Params:
-    return network.init(key, jnp.zeros((size, size, 1)), jnp.zeros(()))
+    return nets.fresh(network, key, jnp.zeros((config.size, config.size, 1)), jnp.zeros(()))
 
 
 class Run:

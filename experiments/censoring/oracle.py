@@ -12,7 +12,6 @@ MNIST comes from TFDS, or from the folder that GENDIFF_DATA names.
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -29,6 +28,7 @@ from gendiff.feedback import consensus, labels
 from gendiff.feedback.samples import content_hash
 from gendiff.metrics import rates
 from gendiff.oracles import crossed_seven
+from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Samples
 
 HAND = Path(__file__).with_name("natural_sevens.jsonl")
@@ -105,7 +105,7 @@ NATURAL = 0.25
 """Share of a batch's crossed images that their writers crossed; the others are uncrossed ones with a new stroke."""
 
 
-@cache
+@by_value
 def task(size: int, batch: int) -> Callable[[Pools], training.Task]:
     """Pools -> the training task."""
     resize = mnist.triangle(mnist.SIDE, size)

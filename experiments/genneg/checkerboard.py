@@ -15,8 +15,20 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import contract, figures
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown, of_program
-from gendiff import denoiser, distributed, likelihood, losses, process, sampling, smc, together, training
+from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown
+from gendiff import (
+    denoiser,
+    distributed,
+    likelihood,
+    losses,
+    nets,
+    potential,
+    process,
+    sampling,
+    smc,
+    together,
+    training,
+)
 from gendiff.checkpoint import Archive
 from gendiff.data import checkerboard as data
 from gendiff.methods import genneg
@@ -27,6 +39,7 @@ from gendiff.metrics.rates import Estimate
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 from gendiff.oracles import checkerboard as oracle
 from gendiff.oracles.oracle import label
+from gendiff.static import by_value
 from gendiff.types import Params, Samples
 
 DATA_STD = 0.5
@@ -151,7 +164,6 @@ def student_network(config: CheckerboardConfig) -> ResidualMLP:
     return ResidualMLP(2, config.width, config.depth, fourier=64, high=24.0, data_std=DATA_STD)
 
 
-@of_program
 def student_model(config: CheckerboardConfig) -> denoiser.Model:
     """The denoiser of a student."""
     return denoiser.from_edm(student_network(config).apply, DATA_STD)
@@ -164,21 +176,21 @@ def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
 
 def initialised(network: Any, key: Array) -> Params:
     """Fresh parameters of a network of points."""
-    return jax.jit(network.init)(key, jnp.zeros(2), jnp.zeros(()))
+    return nets.fresh(network, key, jnp.zeros(2), jnp.zeros(()))
 
 
-@of_program
+@by_value
+def classifier_logit(network: MLPClassifier) -> potential.Logit:
+    """The logit of a classifier's network, which takes EDM's inputs."""
+    return lambda phi, x, t: network.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t))
+
+
 def problem(config: CheckerboardConfig) -> genneg.Problem:
     """EDM in two dimensions, with its networks, sampler and oracle."""
-    classifier = classifier_network(config)
-
-    def network(phi: Params, x: Array, t: Array) -> Any:
-        return classifier.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t))
-
     return genneg.Problem(
         process=process.edm(),
         model=denoiser.from_edm(denoiser_network(config).apply, DATA_STD),
-        network=network,
+        network=classifier_logit(classifier_network(config)),
         oracle=oracle.checkerboard(config.cells, config.half_width),
         shape=(2,),
         kernel=sampling.heun,
@@ -188,10 +200,14 @@ def problem(config: CheckerboardConfig) -> genneg.Problem:
     )
 
 
-@of_program
 def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array]], training.Task]:
-    """The baseline's: its context is the points, held-out points, and keys for these."""
-    setup, levels = problem(config), min(32, config.elbo_levels)
+    """The task of a configuration's baseline."""
+    return points_task(problem(config), min(32, config.elbo_levels))
+
+
+@by_value
+def points_task(setup: genneg.Problem, levels: int) -> Callable[[tuple[Array, Array, Array]], training.Task]:
+    """Denoising of points; the context is the points, held-out points, and keys for these."""
     loss = losses.denoising(setup.process, setup.model, setup.weight)
 
     def task(context: tuple[Array, Array, Array]) -> training.Task:

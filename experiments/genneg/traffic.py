@@ -10,7 +10,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -32,9 +32,8 @@ from experiments.contract import (
     Row,
     main,
     markdown,
-    of_program,
 )
-from gendiff import denoiser, distributed, likelihood, losses, process, sampling, smc, training
+from gendiff import denoiser, distributed, likelihood, losses, nets, potential, process, sampling, smc, static, training
 from gendiff.checkpoint import Archive
 from gendiff.data import commonroad
 from gendiff.data import traffic as data
@@ -274,13 +273,12 @@ def classifier_network(config: TrafficConfig, head: Head) -> SceneNetwork:
     )
 
 
-@of_program
 def chain(config: TrafficConfig) -> Process:
     """The process of a configuration."""
     if config.chain == "edm":
         return process.edm()
     every = process.ddpm(process.linear_betas(config.steps), power=2.0)
-    return every._replace(sample_time=partial(times_of, config.steps, config.time_power))
+    return every._replace(sample_time=static.partial(times_of, config.steps, config.time_power))
 
 
 def times_of(steps: int | Array, power: float, key: Array) -> Time:
@@ -294,7 +292,6 @@ def last_guided(config: TrafficConfig) -> int:
     return max(1, int(np.flatnonzero(clear(chain(config), config.least_signal, every))[-1]))
 
 
-@of_program
 def teaching(config: TrafficConfig) -> genneg.Problem:
     """The problem of distillation: a quarter of the times are of all noise levels, where students shall stay as good.
 
@@ -303,19 +300,52 @@ def teaching(config: TrafficConfig) -> genneg.Problem:
     setup = problem(config)
     if config.chain == "edm":
         return setup
-    last = last_guided(config)
+    return setup._replace(classifier_time=static.partial(mixed_times, config.steps, last_guided(config)))
 
-    def times(key: Array) -> Time:
-        which_key, key = jax.random.split(key)
-        limit = jnp.where(jax.random.bernoulli(which_key, 0.25), config.steps, last)
-        return times_of(limit, 2.0, key)
 
-    return setup._replace(classifier_time=times)
+def mixed_times(steps: int, last: int, key: Array) -> Time:
+    """A quarter of the times up to `steps`, the others up to `last`."""
+    which_key, key = jax.random.split(key)
+    limit = jnp.where(jax.random.bernoulli(which_key, 0.25), steps, last)
+    return times_of(limit, 2.0, key)
 
 
 def noise_level(chain: Process, t: Time) -> Array:
     """ln(sigma / alpha) / 4, how networks are told the noise."""
     return 0.25 * jnp.log(chain.sigma(t) / chain.alpha(t))
+
+
+def from_v(chain: Process, network: SceneNetwork) -> denoiser.Model:
+    """A network that predicts v, for DDPM: eps leaves x_0 undetermined at high noise, and x_0 eps at low."""
+    return denoiser.from_v(chain, told_noise(chain, network))
+
+
+@static.by_value
+def told_noise(chain: Process, network: SceneNetwork) -> denoiser.Model:
+    """The network as a function of the time."""
+    return lambda bound, x, t: network.apply(bound, x, noise_level(chain, t))
+
+
+@static.by_value
+def present_alone(model: denoiser.Model) -> denoiser.Model:
+    """The model with zeros for vehicles that are absent."""
+    return lambda bound, x, t: jnp.where(bound["place"].present[:, None], model(bound, x, t), 0.0)
+
+
+@static.by_value
+def classifier_logit(chain: Process, network: SceneNetwork, least: np.generic | None) -> potential.Logit:
+    """The logits of a classifier's network, which is told the noise at t, or at the time `least`."""
+
+    def logit(bound: Params, x: Sample, t: Time) -> Array:
+        size = jnp.sqrt(chain.alpha(t) ** 2 + chain.sigma(t) ** 2)
+        return jnp.asarray(network.apply(bound, x / size, noise_level(chain, t if least is None else least)))
+
+    return logit
+
+
+def always(time: np.generic, key: Array) -> Time:
+    """The same time for all keys."""
+    return jnp.asarray(time)
 
 
 def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False) -> genneg.Problem:
@@ -325,42 +355,24 @@ def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False)
       head: of the classifiers.
       timeless: they are trained at the sampler's least noise and told that this is all there is.
     """
-    return _problem(config, head, timeless)
-
-
-@of_program
-def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Problem:
     steps, net, classifier = chain(config), denoiser_network(config), classifier_network(config, head)
     edm = config.chain == "edm"
     least = np.asarray(steps.grid(config.sampler_steps))[-2]
-
-    def model(bound: Params, x: Sample, t: Time) -> Sample:
-        # v for DDPM: eps leaves x_0 undetermined at high noise, and x_0 eps at low.
-        if edm:
-            x0 = denoiser.from_edm(net.apply, DATA_STD)(bound, x, t)
-        else:
-            x0 = denoiser.from_v(steps, lambda b, x, t: net.apply(b, x, noise_level(steps, t)))(bound, x, t)
-        return jnp.where(bound["place"].present[:, None], x0, 0.0)
-
-    def network(bound: Params, x: Sample, t: Time) -> Array:
-        size = jnp.sqrt(steps.alpha(t) ** 2 + steps.sigma(t) ** 2)
-        return classifier.apply(bound, x / size, noise_level(steps, least if timeless else t))
-
     # Where good and bad scenes look alike the slope of a trained network is a random push: it mends nothing, and costs
     # likelihood.
-    within = partial(clear, steps, config.least_signal) if config.least_signal else None
+    within = static.partial(clear, steps, config.least_signal) if config.least_signal else None
     times: Callable[[Array], Time]
     if timeless:
-        times = lambda key: least
+        times = static.partial(always, least)
     elif edm:
         times = process.classifier_time()
     else:  # as the sampler's grid: a uniform choice would hardly see where infractions are decided
-        times = partial(times_of, last_guided(config), 2.0)
-    kernel = sampling.heun if edm else partial(sampling.ddim, eta=1.0 if config.eta is None else config.eta)
+        times = static.partial(times_of, last_guided(config), 2.0)
+    kernel = sampling.heun if edm else static.partial(sampling.ddim, eta=1.0 if config.eta is None else config.eta)
     return genneg.Problem(
         process=steps,
-        model=model,
-        network=network,
+        model=present_alone(denoiser.from_edm(net.apply, DATA_STD) if edm else from_v(steps, net)),
+        network=classifier_logit(steps, classifier, least if timeless else None),
         oracle=judged,
         shape=(data.VEHICLES, 7),
         kernel=kernel,
@@ -368,8 +380,8 @@ def _problem(config: TrafficConfig, head: Head, timeless: bool) -> genneg.Proble
         weight=losses.edm_weight(DATA_STD) if edm else losses.epsilon_weight(steps),
         classifier_time=times,
         chunk=64 if jax.default_backend() == "cpu" else 1024,
-        bind=net.bind,
-        bind_network=classifier.bind,
+        bind=static.partial(net.bind),
+        bind_network=static.partial(classifier.bind),
         within=within,
     )
 
@@ -718,7 +730,7 @@ class Run:
         held = data.take(validation, spread(min(512, len(validation.world)), len(validation.world)))
         whole = lambda scenes: (places(scenes), self.normalised(scenes))
         keys = jax.random.split(self.fold(VALIDATION), len(held.world))
-        start = jax.jit(denoiser_network(config).init)(self.fold(START), rows_of(self.test_places, 0))
+        start = nets.fresh(denoiser_network(config), self.fold(START), rows_of(self.test_places, 0))
         host = self.host("baseline", config.base_steps, config.base_batch)
         train = whole(self.scenes["train"])
         batches = streamed(train, config.base_batch, config.seed) if config.stream else None
@@ -757,7 +769,7 @@ class Run:
         steps = config.classifier_steps
         settings = training.Settings(steps, config.classifier_rate, 0.998, min(250, steps), warmup=min(100, steps // 5))
         how = genneg.ClassifierTraining(settings, config.classifier_batch // 2, weighting, validation=256)
-        start = jax.jit(classifier_network(config, head).init)(self.fold(CLASSIFIER), rows_of(self.test_places, 0))
+        start = nets.fresh(classifier_network(config, head), self.fold(CLASSIFIER), rows_of(self.test_places, 0))
         if config.from_denoiser:
             start = begun_from(theta, start)
         train, held_out = genneg.split(draws.relabelled(LABELS[head]), how, jax.random.fold_in(self.fold(DRAWS), 7))
@@ -926,7 +938,6 @@ def evaluations(config: TrafficConfig) -> int:
     return 2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps
 
 
-@of_program
 def steered(config: TrafficConfig) -> float:
     """The share of the sampler's steps that classifiers guide."""
     setup = problem(config)
@@ -954,7 +965,6 @@ def _signed(estimate: rates.Estimate) -> str:
     return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
 
 
-@of_program
 def _size(config: TrafficConfig, head: Head) -> int:
     """Parameters of the part of a network that is evaluated in every step."""
     network = denoiser_network(config) if head == "denoise" else classifier_network(config, head)
@@ -967,7 +977,7 @@ APART = 2**31
 """A child of a key that `split` does not give."""
 
 
-@cache
+@static.by_value
 def base_task(setup: genneg.Problem, batch: int, fewer: float, quarters: bool = False) -> Any:
     """The task of the baseline; its context is training scenes, validation scenes, and keys for these.
 

@@ -28,9 +28,8 @@ from experiments.contract import (
     Results,
     Row,
     main,
-    of_program,
 )
-from gendiff import denoiser, distributed, guidance, losses, potential, process, replicas, sampling, training
+from gendiff import denoiser, distributed, guidance, losses, potential, process, replicas, sampling, static, training
 from gendiff.checkpoint import Archive
 from gendiff.data import episodes, maze2d
 from gendiff.data.episodes import Episodes, Normaliser, Windows
@@ -185,24 +184,20 @@ FAMILIES = (
 )
 
 
-@cache
 def chain(steps: int) -> Process:
     """The diffusion process of all models."""
     return process.ddpm(process.cosine_betas(steps))
 
 
-@of_program
 def model(config: MazeConfig) -> denoiser.Model:
     """Diffuser's network predicts x_0; it counts time from 0."""
-    unet = unet_of(config)
-    return lambda theta, x, t: jnp.asarray(unet.apply(theta, x, t - 1))
+    return denoiser.zero_based(unet_of(config).apply)
 
 
-@of_program
-def clamped(config: MazeConfig) -> denoiser.Model:
-    """The same with x_0 within the data's range, as the published code computes its means in Maze2D."""
-    each = model(config)
-    return lambda theta, x, t: jnp.clip(each(theta, x, t), -1.0, 1.0)
+@static.by_value
+def clamped(model: denoiser.Model) -> denoiser.Model:
+    """The model with x_0 within the data's range, as the published code computes its means in Maze2D."""
+    return lambda theta, x, t: jnp.clip(model(theta, x, t), -1.0, 1.0)
 
 
 def unet_of(config: MazeConfig) -> TemporalUnet:
@@ -215,25 +210,27 @@ def reward_of(config: MazeConfig, switches: Switches, window: int) -> WindowMLP:
     return WindowMLP(window, config.widths, switches.strided, switches.activation)
 
 
-@of_program
 def reward_problem(config: MazeConfig, switches: Switches, window: int) -> relative_reward.Problem:
     """What rewards are trained on."""
-    network = reward_of(config, switches, window)
-    logit = lambda phi, x, t: network.apply(phi, x, t - 1)
-    return relative_reward.Problem(chain(config.diffusion_steps), logit, config.reward_batch)  # type: ignore[arg-type]
+    network = denoiser.zero_based(reward_of(config, switches, window).apply)
+    return relative_reward.Problem(chain(config.diffusion_steps), network, config.reward_batch)
 
 
-@of_program
 def diffuser_task(config: MazeConfig) -> Callable[[Any, dict[str, Any]], training.Task]:
+    """The task of a configuration's diffusion models."""
+    return windows_task(chain(config.diffusion_steps), model(config), config.batch, config.horizon)
+
+
+@static.by_value
+def windows_task(
+    chain: Process, model: denoiser.Model, batch: int, horizon: int
+) -> Callable[[Any, dict[str, Any]], training.Task]:
     """Denoising of windows of a run's own data, with its own given states; the mean over the coordinates."""
-    each, steps = model(config), chain(config.diffusion_steps)
-    weight = lambda t: jnp.float32(1 / (config.horizon * len(COORDINATES)))
+    weight = lambda t: jnp.float32(1 / (horizon * len(COORDINATES)))
 
     def task(context: None, own: dict[str, Any]) -> training.Task:
-        loss = losses.denoising(steps, each, weight, own["known"])
-        return training.Task(
-            loss, lambda key: minibatch(key, own["windows"], own["count"], config.batch, config.horizon)
-        )
+        loss = losses.denoising(chain, model, weight, own["known"])
+        return training.Task(loss, lambda key: minibatch(key, own["windows"], own["count"], batch, horizon))
 
     return task
 
@@ -247,16 +244,15 @@ def minibatch(key: PRNGKey, windows: Windows, count: Array, batch: int, horizon:
     return jax.vmap(lambda i: episodes.window(windows, i, horizon))(rows)
 
 
-@of_program
-def discriminator_task(config: MazeConfig) -> Callable[[Any, dict[str, Array]], training.Task]:
+@static.by_value
+def discriminator_task(problem: relative_reward.Problem) -> Callable[[Any, dict[str, Array]], training.Task]:
     """Cross-entropy of base against the run's expert, in equal numbers, at the times of the diffusion models."""
-    problem = reward_problem(config, PRINCIPLED, config.window)
     loss = losses.cross_entropy(problem.process, problem.network)
 
     def task(paths: dict[str, Array], own: dict[str, Array]) -> training.Task:
         def draw(key: PRNGKey) -> tuple[Array, Array, Array]:
-            rows = jax.random.randint(key, (config.reward_batch,), 0, paths["base"].shape[0])
-            label = (jnp.arange(config.reward_batch) % 2).astype(jnp.float32)
+            rows = jax.random.randint(key, (problem.batch,), 0, paths["base"].shape[0])
+            label = (jnp.arange(problem.batch) % 2).astype(jnp.float32)
             theirs = paths["experts"][own["goal"], rows]
             x0 = jnp.where(label[:, None, None] == 1, theirs, paths["base"][rows])
             return x0, label, jnp.ones_like(label)
@@ -419,7 +415,7 @@ class Maze:
 
         def compute() -> Aligned:
             thetas = self.models[family.name]
-            network = (clamped if family.switches == PUBLISHED else model)(config)
+            network = clamped(model(config)) if family.switches == PUBLISHED else model(config)
             return relative_reward.pool(
                 self.process, network, family.switches, at(thetas, 0), at(thetas, slice(1, None)),
                 jnp.asarray(self.known(family)), self.fold(purpose, 1),
@@ -566,7 +562,7 @@ class Maze:
             paths = {"base": draw(None), "experts": jnp.stack([draw(goal) for goal in goals])}
             start = self.fresh(family.switches, window, goals, 0, config.seeds)
             keys = replicas.keys(self.fold(REWARDS, 2), len(which["goal"]))
-            task = discriminator_task(config)
+            task = discriminator_task(reward_problem(config, PRINCIPLED, config.window))
             return replicas.train(keys, start, task, paths, which, self.reward_settings(), host).params
 
         rewards = self.archive.once(phase, compute)

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from experiments.censoring import mnist
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from experiments.speed import table
-from gendiff import losses, process, training
+from gendiff import losses, nets, process, training
 from gendiff.data import mnist as digits
 from gendiff.metrics import rates
 from gendiff.nets.temporal import TemporalUnet
@@ -150,7 +150,7 @@ def of_motions(config: InputConfig, folder: str) -> Fed:
     net, chain = TemporalUnet(8, (1, 2)) if smoke else TemporalUnet(), process.ddpm(process.cosine_betas(1000))
     model = lambda theta, x, t: jnp.asarray(net.apply(theta, x, t - 1))
     loss = losses.denoising(chain, model, lambda t: jnp.float32(1 / (256 * 263)))
-    theta = jax.jit(net.init)(jax.random.key(0), jnp.zeros((256, 263)), jnp.zeros(()))
+    theta = nets.fresh(net, jax.random.key(0), jnp.zeros((256, 263)), jnp.zeros(()))
     return Fed(stored(folder, "motions", config.motions), lambda element: element["x"], lambda _: Task(loss), theta, 32)
 
 

@@ -20,7 +20,7 @@ from experiments.censoring import mnist
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from experiments.genneg import checkerboard, traffic
 from experiments.speed import table
-from gendiff import distributed, training
+from gendiff import distributed, nets, training
 from gendiff.data import traffic as scenes
 from gendiff.metrics import rates
 from gendiff.training import Metrics, Settings, State
@@ -87,7 +87,7 @@ def on_traffic(size: str) -> Trained:
     roads, keys, data = traffic.PRESETS[size], jax.random.split(jax.random.key(0)), scenes.embedded("train")
     places = jax.tree.map(jnp.asarray, traffic.places(data))
     every = (places, traffic.UNITS.normalised(jnp.asarray(data.vehicles), places.present))
-    theta = jax.jit(traffic.denoiser_network(roads).init)(keys[0], traffic.rows_of(places, 0))
+    theta = nets.fresh(traffic.denoiser_network(roads), keys[0], traffic.rows_of(places, 0))
     task = traffic.base_task(traffic.problem(roads), roads.base_batch, roads.fewer)
     return Trained(task, theta, (every, every, jax.random.split(keys[1], len(data.world))), Settings(roads.base_steps))
 

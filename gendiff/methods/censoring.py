@@ -10,7 +10,7 @@ Labels are 1 for benign and 0 for malign throughout, and an ensemble is a sum of
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -25,6 +25,7 @@ from gendiff.denoiser import Model
 from gendiff.guidance import Reward
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
+from gendiff.static import by_value
 from gendiff.types import BATCH, Params, PRNGKey, Sample, Samples, Scalar, wide
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
@@ -111,13 +112,13 @@ class Diverged(FloatingPointError):
         self.samples = samples
 
 
-@cache
+@by_value
 def log_reward(problem: Problem) -> Logit:
     """(phi, x_t, t) -> log r."""
     return potential.log_probability(problem.network)
 
 
-@cache
+@by_value
 def clean_log_reward(problem: Problem) -> Callable[[Params, Sample], Scalar]:
     """(phi, x_0) -> log r of a clean sample."""
     first = lambda: problem.process.grid(problem.process.steps or problem.steps)[-2]
@@ -407,12 +408,16 @@ def settled(problem: Problem, rewards: Params, images: Float[Array, "K n *shape"
     return potential.over_members(lambda each: whole(*each)[1], (rewards, jnp.asarray(images, jnp.float32)))
 
 
-@cache
+def _clean(key: PRNGKey) -> Array:
+    return jnp.zeros((), int)  # t = 0 is data
+
+
+@by_value
 def reward_task(problem: Problem, batch: int) -> Callable[[tuple], training.Task]:
     """alpha-weighted cross-entropy of all members, -alpha y log r - (1 - y) log (1 - r), at uniform times or clean."""
     process, logit, in_batch = problem.process, problem.network, problem.in_batch
     if in_batch is not None:
-        process = process._replace(sample_time=lambda key: jnp.zeros((), int))  # t = 0 is data
+        process = process._replace(sample_time=_clean)
         logit = lambda phi, x, t: in_batch(phi, x)[0]
     loss = losses.Ensemble(losses.cross_entropy(process, logit))
 

@@ -12,7 +12,7 @@ With the Bayes classifier the guided model is p(x | y = 1): each data point gain
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,6 +27,7 @@ from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.oracles.oracle import Oracle, label
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
+from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time, Valid, wide
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -394,9 +395,9 @@ def _prior(train: Synthetic) -> float:
     return float(np.log(rate / (1 - rate)))
 
 
-@cache
+@by_value
 def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], training.Task]:
-    """The task of `fit_classifier`; the same function for the same problem, so that all rounds share one program."""
+    """The task of `fit_classifier`."""
 
     def task(context: dict) -> training.Task:
         loss = classifier_loss(problem, context["shift"])
@@ -445,9 +446,9 @@ def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: 
     return calibrate(problem.process, c, classifier, positives, negatives, held_out.alpha, key, times)
 
 
-@cache
+@by_value
 def probability(problem: Problem) -> Callable[[Params, Sample, Time], Scalar]:
-    """(classifier, x, t) -> C(x, t); the same function for the same problem, so that compiled programs are shared."""
+    """(classifier, x, t) -> C(x, t)."""
     return lambda classifier, x, t: jax.nn.sigmoid(wide(logit(problem)(classifier, x, t)))
 
 
@@ -485,28 +486,25 @@ def distill(
         teach, (problem,), mesh, (teacher, jnp.asarray(x0), jax.random.fold_in(key, 1), conditions, rows)
     )
     model = problem.model if model is None else model
-    task = student_task(answer_loss(model, problem.weight), batch, problem.bind)
-    given = (examples, rows, conditions)
+    task = student_task(losses.regression(model, problem.weight), batch, problem.bind)
+    given = (examples, rows, jnp.int32(len(x0)), conditions)
     return training.train(jax.random.fold_in(key, 2), start, task, given, settings, host).best
 
 
-@cache
-def answer_loss(model: Model, weight: losses.Weight) -> losses.Loss:
-    """Regression on stored answers; the same function for the same model."""
-    return losses.regression(model, weight)
-
-
-@cache
+@by_value
 def student_task(loss: losses.Loss, batch: int, bind: losses.Bind | None) -> Callable[[tuple], training.Task]:
-    """Batches of examples with their conditions, if any; the context is (examples, rows, conditions)."""
+    """Batches of examples with their conditions, if any.
+
+    The context is (examples, rows of their conditions, count, conditions); only the first `count` examples count.
+    """
 
     def task(context: tuple) -> training.Task:
-        examples, rows, conditions = context
+        examples, rows, count, conditions = context
         if bind is None or conditions is None:
-            return training.Task(loss, lambda key: training.minibatch(key, examples, batch))
+            return training.Task(loss, lambda key: training.minibatch(key, examples, batch, count))
 
         def draw_batch(key: PRNGKey) -> tuple:
-            chosen, which = training.minibatch(key, (examples, rows), batch)
+            chosen, which = training.minibatch(key, (examples, rows), batch, count)
             return jax.tree.map(lambda a: a[which], conditions), chosen
 
         return training.Task(losses.conditional(loss, bind), draw_batch)
@@ -580,7 +578,10 @@ def refit(
     _points("refit: accepted", accepted)
     check.number("refit: batch", batch, at_least=1, whole=True)
     task = student_task(denoising_loss(problem), batch, problem.bind)
-    return training.train(key, start, task, (jnp.asarray(accepted), rows, conditions), settings, host).best
+    # Padded, because the oracle accepts another number in every run: all share one program.
+    size = training.capacity(len(accepted))
+    examples, rows = jax.tree.map(lambda a: jnp.asarray(training.padded(a, size)), (accepted, rows))
+    return training.train(key, start, task, (examples, rows, jnp.int32(len(accepted)), conditions), settings, host).best
 
 
 def _points(name: str, samples: Samples) -> None:
@@ -589,9 +590,8 @@ def _points(name: str, samples: Samples) -> None:
     check.number(name, samples)
 
 
-@cache
 def denoising_loss(problem: Problem) -> losses.Loss:
-    """The loss that theta was trained with; the same function for the same problem."""
+    """The loss that theta was trained with."""
     return losses.denoising(problem.process, problem.model, problem.weight)
 
 
@@ -744,21 +744,13 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
     """
     check.number("genneg: rounds", len(rounds), at_least=1, whole=True)
     first = rounds[0].train
-    low = problem.process.grid(problem.steps)[-2]
-
-    @jax.jit
-    def probabilities(classifiers: Params, points: Samples) -> Array:
-        c = potential.scalar("replay", probability(problem))
-        each = lambda x: jax.vmap(c, (0, None, None))(classifiers, x, low)
-        return distributed.chunked(each, points, problem.chunk)
-
     classifiers = potential.stacked(*(each.classifier for each in rounds))
     alphas = np.array([each.train.alpha for each in rounds])
     pools, weights = [], []
     for name in ("positives", "negatives"):
         points = np.concatenate([getattr(each.train, name) for each in rounds])
         rows = training.padded(points, training.capacity(len(points)))
-        ratios = np.cumprod(np.asarray(probabilities(classifiers, rows))[: len(points)] / alphas, axis=1)
+        ratios = np.cumprod(np.asarray(_probabilities(problem, classifiers, rows))[: len(points)] / alphas, axis=1)
         ratios = np.concatenate([np.ones((len(points), 1)), ratios[:, :-1]], axis=1)
         pools.append(points)
         # m_k samples of the class stand for m_k / P_k(class) draws of round k, whatever the selection left of them.
@@ -766,3 +758,12 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
         shares = drawn / (alphas if name == "positives" else 1 - alphas)
         weights.append(1.0 / (ratios @ (shares / shares.sum())))
     return first._replace(positives=pools[0], negatives=pools[1]), rounds[0].held_out, (weights[0], weights[1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _probabilities(problem: Problem, classifiers: Params, points: Samples) -> Array:
+    """C_k of each point (n, K) at the sampler's least noise."""
+    low = problem.process.grid(problem.steps)[-2]
+    c = potential.scalar("replay", probability(problem))
+    of_all = lambda x: jax.vmap(c, (0, None, None))(classifiers, x, low)
+    return distributed.chunked(of_all, points, problem.chunk)

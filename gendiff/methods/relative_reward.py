@@ -17,7 +17,7 @@ A reward is known up to a constant for each t: compare its values at one t only.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from gendiff.guidance import Guidance, Strength
 from gendiff.losses import Aligned
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process, posterior
+from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
 
@@ -367,7 +368,7 @@ def fit(
     return replicas.train(replicas.keys(key, len(goals)), start, reward_task(problem), examples, own, settings, host)
 
 
-@cache
+@by_value
 def reward_task(problem: Problem) -> Callable[[Aligned, dict[str, Array]], training.Task]:
     """Gradient alignment on a pool, against the expert of the run."""
     loss = losses.gradient_alignment(problem.network, problem.mode)

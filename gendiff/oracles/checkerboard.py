@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from gendiff import check
 from gendiff.oracles.oracle import Oracle
+from gendiff.static import by_value
 from gendiff.types import wide
 
 
@@ -45,6 +46,7 @@ def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1
     return jnp.any((u < BAND / 2) | (u > 1 - BAND / 2), -1)
 
 
+@by_value
 def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
     """The oracle of a board, for a batch of points (n, 2).
 

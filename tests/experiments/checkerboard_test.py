@@ -186,3 +186,38 @@ def test_presets_are_what_they_are_called() -> None:
     assert set(checkerboard.PRESETS) == {"smoke", "default", "paper"}
     assert all(config.preset == name for name, config in checkerboard.PRESETS.items())
     assert (checkerboard.PRESETS["paper"].rounds, checkerboard.PRESETS["paper"].seeds) == (5, 5)
+
+
+COUNTED = """
+import dataclasses, sys
+from pathlib import Path
+
+import jax, tyro
+from experiments import runtime
+from experiments.genneg import checkerboard
+
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **more: compiled.append(more.get("fun_name")) if "backend_compile" in event else None
+)
+runtime.start()
+first = tyro.cli(checkerboard.CheckerboardConfig, default=checkerboard.PRESETS["smoke"], args=sys.argv[2:])
+for name, changes in {
+    "first": {}, "values": {"seed": 3, "guidance_scale": 2.0}, "steps": {"sampler_steps": 7, "seed": 3}
+}.items():
+    before = len(compiled)
+    checkerboard.run(dataclasses.replace(first, output=Path(sys.argv[1]) / name, **changes))
+    print("compiled", name, len(compiled) - before, sorted(map(str, compiled[before:])) if name == "values" else "")
+"""
+
+
+def test_seed_output_and_scale_compile_nothing_and_steps_of_the_sampler_do(tmp_path: Path) -> None:
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "2"}
+    command = [sys.executable, "-c", COUNTED, str(tmp_path), *TINY, "--rounds", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    counts = {
+        words[1]: int(words[2]) for line in done.stdout.splitlines() if (words := line.split())[:1] == ["compiled"]
+    }
+    assert counts["values"] == 0, done.stdout
+    assert 0 < counts["steps"] < counts["first"]

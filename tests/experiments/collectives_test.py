@@ -12,7 +12,7 @@ import pytest
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
-from gendiff import distributed, replicas, together, training
+from gendiff import distributed, losses, replicas, together, training
 from gendiff.data import traffic as scenes
 from gendiff.data.episodes import Windows
 from gendiff.methods import censoring, genneg, relative_reward
@@ -59,8 +59,8 @@ def classifier_text(setup, phi, synthetic, conditions):
 
 def student_text(setup, guided, x0, conditions, rows):
     examples = genneg.teach(setup, None, guided, x0, jax.random.key(5), conditions, rows)
-    task = genneg.student_task(genneg.answer_loss(setup.model, setup.weight), 8, setup.bind)
-    return steps_text(task, guided.theta, (examples, rows, conditions))
+    task = genneg.student_task(losses.regression(setup.model, setup.weight), 8, setup.bind)
+    return steps_text(task, guided.theta, (examples, rows, len(x0), conditions))
 
 
 def samples_text(program, static, given):
