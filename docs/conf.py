@@ -2,12 +2,16 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import pkgutil
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
 
 import gendiff
 
@@ -21,6 +25,8 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"gendiff {release}"
+html_static_path = ["_static"]
+html_css_files = ["page.css"]
 default_role = "code"  # docstrings write `name`
 python_maximum_signature_line_length = 90
 autodoc_member_order = "bysource"
@@ -143,9 +149,27 @@ def escaped(line: str) -> str:
     return "`".join(pieces)
 
 
+def aliases_as_written(app: Any, doctree: nodes.document) -> None:
+    """Show what an alias stands for in the words of its source, `Callable[[Sample, Time], Sample]`."""
+    for entry in doctree.findall(addnodes.desc):
+        names = [name for signature in entry.findall(addnodes.desc_signature) for name in signature["ids"]]
+        for paragraph in entry.findall(nodes.paragraph):
+            if paragraph.astext().startswith("alias of ") and (alias := stands_for(names[0])):
+                paragraph.children = [nodes.Text("alias of "), nodes.literal(alias, alias)]
+
+
+def stands_for(name: str) -> str | None:
+    """Find the value of a module's alias in its source."""
+    module, _, alias = name.rpartition(".")
+    lines = ast.parse(inspect.getsource(importlib.import_module(module))).body
+    values = [line.value for line in lines if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == alias]
+    return ast.unparse(values[0]) if values and values[0] else None
+
+
 def setup(app: Any) -> None:
     """Connect the functions above to Sphinx."""
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-signature", as_written)
     app.connect("autodoc-process-docstring", as_markdown, priority=100)
     app.connect("autodoc-process-docstring", with_colons, priority=900)
+    app.connect("doctree-read", aliases_as_written)
