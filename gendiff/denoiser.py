@@ -18,6 +18,7 @@ from gendiff.static import by_value
 from gendiff.types import Params, Sample, Time
 
 Denoiser: TypeAlias = Callable[[Sample, Time], Sample]
+"""`(x, t) -> E[x_0 | x_t = x]`."""
 Model: TypeAlias = Callable[[Params, Sample, Time], Sample]
 """A denoiser with its parameters first."""
 Predictor: TypeAlias = Callable[..., Any]

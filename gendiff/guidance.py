@@ -18,6 +18,7 @@ from gendiff.static import by_value
 from gendiff.types import Sample, Scalar, Time
 
 Guidance: TypeAlias = Callable[[Denoiser], Denoiser]
+"""Denoiser -> the steered denoiser."""
 Strength: TypeAlias = Callable[[Time], Scalar]
 """t -> the factor between grad log r and the shift of x_0."""
 Reward: TypeAlias = Callable[[Sample], Scalar]

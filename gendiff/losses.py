@@ -17,7 +17,9 @@ from gendiff.static import by_value
 from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time, wide
 
 Loss: TypeAlias = Callable[[Params, PRNGKey, Any], Scalar]
+"""`(params, key, example) -> loss` of one example."""
 Weight: TypeAlias = Callable[[Time], Scalar]
+"""t -> the weight of the squared error at that time."""
 Bind: TypeAlias = Callable[[Params, Any], Params]
 """(params, condition) -> the parameters for that condition: what depends on it, but neither on x nor on t, is computed
 here, once a sample and not at each of its steps."""

@@ -16,6 +16,7 @@ from gendiff.static import by_value
 from gendiff.types import Params, Sample, Scalar, Time, wide
 
 Potential: TypeAlias = Callable[[Sample, Time], Scalar]
+"""`(x, t) -> log r`."""
 Logit: TypeAlias = Callable[[Params, Sample, Time], Scalar]
 """`(params, x, t) -> l` with C = sigmoid(l); any potential with parameters has this type."""
 Interval: TypeAlias = Callable[[Time], Bool[Array, ""]]

@@ -14,6 +14,7 @@ from gendiff.process import Process, falling, posterior, transition
 from gendiff.types import PRNGKey, Sample, Time
 
 Kernel: TypeAlias = Callable[[PRNGKey, Sample, Time, Time], Sample]
+"""`(key, x_t, t, s) -> x_s` with s < t."""
 
 
 def ddim(process: Process, denoiser: Denoiser, eta: float = 0.0) -> Kernel:

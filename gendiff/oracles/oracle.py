@@ -8,6 +8,7 @@ import numpy as np
 from gendiff.types import Samples, Valid
 
 Oracle: TypeAlias = Callable[[Samples], Valid]
+"""Samples (n, *shape) -> Booleans (n,), True is good."""
 
 
 class OracleError(ValueError):
