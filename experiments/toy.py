@@ -1,8 +1,9 @@
-"""Gen-neG on a checkerboard: a model learns the data, then classifiers learn where its own samples are bad.
+"""Gen-neG on a checkerboard: a model learns the data, then a classifier learns where the model's samples are bad.
 
-`python -m experiments.toy` prints, in 15 s on two CPU cores:
+`python -m experiments.toy` prints, up to rounding, in 20 s on two CPU cores:
 
-    EXPECTED
+    0 classifiers: 8.70% of the samples are bad
+    1 classifiers: 3.05% of the samples are bad
 """
 
 from functools import partial
@@ -15,9 +16,8 @@ from gendiff.data import checkerboard as data
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 from gendiff.oracles.checkerboard import checkerboard
 
-ROUNDS = 2
-edm, oracle = process.edm(), checkerboard()
-network, classifier = ResidualMLP(features=2, width=64, depth=2), MLPClassifier(width=32, depth=1)
+ROUNDS, edm, oracle = 1, process.edm(), checkerboard()
+network, classifier = ResidualMLP(features=2, width=64, depth=1), MLPClassifier(width=32, depth=1)
 model = denoiser.from_edm(network.apply)  # (theta, x, t) -> E[x_0 | x_t = x]
 logit = lambda phi, x, t: classifier.apply(phi, x / jnp.sqrt(t**2 + 0.25), jnp.log(t) / 4)  # of good, given x_t = x
 log_c = potential.log_probability(logit)
@@ -27,15 +27,15 @@ log_c = potential.log_probability(logit)
 def learn(key, net, loss, rows, steps):
     """Parameters of a network, trained on batches of the rows: the average over the last steps."""
     task = training.Task(loss, lambda key: training.minibatch(key, rows, 512))
-    start = net.init(key, jnp.zeros(2), jnp.zeros(()))
-    return training.fit(key, start, task, training.Settings(steps, rate=3e-3))[0].ema
+    start_key, fit_key = jax.random.split(key)
+    start = net.init(start_key, jnp.zeros(2), jnp.zeros(()))
+    return training.fit(fit_key, start, task, training.Settings(steps, rate=3e-3))[0].ema
 
 
 @jax.jit
 def draw(key, theta, classifiers):
     """8,192 samples of the model, guided by the sum of the classifiers' log C."""
-    steered = guidance.guide(edm, potential.stack(log_c, classifiers))(partial(model, theta))
-    kernel = sampling.heun(edm, steered)
+    kernel = sampling.heun(edm, guidance.guide(edm, potential.stack(log_c, classifiers))(partial(model, theta)))
     one = lambda key: sampling.sample(edm, kernel, edm.grid(18), key, shape=(2,))
     return distributed.chunked(one, jax.random.split(key, 8192))
 
@@ -47,8 +47,7 @@ def main(seed=0):
     theta = learn(key(1), network, losses.denoising(edm, model, losses.edm_weight()), points, 2000)
     classifiers = jax.tree.map(lambda a: jnp.zeros((0, *a.shape)), classifier.init(key(2), points[0], 1.0))
     for number in range(ROUNDS + 1):
-        samples = draw(key(10 + number), theta, classifiers)
-        good = oracle(samples)
+        good = oracle(samples := draw(key(10 + number), theta, classifiers))
         print(f"{number} classifiers: {1 - good.mean():.2%} of the samples are bad")
         if number == ROUNDS:
             return
