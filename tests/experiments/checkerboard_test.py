@@ -216,6 +216,8 @@ def test_seed_output_and_scale_compile_nothing_and_steps_of_the_sampler_do(tmp_p
     command = [sys.executable, "-c", COUNTED, str(tmp_path), *TINY, "--rounds", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    counts = {words[1]: int(words[2]) for line in done.stdout.splitlines() if (words := line.split())[:1] == ["compiled"]}
+    counts = {
+        words[1]: int(words[2]) for line in done.stdout.splitlines() if (words := line.split())[:1] == ["compiled"]
+    }
     assert counts["values"] == 0, done.stdout
     assert 0 < counts["steps"] < counts["first"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import contract, sweep
+from experiments import sweep
 from experiments.censoring import mnist
 from experiments.contract import Column, Config, ConfigError, Folder, Row
 from experiments.genneg import checkerboard, traffic
