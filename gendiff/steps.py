@@ -249,3 +249,18 @@ def finished(step: Any, best_step: Any, settings: Settings) -> Any:
     if not settings.patience:
         return step >= settings.steps
     return (step >= settings.steps) | (step - best_step >= settings.patience)
+
+
+def packed(state: State) -> dict[str, Any]:
+    """The arrays of a state as a flat dict, to store it as the result of a phase; `unpacked` gives the state back."""
+    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
+    return {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}
+
+
+def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> State:
+    """The state that was `packed`; `params` and `settings` say of what structure."""
+    key = jax.random.key(0)
+    start = lambda key, params: init(key, params, adam(settings))
+    like = jax.eval_shape(start, key, params)._replace(key=jax.random.key_data(key))
+    state = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in sorted(arrays)])
+    return state._replace(key=jax.random.wrap_key_data(state.key))

@@ -308,21 +308,7 @@ def _batches(data: Sequence | Iterator, start: int) -> Iterator:
     return (data[i] for i in range(start, len(data)))
 
 
-# States as results, keys and batches.
-
-
-def packed(state: State) -> dict[str, Any]:
-    """The arrays of a state as a flat dict, to store it as the result of a phase; `unpacked` gives the state back."""
-    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-    return {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}
-
-
-def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> State:
-    """The state that was `packed`; `params` and `settings` say of what structure."""
-    key = jax.random.key(0)
-    like = jax.eval_shape(partial(programs.begin, settings), key, params)._replace(key=jax.random.key_data(key))
-    state = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in sorted(arrays)])
-    return state._replace(key=jax.random.wrap_key_data(state.key))
+# Keys and batches.
 
 
 def keys(key: PRNGKey, runs: int) -> PRNGKey:

@@ -93,7 +93,7 @@ def test_blocks_have_a_step():
 def test_packed_state_is_the_state():
     settings = Settings(8, 0.1, every=4)
     state = training.train(jax.random.key(1), START, drawn, jnp.asarray(DATA), settings)
-    again = training.unpacked(jax.tree.map(np.asarray, training.packed(state)), START, settings)
+    again = steps.unpacked(jax.tree.map(np.asarray, steps.packed(state)), START, settings)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), again, state)
     assert all(jax.tree.leaves(same))

@@ -26,6 +26,7 @@ from gendiff.guidance import Reward
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
 from gendiff.static import by_value
+from gendiff.steps import packed, unpacked
 from gendiff.types import BATCH, Params, PRNGKey, Sample, Samples, Scalar, wide
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
@@ -504,12 +505,10 @@ def imitate(
         sets = prepare(every, prepare_key)
         arrays = archive.once(
             phase,
-            lambda s=sets, b=begin, f=fitted, k=fit_key, h=host: training.packed(fit(problem, s, b, f, k, h)),
-            like=jax.eval_shape(
-                lambda k, f=fitted, p=fresh: training.packed(programs.begin(f.training, k, p)), fit_key
-            ),
+            lambda s=sets, b=begin, f=fitted, k=fit_key, h=host: packed(fit(problem, s, b, f, k, h)),
+            like=jax.eval_shape(lambda k, f=fitted, p=fresh: packed(programs.begin(f.training, k, p)), fit_key),
         )
-        state = training.unpacked(arrays, fresh, fitted.training)
+        state = unpacked(arrays, fresh, fitted.training)
         rewards = state.last
         yield Round(number, rewards, every)
 
