@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from gendiff import denoiser, distributed, guidance, losses, potential, process, sampling, training
+from gendiff import denoiser, distributed, guidance, losses, nets, potential, process, sampling, training
 from gendiff.data import checkerboard as data
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 from gendiff.oracles.checkerboard import checkerboard
@@ -23,13 +23,12 @@ logit = lambda phi, x, t: classifier.apply(phi, x / jnp.sqrt(t**2 + 0.25), jnp.l
 log_c = potential.log_probability(logit)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 4))
 def learn(key, net, loss, rows, steps):
     """Parameters of a network, trained on batches of the rows: the average over the last steps."""
-    task = training.Task(loss, lambda key: training.minibatch(key, rows, 512))
-    start_key, fit_key = jax.random.split(key)
-    start = net.init(start_key, jnp.zeros(2), jnp.zeros(()))
-    return training.fit(fit_key, start, task, training.Settings(steps, rate=3e-3))[0].ema
+    task = lambda rows: training.Task(loss, lambda key: training.minibatch(key, rows, 512))
+    start_key, train_key = jax.random.split(key)
+    start = nets.fresh(net, start_key, jnp.zeros(2), jnp.zeros(()))
+    return training.train(train_key, start, task, rows, training.Settings(steps, rate=3e-3)).averaged
 
 
 @jax.jit

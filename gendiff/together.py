@@ -5,8 +5,9 @@ it (a training, a sampler) a run waits until the others have come to one too, or
 function, settings and shapes are then made as one, over the axis `replica` of a mesh; the others one after the other.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -14,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gendiff import check, distributed, potential
+from gendiff import devices, distributed, potential, training
+from gendiff.training import Host, Metrics, State, Training
 
 T = TypeVar("T")
 _here = threading.local()
@@ -51,6 +53,7 @@ class _Member(threading.Thread):
 
     def run(self) -> None:
         _here.member = self
+        training.instead.set(_train)
         self._pause()
         try:
             self.outcome = Outcome(self.work(), None)
@@ -140,10 +143,12 @@ def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, given: tup
         return program(*static, mesh, *distributed.place(mesh, given))
 
     def several(many: list[tuple]) -> list[Any]:
-        over = over_runs(None, len(many), jax.device_count())
+        over = devices.runs_mesh(None, len(many), jax.device_count())
         if over.shape["data"] > 1:  # they would leave devices idle, and each of them alone can use all
             return [alone(each) for each in many]
-        found = distributed.gather(_side_by_side(program.__wrapped__, static, over, spread(over, stack(many))))
+        found = distributed.gather(
+            _side_by_side(program.__wrapped__, static, over, devices.spread(over, devices.stack(many)))
+        )
         return [jax.tree.map(lambda a, k=k: a[k], found) for k in range(len(many))]
 
     return meet(("call", program, static, shapes(given)), given, alone, several)
@@ -157,38 +162,65 @@ def _side_by_side(function: Callable[..., Any], static: tuple, mesh: jax.shardin
     return jax.shard_map(here, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)(given)
 
 
-def over_runs(
-    devices: list[jax.Device] | None = None, runs: int | None = None, batch: int | None = None
-) -> jax.sharding.Mesh:
-    """A mesh with all devices, or the given ones, on the axis `replica`.
-
-    Args:
-      runs: how many there are.  Accelerators that they would leave idle go to the axis `data`: 5 runs on 16 devices are
-        all on each of them, with a 16th of their batches, 6 runs on 4 devices half of them on two each.
-      batch: examples of a step of a run, which `data` must divide.
-    """
-    devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    if runs is None or batch is None or devices[0].platform == "cpu":
-        return distributed.make_mesh(devices, count)
-    able = [each for each in range(1, count + 1) if count % each == 0 and batch % (count // each) == 0]
-    # What a device computes, in examples of the batch: the least, and then with the fewest all-reduces.
-    return distributed.make_mesh(devices, min(able, key=lambda each: (-(-runs // each) * each, -each)))
-
-
-def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """Arrays with a row for each run, split over `replica`; the last run again where they do not come out even."""
-    runs, places = check.rows("together: runs", tree), mesh.shape["replica"]
-    rows = np.minimum(np.arange(-(-runs // places) * places), runs - 1)
-    return distributed.put(jax.tree.map(lambda a: a[rows], tree), jax.NamedSharding(mesh, jax.P("replica")))
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """Trees of equal structure and shapes on a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
-
-
 def shapes(tree: Any) -> Hashable:
     """Structure, shapes and types of a tree, to compare."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
+
+
+# Trainings.
+
+
+def _train(asked: Training) -> State:
+    """A training that a run asks for, made together with those that differ in keys, parameters, contexts and hosts
+    alone."""
+    by_itself = (
+        isinstance(asked.params, State) or asked.data is not None or asked.host.fully_sharded or np.ndim(asked.key) > 0
+    )
+    like = object() if by_itself else ("train", asked.task, asked.settings, shapes((asked.params, asked.context)))
+    return meet(like, asked, lambda asked: training.train(*asked), _train_all)
+
+
+def _train_all(asked: list[Training]) -> list[State]:
+    first, hosts = asked[0], [of_run.host for of_run in asked]
+    kept = [host.checkpoints for host in hosts]
+    if None in kept and any(checkpoints is not None for checkpoints in kept):
+        raise ValueError("together: checkpoints must be of all runs or of none, got some")
+    several = None if None in kept else _Several(kept)
+
+    def report(step: int, metrics: list[Metrics | None]) -> None:
+        for host, of_run in zip(hosts, metrics, strict=True):
+            if of_run is not None:
+                host.report(step, of_run)
+
+    keys, params, contexts = devices.stack([(of_run.key, of_run.params, of_run.context) for of_run in asked])
+    host = Host(checkpoints=several, report_runs=report)
+    state = training.train(keys, params, first.task, contexts, first.settings, host, own=True)
+    return [_of_run(state, k) for k in range(len(asked))]
+
+
+def _of_run(state: State, k: int) -> State:
+    """The state of run k.  Copy the keys, because the caller reuses them."""
+    return jax.tree.map(lambda a: a[k], state._replace(key=jax.random.clone(state.key)))
+
+
+class _Several:
+    """Checkpoints of runs side by side, each in the place of its own."""
+
+    def __init__(self, kept: list[Any]) -> None:
+        self.kept = kept
+
+    def save(self, step: int, state: State, data: None = None) -> None:
+        for k, (checkpoints, stands) in enumerate(zip(self.kept, distributed.gather(state.step), strict=True)):
+            if stands == step:  # else it has ended, and is stored
+                checkpoints.save(step, _of_run(state, k))
+
+    def restore(self, state: State, data: None = None) -> State:
+        return devices.stack([checkpoints.restore(_of_run(state, k)) for k, checkpoints in enumerate(self.kept)])
+
+    @contextlib.contextmanager
+    def written(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for checkpoints in self.kept:
+                stack.enter_context(checkpoints.written())
+            yield

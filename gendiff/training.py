@@ -1,292 +1,66 @@
-"""One training loop.
+"""One way to train: K >= 1 runs in one program, from the host.
 
-`step` moves a state by one batch, `block` by many batches in one `lax.scan` and one validation.  `fit` scans blocks:
-it is a pure function, so `vmap` it over keys to train whole ensembles in one program.  `train` runs the same blocks
-from the host, with progress, checkpoints and resume.
+`train` places the state on the devices once (`gendiff.devices`) and moves it by compiled steps (`gendiff.programs`).
+Between the steps it validates, reports, stores checkpoints and heeds notices.
+
+K runs (seeds, goals, members, configurations) know nothing of each other.  They are spread over the devices of the
+mesh, and the program has no collective between them.  Devices that they would leave idle share the batches of a run,
+with one all-reduce a step.  Within a device runs are one `vmap`; on a CPU they go one after the other, so that a run's
+arrays stay in the cache.  Run k gives the numbers that it gives alone, up to the order of sums.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Int
 
-from gendiff import check, distributed, losses, together
-from gendiff.losses import Loss
-from gendiff.types import Params, PRNGKey, Scalar
-
-Draw: TypeAlias = Callable[[PRNGKey], Any]
-"""key -> batch, a pytree with one leading axis, made on the device inside the compiled step."""
-Validate: TypeAlias = Callable[[Params], Scalar]
-"""Parameters -> loss on held-out data, smaller is better; deterministic."""
-Metrics: TypeAlias = dict[str, Any]
-METRICS = ("loss", "gradient_norm")
-"""Of a step."""
-
-
-class State(NamedTuple):
-    """Everything a run needs to go on: save it, restore it, and the numbers are the same bit for bit."""
-
-    step: Any
-    params: Params
-    ema: Params
-    optimiser: Any
-    key: PRNGKey
-    best: Params
-    """The EMA with the least validation loss so far."""
-    best_loss: Any
-    best_step: Any
+from gendiff import check, devices, distributed, losses, programs
+from gendiff.devices import Placement
+from gendiff.steps import METRICS, Metrics, Settings, State, Task, check_settings, finished
+from gendiff.types import Params, PRNGKey
 
 
 class NotFinite(FloatingPointError):
     """A loss became NaN or infinite; the newest checkpoint is from before that."""
 
 
-def adam(settings: "Settings") -> optax.GradientTransformation:
-    """Adam (AdamW where there is weight decay) with clipped gradients and a schedule for the rate.
-
-    Raises:
-      ValueError: a setting is out of its range.
-    """
-    check_settings(settings)
-    rate, warmup, steps = settings.rate, settings.warmup, settings.steps
-    first = 0.0 if warmup else rate
-    if settings.schedule == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(first, rate, warmup, max(steps, warmup + 1))
-    elif settings.schedule == "linear":
-        rise, fall = (
-            optax.linear_schedule(first, rate, warmup),
-            optax.linear_schedule(rate, 0.0, max(steps - warmup, 1)),
-        )
-        schedule = optax.join_schedules([rise, fall], [warmup])
-    else:
-        schedule = optax.warmup_constant_schedule(first, rate, warmup)
-    clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
-    return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay))
-
-
-def check_settings(settings: "Settings") -> None:
-    """Raises ValueError where a setting is out of the range that `Settings` states."""
-    check.number("training: steps", settings.steps, at_least=0, whole=True)
-    check.number("training: rate", settings.rate, at_least=0)
-    check.number("training: decay", settings.decay, at_least=0, at_most=1)
-    check.number("training: every", settings.every, at_least=1, whole=True)
-    check.number("training: warmup", settings.warmup, at_least=0, whole=True)
-    check.choice("training: schedule", settings.schedule, ("cosine", "linear", "constant"))
-    check.number("training: weight_decay", settings.weight_decay, at_least=0)
-    if settings.clip is not None:
-        check.number("training: clip", settings.clip, above=0, infinite=True)
-    if settings.patience is not None:
-        check.number("training: patience", settings.patience, at_least=0, whole=True)
-
-
-def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) -> State:
-    """The state before the first step.  The EMA is a copy: a donated buffer must not be held twice."""
-    copy = partial(jax.tree.map, jnp.copy)
-    zero = jnp.zeros((), jnp.int32)
-    best_loss, best_step = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
-    return State(zero, copy(params), copy(params), optimiser.init(params), key, copy(params), best_loss, best_step)
-
-
-def make_step(
-    loss: Loss,
-    optimiser: optax.GradientTransformation,
-    decay: float = 0.999,
-    mesh: jax.sharding.Mesh | None = None,
-    *,
-    fully_sharded: bool = False,
-    parts: int = 1,
-) -> Callable[[State, Any], tuple[State, Metrics]]:
-    """One optimiser step on a batch.
-
-    Args:
-      loss: of one example.
-      decay: of the EMA; the first steps use (1 + step) / (10 + step) where that is less.
-      mesh: each device on its axis `data` takes the gradient of its part of the batch, and one all-reduce makes the
-        mean.  Where the loss of an example depends on the others of its batch, the compiler decides.
-      fully_sharded: the devices hold parts of the parameters, as `distributed.fully_sharded` says.  Each array is
-        gathered before it is used, once a step, and its gradient is reduced to the parts.
-      parts: in place of a mesh, where `shard_map` is around the step already: length of its axis `data`, which divides
-        the batch.
-
-    Raises:
-      ValueError: decay is not in [0, 1]; or, from the step, the arrays of the batch have no rows, or not as many.
-    """
-    check.number("training: decay", decay, at_least=0, at_most=1)
-    batch_loss = losses.mean(loss)
-
-    def here(params: Params, keys: PRNGKey, batch: Any, over: Any) -> tuple[Scalar, Params]:
-        return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), over)
-
-    def of_parts(params: Params, keys: PRNGKey, batch: Any, places: Any) -> tuple[Scalar, Params]:
-        # Once a step: `jax.checkpoint`, to gather again in the backward pass, keeps more than it lets go.
-        of_whole = lambda params: losses.with_keys(loss)(jax.tree.map(_gathered, params, places), keys, batch)
-        value, gradient = jax.value_and_grad(of_whole)(params)
-        return jax.lax.pmean(value, distributed.EVERY_DEVICE), jax.tree.map(_mean, gradient, places)
-
-    def value_and_gradient(params: Params, key: PRNGKey, batch: Any) -> tuple[Scalar, Params]:
-        shared = parts if mesh is None else mesh.shape["data"]
-        if shared == 1 or losses.looks_at_batch(loss, params, key, batch):
-            return jax.value_and_grad(batch_loss)(params, key, batch)
-        keys = jax.random.split(key, check.rows("training: batch", batch))
-        if mesh is None:
-            each = len(keys) // parts
-            mine = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * each, each)
-            return here(params, mine(keys), jax.tree.map(mine, batch), "data")
-        split, places = jax.P("data"), jax.P()
-        # Over copies of a part too, so that they stay the same where sums have no fixed order.
-        of_part = partial(here, over=distributed.EVERY_DEVICE)
-        if fully_sharded:
-            places = jax.tree.map(lambda sharding: sharding.spec, distributed.fully_sharded(mesh, params))
-            of_part = partial(of_parts, places=places)
-        parted = jax.shard_map(
-            of_part, mesh=mesh, in_specs=(places, split, split), out_specs=(jax.P(), places), check_vma=False
-        )
-        return parted(params, keys, batch)
-
-    def step(state: State, batch: Any) -> tuple[State, Metrics]:
-        check.number("training: rows of the batch", check.rows("training: batch", batch), at_least=1, whole=True)
-        key = jax.random.fold_in(state.key, state.step)
-        value, gradient = value_and_gradient(state.params, key, batch)
-        updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
-        rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = optax.incremental_update(params, state.ema, rate)
-        moved = state._replace(step=state.step + 1, params=params, ema=ema, optimiser=optimiser_state)
-        # Scans and checkpoints need a state that keeps its types; JAX's own error would not name the array.
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, moved)
-        return moved, dict(zip(METRICS, (value, optax.tree.norm(gradient)), strict=True))
-
-    return step
-
-
-def _gathered(part: Array, place: jax.P) -> Array:
-    """Inside `shard_map`, the whole of an array of which a device has a part; the transpose is `psum_scatter`."""
-    if "data" not in place:
-        return part
-    return jax.lax.all_gather(part, "data", axis=tuple(place).index("data"), tiled=True)
-
-
-def _mean(gradient: Array, place: jax.P) -> Array:
-    """Inside `shard_map`, the mean over the devices of a gradient, of which the transpose of `_gathered` is the sum."""
-    if "data" not in place:
-        return jax.lax.pmean(gradient, distributed.EVERY_DEVICE)
-    mean = gradient / jax.lax.axis_size("data")
-    return jax.lax.pmean(mean, "replica") if jax.lax.axis_size("replica") > 1 else mean
-
-
-def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
-    """Keeps the EMA as `best` if it validates better than the best so far; without `validate`, always."""
-    if validate is None:
-        return state._replace(best=state.ema, best_step=state.step), {}
-    value = jnp.asarray(validate(state.ema), jnp.float32)  # also under x64: a state keeps its types
-    better = value < state.best_loss
-    best = jax.tree.map(partial(jnp.where, better), state.ema, state.best)
-    best_step = jnp.where(better, state.step, state.best_step)
-    best_loss = jnp.where(better, value, state.best_loss)
-    return state._replace(best=best, best_loss=best_loss, best_step=best_step), {"validation_loss": value}
-
-
-def make_drawn_step(
-    step: Callable[[State, Any], tuple[State, Metrics]], draw: Draw, mesh: jax.sharding.Mesh | None = None
-) -> Callable[[State, None], tuple[State, Metrics]]:
-    """A step on a batch drawn on the device, as `lax.scan` wants it."""
-
-    def one(state: State, _: None) -> tuple[State, Metrics]:
-        # Not below the step's own key: `split(key, n)[i]` of its examples is `fold_in(key, i)`.
-        batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, np.uint32(2**32 - 1)), state.step))
-        if mesh is not None:
-            batch = distributed.split_batch(mesh, batch)
-        return step(state, batch)
-
-    return one
-
-
-def make_block(
-    step: Callable[[State, Any], tuple[State, Metrics]],
-    draw: Draw,
-    size: int,
-    validate: Validate | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> Callable[[State], tuple[State, Metrics]]:
-    """`size` steps on batches drawn on the device, in one scan, then `select`; the metrics are means over the block."""
-    check.number("make_block: size", size, at_least=1, whole=True)
-
-    def block(state: State) -> tuple[State, Metrics]:
-        state, metrics = jax.lax.scan(make_drawn_step(step, draw, mesh), state, length=size)
-        state, validation = select(state, validate)
-        return state, jax.tree.map(jnp.mean, metrics) | validation
-
-    return block
-
-
-class Task(NamedTuple):
-    """What is trained."""
-
-    loss: Loss
-    """Of one example."""
-    draw: Draw | None = None
-    """Makes a batch on the device; None where batches come from the host."""
-    validate: Validate | None = None
-
-
-class Settings(NamedTuple):
-    """How a run is trained."""
-
-    steps: int
-    rate: float = 1e-3
-    """>= 0."""
-    decay: float = 0.999
-    """Of the EMA, in [0, 1]."""
-    every: int = 500
-    """Steps between validations, checkpoints and reports, >= 1."""
-    warmup: int = 0
-    """Steps in which the rate rises from 0; where they are more than `steps`, the rate never gets to its height."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls to 0 by the last step, after the warm-up; or that it stays."""
-    clip: float | None = 1.0
-    """Largest norm of a gradient, > 0; None for no limit."""
-    weight_decay: float = 0.0
-    """Decoupled (AdamW), relative to the rate, >= 0."""
-    patience: int | None = None
-    """Stop when the validation loss has not improved for so many steps; None or 0: never."""
-
-
 class Host(NamedTuple):
-    """Where a run happens and what is kept of it."""
+    """Where a training happens and what is kept of it."""
 
     mesh: jax.sharding.Mesh | None = None
-    """Default: `distributed.training_mesh` of the batch."""
+    """Default: `distributed.training_mesh` of the batch; for K runs `devices.runs_mesh`."""
     checkpoints: Any = None
     """A `gendiff.checkpoint.Checkpoints`, or None."""
     report: Callable[[int, Metrics], None] = lambda step, metrics: None
-    """Called with the step at the start, and after every block with the block's metrics as floats."""
+    """Called with the step at the start, and after every block with the block's metrics as floats; of K runs, the means
+    over those that have not ended."""
     fully_sharded: bool = False
-    """Leave each device only a part of the state (FSDP), for models that are too large for one."""
+    """Leave each device only a part of the state (FSDP), for models that are too large for one device."""
+    report_runs: Callable[[int, list[Metrics | None]], None] = lambda step, metrics: None
+    """As `report`, with the metrics of every run, None for those that have ended."""
 
 
-def fit(key: PRNGKey, params: Params, task: Task, settings: Settings) -> tuple[State, Metrics]:
-    """A whole run as a pure function: `vmap` it over keys and parameters for ensembles, seeds and configurations.
+class Training(NamedTuple):
+    """The arguments of `train`."""
 
-    Returns:
-      The last state (`best` is the result), and the metrics of each block of `settings.every` steps, on axis 0.
-    """
-    if task.draw is None:
-        raise ValueError("fit: task.draw: expected a function of a key, given None")
-    optimiser = adam(settings)
-    check.number("fit: steps", settings.steps, at_least=1, whole=True)
-    size = min(settings.every, settings.steps)
-    if settings.steps % size:
-        raise ValueError(f"fit: every must divide steps = {settings.steps}, got {settings.every}")
-    block = make_block(make_step(task.loss, optimiser, settings.decay), task.draw, size, task.validate)
-    return jax.lax.scan(lambda state, _: block(state), init(key, params, optimiser), length=settings.steps // size)
+    key: PRNGKey
+    params: Params | State
+    task: Callable[[Any], Task]
+    context: Any
+    settings: Settings
+    host: Host = Host()
+    data: Sequence | Iterator | None = None
+    own: Any = False
+
+
+instead: ContextVar[Callable[[Training], State] | None] = ContextVar("instead", default=None)
+"""Makes the trainings of a thread in place of `train`: `gendiff.together` makes those of several threads as one."""
 
 
 def train(
@@ -297,115 +71,141 @@ def train(
     settings: Settings,
     host: Host = Host(),  # noqa: B008 (immutable)
     data: Sequence | Iterator | None = None,
+    own: Any = False,
 ) -> State:
-    """The same run from the host: jitted with donated state, sharded over a mesh, reported, and resumed where it
-    stopped.
+    """Train one run, or K runs in one program, from the host: jitted with a donated state, sharded over a mesh,
+    reported, and resumed where it stopped.
 
     Args:
+      key: () for one run, (K,) for K runs (see `keys`).
       params: to begin from; or a `State` to go on from, with its moments, key and step (so `settings.steps` counts the
-        steps of both runs).
-      task: context -> Task, called inside `jit`, so that arrays in `context` (data, teachers) are arguments of the
-        compiled program and not constants in it.  Runs with equal functions (see `gendiff.static`) share the
-        program.
+        steps of both trainings).  Of K runs, stacked on axis 0.
+      task: context -> Task of one run, called inside `jit`, so that arrays in `context` (data, teachers) are arguments
+        of the compiled program and not constants in it.  Trainings with equal functions (see `gendiff.static`) share
+        the program.
       context: a pytree of arrays.
-      data: batches from the host, where the task draws none: a sequence whose element i is the batch of step i (exact
-        resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
+      settings: of every run; with `patience` each ends by itself, and the others go on.
+      host: of K runs, `fully_sharded` is not possible.
+      data: batches from the host, for one run whose task draws none: a sequence whose element i is the batch of step i
+        (exact resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
+      own: of K runs, which parts of the context each has for itself, on a leading axis K: True, False or a tree of them
+        that is a prefix of the context, as `jax.vmap` takes its axes.
 
     Returns:
-      The last state, whole on every process; fully sharded, on the host.
+      The last state, whole on every process; fully sharded, on the host.  Its fields name the parameters: `last`,
+      `averaged`, and `best` in validation.  Of K runs, stacked on axis 0.
 
     Raises:
-      ValueError: a setting is out of range, or a batch has no rows, or arrays of several lengths.
+      ValueError: a setting is out of range; a batch has no rows, or arrays of several lengths; arrays are not of K
+        runs, or K runs cannot have what was asked for.
       NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
       distributed.Preempted: after a notice; the state is in the newest checkpoint.
     """
     check_settings(settings)
-
-    def alone(_: Any) -> State:
-        with written(host):
-            return _train(key, params, task, context, settings, host, data)
-
-    from gendiff import replicas  # which trains by what is in this file
-
-    by_itself = isinstance(params, State) or data is not None or host.fully_sharded
-    asked = replicas.Asked(key, params, task, context, settings, host)
-    like = object() if by_itself else ("train", task, settings, together.shapes((params, context)))
-    return together.meet(like, asked, alone, replicas.train_all)
+    arguments = Training(key, params, task, context, settings, host, data, own)
+    make = instead.get()
+    return _train(arguments) if make is None else make(arguments)
 
 
-def _train(
-    key: PRNGKey,
-    params: Params | State,
-    task: Callable[[Any], Task],
+def _train(arguments: Training) -> State:
+    settings, host, data = arguments.settings, arguments.host, arguments.data
+    placement = place(arguments)
+    runs = len(arguments.key) if placement.runs else 1
+    with contextlib.nullcontext() if host.checkpoints is None else host.checkpoints.written():
+        state, first = _begun(arguments, placement)
+        going, done = _standing(state, settings, runs)
+        context = placement.put_context(arguments.context)
+        batches = None if data is None else _batches(data, done)
+        host.report(done, {})
+        host.report_runs(done, [{}] * runs)
+        while going.any():
+            end = min(settings.steps, done + settings.every - (done - first) % settings.every)
+            state, values = _block(arguments, placement, state, context, batches, going, done, end)
+            done = end
+            _check_finite(values, going, done)
+            _save(host, done, placement, runs, state, data)
+            host.report(done, {name: float(value[going].mean()) for name, value in values.items()})
+            of_run = lambda k: {name: float(value[k]) for name, value in values.items()}  # noqa: B023 (used at once)
+            host.report_runs(done, [of_run(k) if going[k] else None for k in range(runs)])
+            going, _ = _standing(state, settings, runs)
+            if distributed.preempted() and going.any():
+                _stop(host, done)
+    return _result(placement, runs, state)
+
+
+def _block(
+    arguments: Training,
+    placement: Placement,
+    state: State,
     context: Any,
-    settings: Settings,
-    host: Host,
-    data: Sequence | Iterator | None,
-) -> State:
-    mesh = host.mesh
-    if mesh is None:
-        mesh = distributed.training_mesh(None if data is not None else drawn(task, key, context))
-    state = _placed(key, params, settings, mesh, host.fully_sharded)
-    first = int(state.step)
-    context = distributed.replicate(mesh, context)
-    if host.checkpoints is not None:
-        state = host.checkpoints.restore(state, data)
-    done = int(state.step)
-    host.report(done, {})
-    batches = None if data is None else _batches(data, done)
-    # The steps between two looks at the clock: a notice of preemption is heeded within an eighth of a block.
+    batches: Iterator | None,
+    going: np.ndarray,
+    begun: int,
+    end: int,
+) -> tuple[State, dict[str, np.ndarray]]:
+    """The steps from `begun` to `end` and a validation; the metrics, (runs,), are means over the steps."""
+    task, settings, runs, done = arguments.task, arguments.settings, len(going), begun
+    # Check for preemption eight times per block.
     piece = -(-settings.every // 8) if batches is None else 1
-    while not finished(int(state.step), int(state.best_step), settings):
-        end = min(settings.steps, done + settings.every - (done - first) % settings.every)
-        begun_at = done
-        parts: list[Metrics] = []
-        while done < end:
-            size = min(piece, end - done)
-            if batches is None:
-                state, part = steps_at_once(task, settings, mesh, host.fully_sharded, state, context, jnp.int32(size))
-            else:
-                batch = next(batches, None)
-                if batch is None:
-                    raise ValueError(f"training: data: expected {settings.steps} batches, given {done}")
-                given = distributed.shard(mesh, batch)
-                state, part = _step(task, settings, mesh, host.fully_sharded, state, context, given)
-            done += size
-            jax.block_until_ready(parts[-1:])  # no further ahead of the devices than one piece
-            parts.append(part)
-            if done < end and distributed.preempted():
-                _stop(host, done, state, data)
-        state, validation = _select(task, state, context)
-        values = {name: sum(float(part[name]) for part in parts) / (done - begun_at) for name in METRICS}
-        values |= {name: float(value) for name, value in validation.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise NotFinite(f"training: {name}: expected a finite number, given {value} by step {done}")
-        if host.checkpoints is not None:
-            host.checkpoints.save(done, state, data)
-        host.report(done, values)
-        if distributed.preempted():
-            _stop(host, done, state, data)
-    if not host.fully_sharded:
-        return distributed.local(state)
-    arrays = jax.tree.map(lambda leaf: leaf if distributed.is_key(leaf) else distributed.gather(leaf), state)
-    return arrays._replace(key=distributed.local(state.key))
+    parts: list[Metrics] = []
+    while done < end:
+        size = min(piece, end - done)
+        if batches is None:
+            count = _for_runs(placement, np.where(going, size, 0).astype(np.int32))
+            state, part = programs.steps_at_once(task, settings, placement, state, context, count)
+        else:
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"training: data must have {settings.steps} batches, got {done}")
+            rows = distributed.shard(placement.mesh, batch)
+            state, part = programs.step_on_batch(task, settings, placement, state, context, rows)
+        done += size
+        jax.block_until_ready(parts[-1:])  # no further ahead of the devices than one piece
+        parts.append(part)
+        if done < end and distributed.preempted():
+            _save(arguments.host, done, placement, runs, state, arguments.data)
+            _stop(arguments.host, done)
+    state, validation = programs.validated(task, placement, state, context, _for_runs(placement, going))
+    values = {name: sum(_of_runs(part[name], runs) for part in parts) / (done - begun) for name in METRICS}
+    return state, values | {name: _of_runs(value, runs) for name, value in validation.items()}
 
 
-def _placed(
-    key: PRNGKey, params: Params | State, settings: Settings, mesh: jax.sharding.Mesh, fully_sharded: bool
-) -> State:
-    """The state that a run begins from, on the devices; fully sharded, no device ever holds it whole."""
-    if fully_sharded and not isinstance(params, State):
-        places = shardings(mesh, True, jax.eval_shape(partial(begin, settings), key, params))
-        given = distributed.put(jax.random.clone(key), places.key), distributed.put(params, places.params)
-        return jax.jit(partial(begin, settings), out_shardings=places)(*given)
-    begun = params if isinstance(params, State) else begin(settings, key, params)
-    copy = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
-    return distributed.put(jax.tree.map(copy, begun), shardings(mesh, fully_sharded, begun))
+# Before the first step.
+
+
+def place(arguments: Training) -> Placement:
+    """Choose where a training's arrays lie.
+
+    Raises:
+      ValueError: arrays are not of K runs, or K runs cannot have what was asked for.
+    """
+    key, params, task, context, _, host, data, own = arguments
+    if not jnp.ndim(key):
+        mesh = host.mesh
+        if mesh is None:
+            mesh = distributed.training_mesh(None if data is not None else drawn(task, key, context))
+        return Placement(mesh, fully_sharded=host.fully_sharded)
+    check.number("training: runs", len(key), at_least=1, whole=True)
+    for name, asked in (("data", data is not None), ("host.fully_sharded", host.fully_sharded)):
+        if asked:
+            raise ValueError(f"training: {name} must be of one run, got {len(key)} runs: train them one by one")
+    flags = tuple(jax.tree.leaves(jax.tree.broadcast(own, context)))
+    mine = [leaf for leaf, flag in zip(jax.tree.leaves(context), flags, strict=True) if flag]
+    check.rows("training: keys, parameters and own context", (key, params, mine))
+    examples = shareable(arguments)
+    mesh = devices.runs_mesh(None, len(key), examples) if host.mesh is None else host.mesh
+    placement = Placement(mesh, True, flags)
+    if placement.sharers > 1 and (examples is None or examples % placement.sharers):
+        raise ValueError(
+            f"training: {placement.sharers} devices on the axis `data` must be able to share a batch, got "
+            + ("a loss that looks at its whole batch" if examples is None else f"{examples} examples")
+            + ": choose a mesh with fewer"
+        )
+    return placement
 
 
 def drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None:
-    """Examples in a batch that a task draws; None if it draws none."""
+    """Examples in a batch that a task of one run draws; None if it draws none."""
 
     def batch(key: PRNGKey, context: Any) -> Any:
         draw = task(context).draw
@@ -415,114 +215,91 @@ def drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None
     return None if shapes is None else check.rows("training: batch", shapes)
 
 
-def written(host: Host) -> contextlib.AbstractContextManager[None]:
-    """What was begun to be stored in it is written at its end, also when something fails."""
-    return contextlib.nullcontext() if host.checkpoints is None else host.checkpoints.written()
+def shareable(arguments: Training) -> int | None:
+    """Examples in a batch of one of K runs; None where devices cannot share them, because an example's loss depends on
+    the others.  The arguments may be shapes."""
+    found: list[int | None] = []
+
+    def look(key: PRNGKey, params: Params, context: Any) -> None:
+        one_key, start = key[0], jax.tree.map(lambda a: a[0], params)
+        flags = jax.tree.broadcast(arguments.own, context)
+        loss, draw, *_ = arguments.task(jax.tree.map(lambda flag, a: a[0] if flag else a, flags, context))
+        batch = None if draw is None else draw(one_key)
+        apart = batch is not None and not losses.looks_at_batch(loss, start, jax.random.clone(one_key), batch)
+        found.append(check.rows("training: batch", batch) if apart else None)
+
+    params = arguments.params.last if isinstance(arguments.params, State) else arguments.params
+    jax.eval_shape(look, arguments.key, params, arguments.context)
+    return found[0]
 
 
-def _stop(host: Host, step: int, state: State, data: Any) -> NoReturn:
-    if host.checkpoints is None:
-        distributed.stop("every phase that was finished")
-    host.checkpoints.save(step, state, data)
-    distributed.stop(f"step {step}")
+def _begun(arguments: Training, placement: Placement) -> tuple[State, int]:
+    """The state to go on from, on the devices, and the step at which the training began."""
+    key, params, _, _, settings, host, data, _ = arguments
+    restore = (lambda state: state) if host.checkpoints is None else partial(host.checkpoints.restore, data=data)
+    if placement.fully_sharded and not isinstance(params, State):  # no device ever holds it whole
+        places = placement.of_state(jax.eval_shape(partial(programs.begin, settings), key, params))
+        parts = distributed.put(jax.random.clone(key), places.key), distributed.put(params, places.last)
+        return restore(jax.jit(partial(programs.begin, settings), out_shardings=places)(*parts)), 0
+    start = params if isinstance(params, State) else programs.begin(settings, key, params)
+    first = int(np.max(distributed.gather(start.step)))
+    if placement.runs:  # checkpoints are of the runs alone: they serve any number of devices
+        return devices.spread(placement.mesh, restore(start)), first
+    copy = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
+    return restore(distributed.put(jax.tree.map(copy, start), placement.of_state(start))), first
 
 
-def shardings(mesh: jax.sharding.Mesh, fully_sharded: bool, state: State) -> Any:
-    """Where the parts of a state lie: whole on every device, or split over all of them."""
-    if fully_sharded:
-        return distributed.fully_sharded(mesh, state)
-    return jax.tree.map(lambda _: distributed.replicated(mesh), state)
+def _standing(state: State, settings: Settings, runs: int) -> tuple[np.ndarray, int]:
+    """(runs,) whether each has not ended, and the step at which those stand; if all have ended, the last one's."""
+    step, best_step = _of_runs(state.step, runs), _of_runs(state.best_step, runs)
+    going = ~finished(step, best_step, settings)
+    # Runs that have ended may stand further on than those that have not.
+    stands = set(step[going].tolist()) or {step.max()}
+    if len(stands) > 1:
+        raise ValueError(f"training: runs must stand at one step, got {sorted(stands)}: train them one by one")
+    return going, int(stands.pop())
 
 
-def packed(state: State) -> dict[str, Any]:
-    """The arrays of a state as a flat dict, to store it as the result of a phase; `unpacked` gives the state back."""
-    leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-    return {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}
+def _of_runs(array: Any, runs: int) -> np.ndarray:
+    """(runs,) on the host, of an array with a row for each run, or of one run alone."""
+    rows = np.atleast_1d(distributed.gather(array))[:runs]
+    return rows if rows.dtype.kind == "i" else rows.astype(np.float64)
 
 
-def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> State:
-    """The state that was `packed`; `params` and `settings` say of what structure."""
-    key = jax.random.key(0)
-    like = jax.eval_shape(partial(begin, settings), key, params)._replace(key=jax.random.key_data(key))
-    state = jax.tree.unflatten(jax.tree.structure(like), [jnp.asarray(arrays[name]) for name in sorted(arrays)])
-    return state._replace(key=jax.random.wrap_key_data(state.key))
+def _for_runs(placement: Placement, values: np.ndarray) -> Any:
+    """(runs,) values on the devices; of one run alone, ()."""
+    return devices.spread(placement.mesh, values) if placement.runs else values[0]
 
 
-# Equal tasks (`gendiff.static`) with equal settings run the same compiled program.
+# Between blocks.
 
 
-@partial(jax.jit, static_argnums=0)
-def begin(settings: Settings, key: PRNGKey, params: Params) -> State:
-    """The state before the first step of a run."""
-    return init(key, params, adam(settings))
+def _check_finite(values: dict[str, np.ndarray], going: np.ndarray, done: int) -> None:
+    for name, value in values.items():
+        bad = np.flatnonzero(going & ~np.isfinite(value))
+        if len(bad):
+            which = "" if len(going) == 1 else f" in runs {', '.join(map(str, bad))}"
+            raise NotFinite(f"training: {name} must be finite, got {value[bad[0]]} by step {done}{which}")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def steps_at_once(
-    task: Callable[[Any], Task],
-    settings: Settings,
-    mesh: jax.sharding.Mesh,
-    fully_sharded: bool,
-    state: State,
-    context: Any,
-    count: Int[Array, ""],
-) -> tuple[State, Metrics]:
-    """`count` steps of a task that draws its batches, one program for all counts; the metrics are sums.
-
-    The state is donated.
-    """
-    loss, draw, _ = task(context)
-    if draw is None:
-        raise ValueError("training: data: expected batches from the host, since the task draws none; given None")
-    step = make_step(loss, adam(settings), settings.decay, mesh, fully_sharded=fully_sharded)
-    one = make_drawn_step(step, draw, mesh)
-    places = shardings(mesh, fully_sharded, state)
-
-    def placed(state: State) -> tuple[State, Metrics]:
-        moved, metrics = one(state, None)
-        return jax.lax.with_sharding_constraint(moved, places), metrics
-
-    return repeated(placed, state, count)
+def _save(host: Host, done: int, placement: Placement, runs: int, state: State, data: Any) -> None:
+    if host.checkpoints is not None:
+        host.checkpoints.save(done, programs.without_padding(placement, runs, state) if placement.runs else state, data)
 
 
-def repeated(
-    one: Callable[[State], tuple[State, Metrics]], state: State, count: Int[Array, ""]
-) -> tuple[State, Metrics]:
-    """`count` steps from `state`; the metrics are sums."""
-
-    def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
-        moved, metrics = one(carry[0])
-        return moved, jax.tree.map(jnp.add, carry[1], metrics)
-
-    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, state)[1])
-    return jax.lax.fori_loop(0, count, body, (state, none))
+def _stop(host: Host, done: int) -> NoReturn:
+    distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def _step(
-    task: Callable[[Any], Task],
-    settings: Settings,
-    mesh: jax.sharding.Mesh,
-    fully_sharded: bool,
-    state: State,
-    context: Any,
-    batch: Any,
-) -> tuple[State, Metrics]:
-    step = make_step(task(context).loss, adam(settings), settings.decay, mesh, fully_sharded=fully_sharded)
-    moved, metrics = step(state, batch)
-    return jax.lax.with_sharding_constraint(moved, shardings(mesh, fully_sharded, state)), metrics
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _select(task: Callable[[Any], Task], state: State, context: Any) -> tuple[State, Metrics]:
-    return select(state, task(context).validate)
-
-
-def finished(step: Any, best_step: Any, settings: Settings) -> Any:
-    """Whether a run ends at this step: numbers, or arrays of them."""
-    if not settings.patience:
-        return step >= settings.steps
-    return (step >= settings.steps) | (step - best_step >= settings.patience)
+def _result(placement: Placement, runs: int, state: State) -> State:
+    if placement.runs:
+        # On every device: programs with a collective, such as those that read a state split over the devices, must not
+        # be under way at the same time, and on a CPU can block each other.
+        state = programs.without_padding(placement, runs, state)
+    if not placement.fully_sharded:
+        return distributed.local(state)
+    arrays = jax.tree.map(lambda leaf: leaf if distributed.is_key(leaf) else distributed.gather(leaf), state)
+    return arrays._replace(key=distributed.local(state.key))
 
 
 def _batches(data: Sequence | Iterator, start: int) -> Iterator:
@@ -530,6 +307,15 @@ def _batches(data: Sequence | Iterator, start: int) -> Iterator:
     if isinstance(data, Iterator):
         return data
     return (data[i] for i in range(start, len(data)))
+
+
+# Keys and batches.
+
+
+def keys(key: PRNGKey, runs: int) -> PRNGKey:
+    """(runs,) keys; that of run k depends on k alone, not on how many there are."""
+    check.number("training: runs", runs, at_least=1, whole=True)
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(runs))
 
 
 def minibatch(key: PRNGKey, examples: Any, size: int, count: Int[Array, ""] | int | None = None) -> Any:

@@ -165,7 +165,7 @@ def test_a_training_goes_on_from_its_own_width_alone(tmp_path: Path) -> None:
 
     train(4, 2)
     with pytest.raises(
-        CheckpointError, match=r"params must be float32 \(16,\), got float32 \(4,\); ema must be .* more"
+        CheckpointError, match=r"last must be float32 \(16,\), got float32 \(4,\); averaged must be .* more"
     ):
         train(16, 4)
     assert int(train(4, 4).step) == 4

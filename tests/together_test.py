@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gendiff import checkpoint, distributed, together, training
+from gendiff import checkpoint, devices, distributed, together, training
 from gendiff.training import Host, Settings, Task
 
 DATA = np.random.default_rng(0).normal(0.5, 1.0, (64, 3)).astype(np.float32)
@@ -27,7 +27,7 @@ def run(seed, steps=12, power=2, host=NOWHERE, size=4):
     key = jax.random.key(seed)
     state = training.train(key, START, task, DATA * (1 + seed), Settings(steps, 0.05, every=4), host)
     drawn = together.call(doubled, (power,), None, (np.arange(size, dtype=np.float32), jax.random.fold_in(key, 1)))
-    return {"params": state.params, "best": state.best, "step": state.step, "drawn": drawn["y"]}
+    return {"last": state.last, "best": state.best, "step": state.step, "drawn": drawn["y"]}
 
 
 def side_by_side(works):
@@ -63,7 +63,7 @@ def test_what_does_not_agree_is_made_apart():
 def test_runs_that_would_leave_devices_idle_equal_runs_alone(replica, monkeypatch):
     """As on accelerators, which share the batches of their runs."""
     few = lambda devices=None, runs=None, batch=None: distributed.make_mesh(jax.devices(), replica)
-    monkeypatch.setattr(together, "over_runs", few)
+    monkeypatch.setattr(devices, "runs_mesh", few)
     given, _ = side_by_side([partial(run, seed) for seed in range(3)])
     for seed, each in enumerate(given):
         close(each, run(seed))
@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_is_of_its_run_alone():
         training.train(jax.random.key(9), START, task, DATA * np.nan, Settings(12, 0.05, every=4))
 
     def well():
-        return training.train(jax.random.key(0), START, task, DATA, Settings(12, 0.05, every=4)).params
+        return training.train(jax.random.key(0), START, task, DATA, Settings(12, 0.05, every=4)).last
 
     outcomes = together.runs([well, diverging])
     assert isinstance(outcomes[1].error, training.NotFinite)

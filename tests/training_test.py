@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gendiff import distributed, losses, replicas, training, types
+from gendiff import distributed, losses, steps, training, types
 from gendiff.checkpoint import Checkpoints
 from gendiff.training import Host, Settings, Task
 from gendiff.types import BATCH
@@ -17,15 +17,23 @@ FALSE_ALARM = 1e-4
 
 def run_steps(settings: Settings, loss, batches) -> tuple[list, list]:
     """Parameters and EMAs after each step from 0, with a scalar parameter."""
-    optimiser = training.adam(settings)
-    step = jax.jit(training.make_step(loss, optimiser, settings.decay))
-    state = training.init(jax.random.key(0), jnp.float32(0.0), optimiser)
+    optimiser = steps.adam(settings)
+    step = jax.jit(steps.make_step(loss, optimiser, settings.decay))
+    state = steps.init(jax.random.key(0), jnp.float32(0.0), optimiser)
     path, ema = [], []
     for batch in batches:
         state, _ = step(state, batch)
-        path.append(float(state.params))
-        ema.append(float(state.ema))
+        path.append(float(state.last))
+        ema.append(float(state.averaged))
     return path, ema
+
+
+def trained(key, params, task, settings) -> tuple:
+    """The last state of a task without a context, and the metrics of its blocks."""
+    blocks = []
+    host = Host(report=lambda step, metrics: blocks.append(metrics) if metrics else None)
+    state = training.train(key, params, lambda context: task, (), settings, host)
+    return state, {name: np.array([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def slope(params, key, example):
@@ -36,11 +44,11 @@ def slope(params, key, example):
 @pytest.mark.parametrize("warmup", [0, 4])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_rate_follows_its_schedule(warmup, schedule):
-    steps, rate = 12, 0.1
-    path, _ = run_steps(Settings(steps, rate, warmup=warmup, schedule=schedule), slope, [jnp.ones(3)] * steps)
-    k = np.arange(steps)
-    done = (k - warmup) / (steps - warmup)
-    fall = {"constant": np.ones(steps), "linear": 1 - done, "cosine": 0.5 * (1 + np.cos(np.pi * done))}[schedule]
+    length, rate = 12, 0.1
+    path, _ = run_steps(Settings(length, rate, warmup=warmup, schedule=schedule), slope, [jnp.ones(3)] * length)
+    k = np.arange(length)
+    done = (k - warmup) / (length - warmup)
+    fall = {"constant": np.ones(length), "linear": 1 - done, "cosine": 0.5 * (1 + np.cos(np.pi * done))}[schedule]
     rates = np.where(k < warmup, rate * k / max(warmup, 1), rate * fall)
     np.testing.assert_allclose(path, -np.cumsum(rates), rtol=1e-5, atol=1e-6)
 
@@ -59,12 +67,12 @@ def test_ema_is_a_moving_average_with_a_quick_start(decay):
 def test_weight_decay_is_decoupled():
     # Loshchilov and Hutter 2019: with a loss that is constant only the decay is left, w (1 - rate decay)^n.
     settings = Settings(5, 0.1, schedule="constant", weight_decay=0.5, clip=None)
-    optimiser = training.adam(settings)
-    step = training.make_step(lambda params, key, example: 0 * params * example, optimiser)
-    state = training.init(jax.random.key(0), jnp.float32(2.0), optimiser)
+    optimiser = steps.adam(settings)
+    step = steps.make_step(lambda params, key, example: 0 * params * example, optimiser)
+    state = steps.init(jax.random.key(0), jnp.float32(2.0), optimiser)
     for _ in range(5):
         state, _ = step(state, jnp.ones(2))
-    np.testing.assert_allclose(state.params, 2.0 * (1 - 0.1 * 0.5) ** 5, rtol=1e-6)
+    np.testing.assert_allclose(state.last, 2.0 * (1 - 0.1 * 0.5) ** 5, rtol=1e-6)
 
 
 def test_run_goes_on_from_a_state():
@@ -73,8 +81,8 @@ def test_run_goes_on_from_a_state():
         jax.random.key(1), start, drawn, jnp.asarray(DATA), Settings(steps, 0.1, schedule="constant", every=4)
     )
     half = run(START, 8)
-    np.testing.assert_array_equal(run(half, 20).params["w"], run(START, 20).params["w"])
-    assert not half.params["w"].is_deleted()
+    np.testing.assert_array_equal(run(half, 20).last["w"], run(START, 20).last["w"])
+    assert not half.last["w"].is_deleted()
 
 
 def test_blocks_have_a_step():
@@ -85,7 +93,7 @@ def test_blocks_have_a_step():
 def test_packed_state_is_the_state():
     settings = Settings(8, 0.1, every=4)
     state = training.train(jax.random.key(1), START, drawn, jnp.asarray(DATA), settings)
-    again = training.unpacked(jax.tree.map(np.asarray, training.packed(state)), START, settings)
+    again = steps.unpacked(jax.tree.map(np.asarray, steps.packed(state)), START, settings)
     assert jax.tree.structure(again) == jax.tree.structure(state)
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), again, state)
     assert all(jax.tree.leaves(same))
@@ -96,8 +104,8 @@ def test_gradients_are_clipped_and_reported_before():
     settings = Settings(2, 0.1, schedule="constant", clip=1.0)
     path, _ = run_steps(settings, slope, [jnp.array([1000.0]), jnp.array([1.0])])
     np.testing.assert_allclose(path, [-0.1, -0.2], rtol=1e-5)
-    step = training.make_step(slope, training.adam(settings))
-    state = training.init(jax.random.key(0), jnp.float32(2.0), training.adam(settings))
+    step = steps.make_step(slope, steps.adam(settings))
+    state = steps.init(jax.random.key(0), jnp.float32(2.0), steps.adam(settings))
     _, metrics = step(state, jnp.array([1000.0, 0.0]))
     np.testing.assert_allclose([metrics["loss"], metrics["gradient_norm"]], [1000.0, 500.0])
 
@@ -107,9 +115,7 @@ def test_key_of_a_batch_is_no_key_of_an_example():
     # drawn with, and the loss says whether an example's key is that one.
     draw = lambda key: jnp.broadcast_to(jax.random.key_data(key), (8, 2))
     loss = lambda params, key, example: 0 * params + jnp.all(jax.random.key_data(key) == example).astype(float)
-    _, metrics = jax.jit(lambda key: training.fit(key, jnp.float32(0.0), Task(loss, draw), Settings(steps=4, every=1)))(
-        jax.random.key(1)
-    )
+    _, metrics = trained(jax.random.key(1), jnp.float32(0.0), Task(loss, draw), Settings(steps=4, every=1))
     np.testing.assert_array_equal(metrics["loss"], np.zeros(4))
 
 
@@ -134,11 +140,7 @@ def test_every_step_and_example_has_its_own_key():
         jax.debug.callback(lambda *pair: seen.append(pair), number(key), example)
         return 0 * params
 
-    jax.block_until_ready(
-        jax.jit(lambda key: training.fit(key, jnp.float32(0.0), Task(loss, draw), Settings(5, every=5)))(
-            jax.random.key(2)
-        )
-    )
+    jax.block_until_ready(trained(jax.random.key(2), jnp.float32(0.0), Task(loss, draw), Settings(5, every=5)))
     jax.effects_barrier()
     assert len({float(noise) for noise, _ in seen}) == 15
     assert len({float(batch) for _, batch in seen}) == 5
@@ -166,49 +168,50 @@ def same(first, second) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(raw(a), raw(b), strict=True), first, second)
 
 
-def test_fit_finds_the_optimum():
+def test_training_finds_the_optimum():
     task = Task(lambda params, key, example: jnp.sum((params["w"] - example) ** 2), lambda key: jnp.asarray(DATA))
-    state, metrics = jax.jit(lambda key: training.fit(key, START, task, Settings(400, 0.03, decay=0.9, every=100)))(
-        jax.random.key(0)
-    )
+    state, metrics = trained(jax.random.key(0), START, task, Settings(400, 0.03, decay=0.9, every=100))
     np.testing.assert_allclose(state.best["w"], DATA.mean(0), atol=0.01)
     assert metrics["loss"].shape == (4,)
     assert int(state.step) == 400
 
 
-def test_vmap_of_fit_is_a_loop():
-    fit = lambda key, start: training.fit(key, start, drawn(jnp.asarray(DATA)), Settings(20, 0.1, every=10))[0].best
-    starts = {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}
-    together = jax.jit(jax.vmap(fit))(jax.random.split(jax.random.key(0), 2), starts)
-    for i, key in enumerate(jax.random.split(jax.random.key(0), 2)):
-        alone = jax.jit(fit)(key, {"w": starts["w"][i]})
-        np.testing.assert_allclose(together["w"][i], alone["w"], rtol=1e-5)
-
-
-def test_train_is_fit_from_the_host():
-    # With other blocks, too: validation and reports come between steps and change none of them.
-    settings, reports = Settings(20, 0.1, every=10), []
-    fit = lambda key: training.fit(key, START, drawn(jnp.asarray(DATA)), settings._replace(every=5))
-    pure, metrics = jax.jit(fit)(jax.random.key(0))
-    host = Host(report=lambda step, values: reports.append((step, values)) if values else None)
-    hosted = training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), settings, host)
-    for name in ("params", "ema", "best"):
-        np.testing.assert_allclose(getattr(hosted, name)["w"], getattr(pure, name)["w"], rtol=1e-5)
+@pytest.mark.parametrize("every", [5, 20])
+def test_validation_and_reports_change_no_step(every):
+    settings, reports, others = Settings(20, 0.1, every=10), [], []
+    run = lambda every, seen: training.train(
+        jax.random.key(0), START, drawn, jnp.asarray(DATA), settings._replace(every=every),
+        Host(report=lambda step, values: seen.append((step, values)) if values else None),
+    )  # fmt: skip
+    state, other = run(10, reports), run(every, others)
+    for name in ("last", "averaged"):
+        np.testing.assert_array_equal(getattr(state, name)["w"], getattr(other, name)["w"])
     assert [step for step, _ in reports] == [10, 20]
-    for i, (_, values) in enumerate(reports):
-        np.testing.assert_allclose(values["loss"], metrics["loss"].reshape(2, 2).mean(1)[i], rtol=1e-5)
-        np.testing.assert_allclose(values["validation_loss"], metrics["validation_loss"][2 * i + 1], rtol=1e-5)
+    assert [step for step, _ in others] == list(range(every, 21, every))
+    # The metrics are means over the steps of a block.
+    losses_of = lambda seen: np.mean([values["loss"] for _, values in seen])
+    np.testing.assert_allclose(losses_of(reports), losses_of(others), rtol=1e-6)
+    assert reports[-1][1]["validation_loss"] == others[-1][1]["validation_loss"]
 
 
-@pytest.mark.parametrize(("steps", "every"), [(10, 4), (7, 2)])
-def test_fit_wants_whole_blocks(steps, every):
-    with pytest.raises(ValueError, match="fit: every must divide steps"):
-        training.fit(jax.random.key(0), START, drawn(jnp.asarray(DATA)), Settings(steps, every=every))
+def test_the_state_names_its_parameters():
+    # The last ones, their average, and the average that validates best.
+    settings, seen = Settings(6, 0.1, decay=0.5, every=2, schedule="constant"), {}
+    task = Task(slope, lambda key: jnp.ones(2), lambda params: (params + 0.13) ** 2)
+    host = Host(report=lambda step, metrics: seen.update({step: metrics.get("validation_loss")}))
+    state = training.train(jax.random.key(0), jnp.float32(0.0), lambda context: task, (), settings, host)
+    path, averages = run_steps(settings, slope, [jnp.ones(2)] * 6)
+    np.testing.assert_allclose(state.last, path[-1], rtol=1e-6)
+    np.testing.assert_allclose(state.averaged, averages[-1], rtol=1e-6)
+    best = min((2, 4, 6), key=lambda step: (averages[step - 1] + 0.13) ** 2)
+    assert 0 < best < 6, "best is neither the first nor the last"
+    np.testing.assert_allclose(state.best, averages[best - 1], rtol=1e-6)
+    assert (int(state.best_step), float(state.best_loss)) == (best, seen[best])
 
 
-def test_fit_draws_its_batches():
-    with pytest.raises(ValueError, match=r"task\.draw"):
-        training.fit(jax.random.key(0), START, Task(noisy), Settings(4))
+def test_a_task_draws_its_batches_or_gets_them():
+    with pytest.raises(ValueError, match="training: data must be batches from the host"):
+        trained(jax.random.key(0), START, Task(noisy), Settings(4))
 
 
 class Batches(Iterator):
@@ -287,7 +290,7 @@ def test_resume_needs_the_position(tmp_path):
 
     with pytest.raises(Stopped):
         train(checkpoints=Checkpoints(tmp_path), report=stop)
-    assert not np.array_equal(train(checkpoints=Checkpoints(tmp_path)).params["w"], train().params["w"])
+    assert not np.array_equal(train(checkpoints=Checkpoints(tmp_path)).last["w"], train().last["w"])
 
 
 def test_not_finite_stops_after_the_last_good_checkpoint(tmp_path):
@@ -295,13 +298,13 @@ def test_not_finite_stops_after_the_last_good_checkpoint(tmp_path):
     sequence = [np.ones((2, 3), np.float32)] * 6 + [np.full((2, 3), np.nan, np.float32)] * 6
     task = lambda context: Task(loss)
     settings = Settings(12, 0.1, every=2)
-    with pytest.raises(training.NotFinite, match="expected a finite number, given nan by step 8"):
+    with pytest.raises(training.NotFinite, match="training: loss must be finite, got nan by step 8"):
         training.train(jax.random.key(0), START, task, (), settings, Host(None, Checkpoints(tmp_path)), sequence)
     last = Checkpoints(tmp_path).restore(
-        training.init(jax.random.key(0), jax.tree.map(jnp.asarray, START), training.adam(settings))
+        steps.init(jax.random.key(0), jax.tree.map(jnp.asarray, START), steps.adam(settings))
     )
     assert int(last.step) == 6
-    assert np.isfinite(last.params["w"]).all()
+    assert np.isfinite(last.last["w"]).all()
 
 
 def test_best_is_kept_and_patience_ends_the_run():
@@ -323,13 +326,13 @@ def test_best_is_kept_and_patience_ends_the_run():
 
 
 def test_without_validation_the_newest_is_the_best():
-    state = training.init(jax.random.key(0), jnp.float32(0.0), training.adam(Settings(4)))
-    moved, metrics = training.select(state._replace(ema=jnp.float32(3.0), step=jnp.int32(7)), None)
+    state = steps.init(jax.random.key(0), jnp.float32(0.0), steps.adam(Settings(4)))
+    moved, metrics = steps.select(state._replace(averaged=jnp.float32(3.0), step=jnp.int32(7)), None)
     assert float(moved.best) == 3.0
     assert int(moved.best_step) == 7
     assert metrics == {}
     # A validation loss of NaN is not better than anything.
-    kept, _ = training.select(moved._replace(ema=jnp.float32(4.0)), lambda params: jnp.float32(jnp.nan))
+    kept, _ = steps.select(moved._replace(averaged=jnp.float32(4.0)), lambda params: jnp.float32(jnp.nan))
     assert float(kept.best) == 3.0
 
 
@@ -342,7 +345,7 @@ def test_an_empty_batch_is_an_error(devices):
 
 
 def test_too_few_batches():
-    with pytest.raises(ValueError, match="expected 16 batches, given 5"):
+    with pytest.raises(ValueError, match="training: data must have 16 batches, got 5"):
         training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), SETTINGS, data=SEQUENCE[:5])
 
 
@@ -355,7 +358,7 @@ def test_replicas_of_a_training_are_copies_that_do_not_change_it(devices, replic
         jax.random.clone(key), START, drawn, data, settings, Host(distributed.make_mesh(jax.devices()[:1]))
     )
     found = training.train(key, START, drawn, data, settings, Host(mesh, fully_sharded=fully_sharded))
-    np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.last["w"], expected.last["w"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -403,19 +406,14 @@ def test_a_state_keeps_its_types_under_x64():
         task = training.Task(
             lambda w, key, x: (w - x) ** 2, lambda key: jnp.ones(2, jnp.float32), lambda w: jnp.float64(w) ** 2
         )
-        state, _ = training.fit(jax.random.key(0), jnp.float32(0.0), task, training.Settings(4, every=2))
+        state, _ = trained(jax.random.key(0), jnp.float32(0.0), task, training.Settings(4, every=2))
     assert state.best_loss.dtype == jnp.float32
 
 
 def test_settings_out_of_range_are_named():
     task = training.Task(lambda w, key, x: (w - x) ** 2, lambda key: jnp.ones(2))
-    fit = lambda **changes: training.fit(
-        jax.random.key(0), jnp.float32(0.0), task, training.Settings(**{"steps": 4, "every": 2} | changes)
-    )
     with pytest.raises(ValueError, match="schedule must be 'cosine' or 'linear' or 'constant', got 'Linear'"):
-        fit(schedule="Linear")
-    with pytest.raises(ValueError, match="fit: steps must be >= 1 and whole, got 0"):
-        fit(steps=0)
+        trained(jax.random.key(0), jnp.float32(0.0), task, Settings(4, every=2, schedule="Linear"))
 
 
 @pytest.mark.parametrize(
@@ -436,13 +434,12 @@ def test_settings_out_of_range_are_named():
 )
 def test_every_training_checks_its_settings(changes, message):
     settings, key, data = Settings(**{"steps": 4, "every": 2} | changes), jax.random.key(0), jnp.asarray(DATA)
-    begun = training.init(jax.random.clone(key), {"w": jnp.zeros(3)}, training.adam(Settings(4)))
+    begun = steps.init(jax.random.clone(key), {"w": jnp.zeros(3)}, steps.adam(Settings(4)))
     stacked, many = {"w": jnp.zeros((2, 3))}, jax.random.split(key, 2)
     for run in (
-        lambda: training.fit(jax.random.clone(key), START, drawn(data), settings),
         lambda: training.train(jax.random.clone(key), START, drawn, data, settings),
         lambda: training.train(jax.random.clone(key), begun, drawn, data, settings),
-        lambda: replicas.train(many, stacked, lambda data, own: drawn(data), data, jnp.zeros(2), settings),
+        lambda: training.train(many, stacked, drawn, data, settings),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             run()
@@ -463,9 +460,8 @@ def test_a_training_of_narrower_parameters_keeps_their_type():
         lambda w: jnp.sum(w**2),
     )
     start = jnp.ones((2, 3), jnp.bfloat16)
-    state, metrics = jax.jit(lambda key: training.fit(key, start, task, Settings(4, 0.1, every=2)))(jax.random.key(0))
-    assert {state.params.dtype, state.ema.dtype, state.best.dtype} == {jnp.dtype(jnp.bfloat16)}
-    assert metrics["loss"].dtype == jnp.float32
+    state, metrics = trained(jax.random.key(0), start, task, Settings(4, 0.1, every=2))
+    assert {state.last.dtype, state.averaged.dtype, state.best.dtype} == {jnp.dtype(jnp.bfloat16)}
     assert np.isfinite(metrics["loss"]).all()
 
 
@@ -478,15 +474,13 @@ def test_a_loss_that_looks_at_its_batch_sees_all_of_it_on_any_devices(devices):
     task = lambda data: Task(loss, lambda key: training.minibatch(key, data, 16))
     mesh = distributed.make_mesh(jax.devices()[:devices])
     settings = Settings(6, 0.1, every=3, schedule="constant", clip=None)
-    found = training.train(jax.random.key(3), START, task, jnp.asarray(DATA), settings, Host(mesh)).params["w"]
+    found = training.train(jax.random.key(3), START, task, jnp.asarray(DATA), settings, Host(mesh)).last["w"]
     # By hand, with the same batches.
-    state = training.init(jax.random.key(3), jax.tree.map(jnp.asarray, START), training.adam(settings))
-    drawn_step = training.make_drawn_step(
-        training.make_step(loss, training.adam(settings)), task(jnp.asarray(DATA)).draw
-    )
+    state = steps.init(jax.random.key(3), jax.tree.map(jnp.asarray, START), steps.adam(settings))
+    drawn_step = steps.make_drawn_step(steps.make_step(loss, steps.adam(settings)), task(jnp.asarray(DATA)).draw)
     for _ in range(6):
-        state, _metrics = drawn_step(state, None)
-    np.testing.assert_allclose(found, state.params["w"], rtol=1e-4, atol=1e-5)
+        state, _metrics = drawn_step(state)
+    np.testing.assert_allclose(found, state.last["w"], rtol=1e-4, atol=1e-5)
     assert losses.looks_at_batch(loss, START, jax.random.key(0), DATA)
     assert not losses.looks_at_batch(lambda params, key, x: jnp.sum(x), START, jax.random.key(0), DATA)
 
@@ -495,4 +489,4 @@ def test_a_loss_that_looks_at_its_batch_sees_all_of_it_on_any_devices(devices):
 def test_a_long_warm_up_and_no_limit_of_the_gradient_are_settings(changes):
     state = training.train(jax.random.key(0), START, drawn, jnp.asarray(DATA), Settings(4, every=2)._replace(**changes))
     assert int(state.step) == 4
-    assert np.isfinite(state.params["w"]).all()
+    assert np.isfinite(state.last["w"]).all()

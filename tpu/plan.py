@@ -32,8 +32,9 @@ from tabulate import tabulate
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
-from gendiff import distributed, replicas, together, training
+from gendiff import devices, distributed, programs, training
 from gendiff.data.episodes import Windows
+from gendiff.devices import Placement
 from gendiff.losses import Aligned
 from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.nets.scene_transformer import Place
@@ -176,19 +177,21 @@ class Trained(NamedTuple):
 
     def lower(self, mesh: jax.sharding.Mesh, fsdp: bool = False) -> Any:
         """The steps, as `training.train` calls them: a loop of a number that it is told, over one step."""
-        state = jax.eval_shape(partial(training.begin, self.settings), KEY, self.params)
-        places = training.shardings(mesh, fsdp, state)
+        state = jax.eval_shape(partial(programs.begin, self.settings), KEY, self.params)
+        placement = Placement(mesh, fully_sharded=fsdp)
+        places = placement.of_state(state)
         state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places)
         context, count = shaped((self.context, WHOLE), distributed.replicated(mesh))
-        return training.steps_at_once.lower(self.task, self.settings, mesh, fsdp, state, context, count)
+        return programs.steps_at_once.lower(self.task, self.settings, placement, state, context, count)
 
     def step(self, mesh: jax.sharding.Mesh) -> Any:
         """One step on a given batch, as `training.train` calls it where batches come from the host."""
         whole = distributed.replicated(mesh)
-        state = shaped(jax.eval_shape(partial(training.begin, self.settings), KEY, self.params), whole)
+        state = shaped(jax.eval_shape(partial(programs.begin, self.settings), KEY, self.params), whole)
         batch = shaped(jax.eval_shape(lambda key, context: drawn(self.task(context), key), KEY, self.context), None)
         batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=distributed.split(mesh)), batch)
-        return training._step.lower(self.task, self.settings, mesh, False, state, shaped(self.context, whole), batch)
+        context, place = shaped(self.context, whole), Placement(mesh)
+        return programs.step_on_batch.lower(self.task, self.settings, place, state, context, batch)
 
 
 def drawn(task: training.Task, key: Any) -> Any:
@@ -206,49 +209,48 @@ def trainings(make: Callable[[int], Trained], pool: bool, fsdp: bool = False) ->
 
 
 class SideBySide(NamedTuple):
-    """Trainings side by side: the arguments of `replicas.train`, those of one run where runs have their own."""
+    """Trainings side by side: the arguments of `training.train`, those of one run where runs have their own."""
 
-    task: Callable[[Any, Any], training.Task]
+    task: Callable[[Any], training.Task]
     params: Tree
     context: Tree
-    own: Tree
+    own: Any
     settings: training.Settings
 
     def lower(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
-        """A block of steps."""
-        padded, each = self.places(mesh, runs)
-        params = many(self.params, padded)
-        state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
-        state, own = shaped((state, many(self.own, padded)), each)
-        context = shaped(self.context, distributed.replicated(mesh))
-        return replicas._block.lower(self.task, self.settings, self.settings.every, False, mesh, state, context, own)
+        """The steps."""
+        placement, state, context, count = self.shapes(mesh, runs)
+        return programs.steps_at_once.lower(self.task, self.settings, placement, state, context, count)
 
     def step(self, mesh: jax.sharding.Mesh, runs: int) -> Any:
         """One step of all runs on given batches."""
-        padded, each = self.places(mesh, runs)
-        params = many(self.params, padded)
-        state = jax.eval_shape(partial(replicas._begin, self.settings), many(KEY, padded), params)
-        batch = jax.eval_shape(lambda key, *rest: drawn(self.task(*rest), key), KEY, self.context, self.own)
-        given = shaped((state, many(batch, padded), many(self.own, padded)), each)
+        placement, state, context, count = self.shapes(mesh, runs)
+        batch = jax.eval_shape(lambda key, context: drawn(self.task(context), key), KEY, self.context)
+        batch = shaped(many(batch, count.shape[0]), devices.over_replicas(mesh))
+        return programs.step_on_batch.lower(self.task, self.settings, placement, state, context, batch)
 
-        def one(state: Any, batch: Any, own: Any, context: Any) -> Any:
-            optimiser, decay = training.adam(self.settings), self.settings.decay
-            step = training.make_step(self.task(context, own).loss, optimiser, decay, parts=mesh.shape["data"])
-            return step(state, batch)
+    def shapes(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[Placement, Tree, Tree, jax.ShapeDtypeStruct]:
+        """The placement; state, context and counts of all runs, with those that fill up the mesh."""
+        padded, context = devices.padded_runs(mesh, runs), self.all_runs(runs)
+        flags = tuple(jax.tree.leaves(jax.tree.broadcast(self.own, context)))
+        placement, each = Placement(mesh, True, flags), devices.over_replicas(mesh)
+        state = jax.eval_shape(partial(programs.begin, self.settings), many(KEY, padded), many(self.params, padded))
+        own, shared = placement.divide(self.context)
+        context = placement.join(
+            jax.tree.structure(context), shaped(many(own, padded), each), shaped(shared, distributed.replicated(mesh))
+        )
+        return placement, shaped(state, each), context, shaped(many(WHOLE, padded), each)
 
-        axis, local = jax.P("replica"), jax.vmap(one, (0, 0, 0, None))
-        spread = jax.shard_map(local, mesh=mesh, in_specs=(axis,) * 3 + (jax.P(),), out_specs=axis, check_vma=False)
-        return jax.jit(spread, donate_argnums=0).lower(*given, shaped(self.context, distributed.replicated(mesh)))
+    def mesh(self, places: list[jax.Device], runs: int) -> jax.sharding.Mesh:
+        """That of `training.train`."""
+        keys, params = many(KEY, runs), many(self.params, runs)
+        asked = training.Training(keys, params, self.task, self.all_runs(runs), self.settings, own=self.own)
+        return devices.runs_mesh(places, runs, training.shareable(asked))
 
-    def mesh(self, devices: list[jax.Device], runs: int) -> jax.sharding.Mesh:
-        """That of `replicas.train`."""
-        keys, params, own = many(KEY, runs), many(self.params, runs), many(self.own, runs)
-        return together.over_runs(devices, runs, replicas.shareable(keys, params, self.task, self.context, own))
-
-    def places(self, mesh: jax.sharding.Mesh, runs: int) -> tuple[int, jax.NamedSharding]:
-        """How many runs there are on a mesh with the copies that fill it up, and how they are split."""
-        rows = mesh.shape["replica"]
-        return -(-runs // rows) * rows, jax.NamedSharding(mesh, jax.P("replica"))
+    def all_runs(self, runs: int) -> Tree:
+        """The context of all runs."""
+        flags = jax.tree.broadcast(self.own, self.context)
+        return jax.tree.map(lambda own, a: many(a, runs) if own else a, flags, self.context)
 
 
 PAPER = "paper"
@@ -430,7 +432,7 @@ def maze_programs() -> dict[str, Program]:
     own = {"windows": windows, "count": WHOLE, "known": of((config.horizon, size), bool)}
     often = maze2d.often(config.steps)
     settings = training.Settings(config.steps, config.rate, config.decay, often, 100, config.schedule, clip=None)
-    models = SideBySide(maze2d.diffuser_task(config), theta, None, own, settings)
+    models = SideBySide(maze2d.diffuser_task(config), theta, own, True, settings)
 
     pool = config.pool
     shapes: Any = (
@@ -445,7 +447,7 @@ def maze_programs() -> dict[str, Program]:
         schedule=config.reward_schedule, clip=None,
     )  # fmt: skip
     task = relative_reward.reward_task(problem)
-    rewards = SideBySide(task, phi, examples, {"goal": WHOLE}, settings)
+    rewards = SideBySide(task, phi, (examples, {"goal": WHOLE}), (False, True), settings)
 
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         known = of((config.horizon, size), bool)
@@ -865,10 +867,10 @@ def page(entries: list[Entry], versions: str) -> str:
         f"{name}: {each.chips} chip{'s' * (each.chips > 1)}, {each.topology}" for name, each in SLICES.items()
     )
     sections = []
-    for experiment, programs in EXPERIMENTS.items():
+    for experiment, named_programs in EXPERIMENTS.items():
         rows = [entry for entry in entries if entry.experiment == experiment]
         if rows:
-            named = programs().items()
+            named = named_programs().items()
             what = "; ".join(f"`{name}`: {each.what}, {each.steps:,} steps" for name, each in named)
             sections.append(f"## {experiment}\n\n{what}.\n\n{table(rows)}")
         if out := left_out(experiment, rows):

@@ -476,7 +476,7 @@ class Run:
         def train() -> Params:
             sets = self.prepare(pairs, jax.random.fold_in(key, 0))
             start = potential.stacked(*(new(jax.random.fold_in(key, 10 + k)) for k in range(len(pairs))))
-            return censoring.fit(setup, sets, start, settings, jax.random.fold_in(key, 1), host).params
+            return censoring.fit(setup, sets, start, settings, jax.random.fold_in(key, 1), host).last
 
         return self.archive.once(phase, train)
 

@@ -29,7 +29,7 @@ from experiments.contract import (
     Row,
     main,
 )
-from gendiff import denoiser, distributed, guidance, losses, potential, process, replicas, sampling, static, training
+from gendiff import denoiser, distributed, guidance, losses, potential, process, sampling, static, training
 from gendiff.checkpoint import Archive
 from gendiff.data import episodes, maze2d
 from gendiff.data.episodes import Episodes, Normaliser, Windows
@@ -216,7 +216,7 @@ def reward_problem(config: MazeConfig, switches: Switches, window: int) -> relat
     return relative_reward.Problem(chain(config.diffusion_steps), network, config.reward_batch)
 
 
-def diffuser_task(config: MazeConfig) -> Callable[[Any, dict[str, Any]], training.Task]:
+def diffuser_task(config: MazeConfig) -> Callable[[dict[str, Any]], training.Task]:
     """The task of a configuration's diffusion models."""
     return windows_task(chain(config.diffusion_steps), model(config), config.batch, config.horizon)
 
@@ -224,11 +224,11 @@ def diffuser_task(config: MazeConfig) -> Callable[[Any, dict[str, Any]], trainin
 @static.by_value
 def windows_task(
     chain: Process, model: denoiser.Model, batch: int, horizon: int
-) -> Callable[[Any, dict[str, Any]], training.Task]:
+) -> Callable[[dict[str, Any]], training.Task]:
     """Denoising of windows of a run's own data, with its own given states; the mean over the coordinates."""
     weight = lambda t: jnp.float32(1 / (horizon * len(COORDINATES)))
 
-    def task(context: None, own: dict[str, Any]) -> training.Task:
+    def task(own: dict[str, Any]) -> training.Task:
         loss = losses.denoising(chain, model, weight, own["known"])
         return training.Task(loss, lambda key: minibatch(key, own["windows"], own["count"], batch, horizon))
 
@@ -245,11 +245,13 @@ def minibatch(key: PRNGKey, windows: Windows, count: Array, batch: int, horizon:
 
 
 @static.by_value
-def discriminator_task(problem: relative_reward.Problem) -> Callable[[Any, dict[str, Array]], training.Task]:
+def discriminator_task(problem: relative_reward.Problem) -> Callable[[tuple], training.Task]:
     """Cross-entropy of base against the run's expert, in equal numbers, at the times of the diffusion models."""
     loss = losses.cross_entropy(problem.process, problem.network)
 
-    def task(paths: dict[str, Array], own: dict[str, Array]) -> training.Task:
+    def task(context: tuple[dict[str, Array], dict[str, Array]]) -> training.Task:
+        paths, own = context
+
         def draw(key: PRNGKey) -> tuple[Array, Array, Array]:
             rows = jax.random.randint(key, (problem.batch,), 0, paths["base"].shape[0])
             label = (jnp.arange(problem.batch) % 2).astype(jnp.float32)
@@ -373,14 +375,14 @@ class Maze:
                 "count": jnp.asarray([len(w.begin) for w in each], jnp.int32),
                 "known": jnp.asarray(np.stack([self.known(family) for family, _ in sets])),
             }
-            start = _fresh(unet_of(config), config.horizon, replicas.keys(self.fold(BASE, 0), len(sets)))
+            start = _fresh(unet_of(config), config.horizon, training.keys(self.fold(BASE, 0), len(sets)))
             settings = training.Settings(
                 config.steps, config.rate, config.decay, often(config.steps), min(100, config.steps // 5),
                 config.schedule, clip=None,
             )  # fmt: skip
             host = training.Host(None, self.archive.steps(phase), self.report(phase, config.steps))
-            keys = replicas.keys(self.fold(BASE, 1), len(sets))
-            state = replicas.train(keys, start, diffuser_task(config), None, own, settings, host)
+            keys = training.keys(self.fold(BASE, 1), len(sets))
+            state = training.train(keys, start, diffuser_task(config), own, settings, host, own=True)
             return {
                 family.name: at(state.best, slice(i * (GOALS + 1), (i + 1) * (GOALS + 1)))
                 for i, family in enumerate(FAMILIES)
@@ -439,7 +441,7 @@ class Maze:
 
         def compute() -> Params:
             key = self.fold(REWARDS, 1000 + 100 * window + first)
-            return relative_reward.fit(problem, pool, which, start, self.reward_settings(), key, host).params
+            return relative_reward.fit(problem, pool, which, start, self.reward_settings(), key, host).last
 
         return self.archive.once(phase, compute)
 
@@ -561,9 +563,10 @@ class Maze:
             )
             paths = {"base": draw(None), "experts": jnp.stack([draw(goal) for goal in goals])}
             start = self.fresh(family.switches, window, goals, 0, config.seeds)
-            keys = replicas.keys(self.fold(REWARDS, 2), len(which["goal"]))
+            keys = training.keys(self.fold(REWARDS, 2), len(which["goal"]))
             task = discriminator_task(reward_problem(config, PRINCIPLED, config.window))
-            return replicas.train(keys, start, task, paths, which, self.reward_settings(), host).params
+            context, settings = (paths, which), self.reward_settings()
+            return training.train(keys, start, task, context, settings, host, own=(False, True)).last
 
         rewards = self.archive.once(phase, compute)
         seconds = self.archive.seconds[phase] / len(which["goal"])

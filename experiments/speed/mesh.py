@@ -20,8 +20,9 @@ from experiments.censoring import mnist
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
 from experiments.genneg import checkerboard, traffic
 from experiments.speed import table
-from gendiff import distributed, nets, training
+from gendiff import distributed, nets, programs, steps, training
 from gendiff.data import traffic as scenes
+from gendiff.devices import Placement
 from gendiff.metrics import rates
 from gendiff.training import Metrics, Settings, State
 from gendiff.types import Params
@@ -104,29 +105,29 @@ TRAININGS: dict[str, Callable[[str], Trained]] = {
 def plain_steps(
     task: Callable[[Any], training.Task], settings: Settings, state: State, context: Any, count: Int[Array, ""]
 ) -> tuple[State, Metrics]:
-    """`training.steps_at_once` without a mesh."""
+    """`programs.steps_at_once` without a mesh."""
     loss, draw, _ = task(context)
     assert draw is not None
-    one = training.make_drawn_step(training.make_step(loss, training.adam(settings), settings.decay), draw)
-    return training.repeated(lambda state: one(state, None), state, count)
+    step = steps.make_step(loss, steps.adam(settings), settings.decay)
+    return steps.repeated(steps.make_drawn_step(step, draw), state, count)
 
 
 def sides(given: Trained) -> dict[str, Callable[[int], float]]:
     """Both programs, each from the same state: a number of steps -> the loss, summed."""
     mesh = distributed.make_mesh(jax.devices()[:1])
-    begun = training.begin(given.settings, jax.random.key(1), given.params)
+    begun = programs.begin(given.settings, jax.random.key(1), given.params)
     states = {"plain": jax.tree.map(jnp.copy, begun), "mesh": distributed.replicate(mesh, begun)}
     contexts = {"plain": given.context, "mesh": distributed.replicate(mesh, given.context)}
-    programs = {
+    calls = {
         "plain": partial(plain_steps, given.task, given.settings),
-        "mesh": partial(training.steps_at_once, given.task, given.settings, mesh, False),
+        "mesh": partial(programs.steps_at_once, given.task, given.settings, Placement(mesh)),
     }
 
-    def go_on(name: str, steps: int) -> float:
-        states[name], metrics = jax.block_until_ready(programs[name](states[name], contexts[name], jnp.int32(steps)))
+    def go_on(name: str, count: int) -> float:
+        states[name], metrics = jax.block_until_ready(calls[name](states[name], contexts[name], jnp.int32(count)))
         return float(metrics["loss"])
 
-    return {name: partial(go_on, name) for name in programs}
+    return {name: partial(go_on, name) for name in calls}
 
 
 def measure(config: MeshConfig, name: str, given: Trained, progress: Progress) -> dict[str, rates.Estimate]:

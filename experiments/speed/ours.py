@@ -13,7 +13,8 @@ from jaxtyping import Array
 from experiments import runtime
 from experiments.genneg import checkerboard
 from experiments.genneg.checkerboard import CheckerboardConfig
-from gendiff import distributed, losses, potential, training
+from gendiff import distributed, losses, potential, programs
+from gendiff.devices import Placement
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided, Problem
 from gendiff.training import Settings, Task
@@ -113,13 +114,14 @@ def train(
     mesh: jax.sharding.Mesh,
 ) -> Callable[[], Any]:
     """Goes on training for `steps` steps, as `training.train` does between two validations."""
-    context = distributed.replicate(mesh, context)
-    state = distributed.replicate(mesh, training.begin(settings, key, params))
+    placement = Placement(mesh)
+    context = placement.put_context(context)
+    state = distributed.replicate(mesh, programs.begin(settings, key, params))
 
     def go_on() -> None:
         nonlocal state
         state, _ = jax.block_until_ready(
-            training.steps_at_once(task, settings, mesh, False, state, context, jnp.int32(steps))
+            programs.steps_at_once(task, settings, placement, state, context, jnp.int32(steps))
         )
 
     return go_on

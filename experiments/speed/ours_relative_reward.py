@@ -176,7 +176,7 @@ def train_cached(
     examples = Aligned(draw(0), times, draw(1, goals), jnp.ones((pool, *shape(config))))
     fit = partial(relative_reward.fit, problem, examples, jnp.arange(goals), rewards, settings(config, steps), key)
     host = Host(distributed.make_mesh())
-    return lambda: jax.block_until_ready(fit(host).params)
+    return lambda: jax.block_until_ready(fit(host).last)
 
 
 def train(config: MazeConfig, theta: Params, paths: Samples, batch: int, steps: int, key: PRNGKey) -> Callable[[], Any]:

@@ -19,13 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gendiff import check as arguments
-from gendiff import distributed, guidance, losses, potential, sampling, together, training
+from gendiff import distributed, guidance, losses, potential, programs, sampling, together, training
 from gendiff.checkpoint import Archive
 from gendiff.denoiser import Model
 from gendiff.guidance import Reward
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
 from gendiff.static import by_value
+from gendiff.steps import packed, unpacked
 from gendiff.types import BATCH, Params, PRNGKey, Sample, Samples, Scalar, wide
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
@@ -372,7 +373,7 @@ def fit(
     key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
 ) -> training.State:
-    """Trains K rewards at once; `state.params` are K parameter trees stacked on axis 0.
+    """Trains K rewards at once; `state.last` are K parameter trees stacked on axis 0.
 
     Rewards of clean samples with batch normalisation are trained by the moments of each batch, in all layers, and get
     those of their whole training set in the end, exactly (`settled`).  The reference has running averages instead, of
@@ -397,7 +398,7 @@ def fit(
     context = (*(jnp.asarray(pad(a), jnp.float32) for a in sets), jnp.int32(n), jnp.float32(settings.benign_weight))
     task = reward_task(problem, settings.batch)
     state = training.train(key, start, task, context, settings.training, host)
-    return state if problem.in_batch is None else state._replace(params=settled(problem, state.params, sets.images))
+    return state if problem.in_batch is None else state._replace(last=settled(problem, state.last, sets.images))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -504,13 +505,11 @@ def imitate(
         sets = prepare(every, prepare_key)
         arrays = archive.once(
             phase,
-            lambda s=sets, b=begin, f=fitted, k=fit_key, h=host: training.packed(fit(problem, s, b, f, k, h)),
-            like=jax.eval_shape(
-                lambda k, f=fitted, p=fresh: training.packed(training.begin(f.training, k, p)), fit_key
-            ),
+            lambda s=sets, b=begin, f=fitted, k=fit_key, h=host: packed(fit(problem, s, b, f, k, h)),
+            like=jax.eval_shape(lambda k, f=fitted, p=fresh: packed(programs.begin(f.training, k, p)), fit_key),
         )
-        state = training.unpacked(arrays, fresh, fitted.training)
-        rewards = state.params
+        state = unpacked(arrays, fresh, fitted.training)
+        rewards = state.last
         yield Round(number, rewards, every)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from gendiff import check as arguments
-from gendiff import distributed, guidance, losses, potential, replicas, sampling, training
+from gendiff import distributed, guidance, losses, potential, sampling, training
 from gendiff.denoiser import Denoiser, Model, denoise
 from gendiff.guidance import Guidance, Strength
 from gendiff.losses import Aligned
@@ -344,7 +344,7 @@ def fit(
       start: K parameter trees stacked on axis 0.
 
     Returns:
-      The last states; `params` are the rewards (the published evaluations use them, not their averages).
+      The last states; `last` are the rewards (the published evaluations use them, not their averages).
 
     Raises:
       ValueError: a target is not finite, and the message has its place; a goal has no expert; batch < 1.
@@ -364,16 +364,18 @@ def fit(
     last = examples.target.shape[1] - 1
     arguments.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=last, whole=True)
     goals = jnp.asarray(goals, jnp.int32)
-    own = {"goal": goals}
-    return replicas.train(replicas.keys(key, len(goals)), start, reward_task(problem), examples, own, settings, host)
+    keys, context = training.keys(key, len(goals)), (examples, {"goal": goals})
+    return training.train(keys, start, reward_task(problem), context, settings, host, own=(False, True))
 
 
 @by_value
-def reward_task(problem: Problem) -> Callable[[Aligned, dict[str, Array]], training.Task]:
+def reward_task(problem: Problem) -> Callable[[tuple[Aligned, dict[str, Array]]], training.Task]:
     """Gradient alignment on a pool, against the expert of the run."""
     loss = losses.gradient_alignment(problem.network, problem.mode)
 
-    def task(examples: Aligned, own: dict[str, Array]) -> training.Task:
+    def task(context: tuple[Aligned, dict[str, Array]]) -> training.Task:
+        examples, own = context
+
         def draw(key: PRNGKey) -> Aligned:
             rows = jax.random.randint(key, (problem.batch,), 0, len(examples.t))
             x, t, weight = (a[rows] for a in (examples.x, examples.t, examples.weight))

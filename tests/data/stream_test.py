@@ -61,9 +61,7 @@ def test_a_training_resumes_at_the_batch_where_it_stopped(tmp_path):
     def train(report=lambda step, metrics: None, checkpoints=None):
         host = Host(None, checkpoints, report)
         data = stream.batches(SOURCE, 8, 3)
-        return training.train(
-            jax.random.key(0), np.float32(0.0), task, (), Settings(12, 0.1, every=4), host, data
-        ).params
+        return training.train(jax.random.key(0), np.float32(0.0), task, (), Settings(12, 0.1, every=4), host, data).last
 
     class Stopped(Exception):
         pass

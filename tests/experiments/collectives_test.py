@@ -12,9 +12,10 @@ import pytest
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
-from gendiff import distributed, losses, replicas, together, training
+from gendiff import devices, distributed, losses, programs, training
 from gendiff.data import traffic as scenes
 from gendiff.data.episodes import Windows
+from gendiff.devices import Placement
 from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.training import Settings
 
@@ -44,10 +45,10 @@ def placed(tree):
 
 
 def steps_text(task, theta, context, fully_sharded=False):
-    mesh = distributed.make_mesh()
-    state = training.begin(SETTINGS, jax.random.key(0), theta)
-    state = distributed.put(state, training.shardings(mesh, fully_sharded, state))
-    lowered = training.steps_at_once.lower(task, SETTINGS, mesh, fully_sharded, state, placed(context), jnp.int32(1))
+    placement = Placement(distributed.make_mesh(), fully_sharded=fully_sharded)
+    state = programs.begin(SETTINGS, jax.random.key(0), theta)
+    state = distributed.put(state, placement.of_state(state))
+    lowered = programs.steps_at_once.lower(task, SETTINGS, placement, state, placed(context), jnp.int32(1))
     return lowered.compile().as_text()
 
 
@@ -125,11 +126,12 @@ def of_checkerboard():
     return trainings, partial(samples_text, genneg._draw, static, asked)
 
 
-def replicas_text(task, params, context, own):
-    mesh = together.over_runs()
-    state = replicas._begin(SETTINGS, replicas.keys(jax.random.key(0), 8), together.stack([params] * 8))
-    state, own = together.spread(mesh, (state, own))
-    lowered = replicas._block.lower(task, SETTINGS, 2, False, mesh, state, placed(context), own)
+def runs_text(task, params, context, own):
+    mesh, flags = devices.runs_mesh(), tuple(jax.tree.leaves(jax.tree.broadcast(own, context)))
+    placement = Placement(mesh, True, flags)
+    state = programs.begin(SETTINGS, training.keys(jax.random.key(0), 8), devices.stack([params] * 8))
+    state, counts = devices.spread(mesh, (state, np.full(8, 2, np.int32)))
+    lowered = programs.steps_at_once.lower(task, SETTINGS, placement, state, placement.put_context(context), counts)
     return lowered.compile().as_text()
 
 
@@ -152,9 +154,10 @@ def of_maze():
         "count": np.full(8, 16, np.int32),
         "known": np.zeros((8, *path.shape), bool),
     }
+    goals = {"goal": np.arange(8) % 4}
     runs = [
-        partial(replicas_text, relative_reward.reward_task(problem), phi, examples, {"goal": np.arange(8) % 4}),
-        partial(replicas_text, maze2d.diffuser_task(config), theta, None, own),
+        partial(runs_text, relative_reward.reward_task(problem), phi, (examples, goals), (False, True)),
+        partial(runs_text, maze2d.diffuser_task(config), theta, own, True),
     ]
     static = (chain, maze2d.model(config), problem.network, family.switches)
     given = (known, theta, phi, jnp.float32(1.0), paths[:UNEVEN], jax.random.key(2))
@@ -187,11 +190,11 @@ def test_a_fully_sharded_state_is_gathered_and_never_whole():
     loss = lambda params, key, x: jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] - x) ** 2)
     task = lambda data: training.Task(loss, lambda key: training.minibatch(key, data, 16))
     mesh = distributed.make_mesh()
-    state = training.begin(SETTINGS, jax.random.key(0), theta)
-    shardings = training.shardings(mesh, True, state)
+    state = programs.begin(SETTINGS, jax.random.key(0), theta)
+    shardings = Placement(mesh, fully_sharded=True).of_state(state)
     held = [
         sharding.shard_shape(leaf.shape)
-        for leaf, sharding in zip(*map(jax.tree.leaves, (state.params, shardings.params)), strict=True)
+        for leaf, sharding in zip(*map(jax.tree.leaves, (state.last, shardings.last)), strict=True)
     ]
     assert held == [(256,), (32, 128), (128, 32)]
     found = collectives(steps_text(task, theta, data, fully_sharded=True))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gendiff import guidance, losses, process, sampling, training, types
+from gendiff import guidance, losses, process, sampling, steps, training, types
 from gendiff.checkpoint import Archive
 from gendiff.methods import censoring
 from gendiff.methods.censoring import Censoring, Labelled, Problem, RewardTraining, Sets
@@ -289,7 +289,7 @@ def test_benign_weight_shifts_the_logit(weight):
     settings = RewardTraining(Settings(1500, 0.05, decay=0.99, every=500, clip=None), 512, weight)
     start = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     state = censoring.fit(own, sets, start, settings, jax.random.key(0))
-    np.testing.assert_allclose(state.ema["b"], np.log(3) + np.log(weight), atol=0.06)
+    np.testing.assert_allclose(state.averaged["b"], np.log(3) + np.log(weight), atol=0.06)
 
 
 def test_members_train_as_they_would_alone():
@@ -306,8 +306,8 @@ def test_members_train_as_they_would_alone():
     state = censoring.fit(own, sets, start, settings, jax.random.key(0))
     other = {"a": jnp.array([0.0, 9.0]), "b": jnp.array([0.0, 3.0])}
     changed = censoring.fit(own, sets, other, settings, jax.random.key(0))
-    np.testing.assert_array_equal(state.params["a"][0], changed.params["a"][0])
-    assert state.params["a"][1] != changed.params["a"][1]
+    np.testing.assert_array_equal(state.last["a"][0], changed.last["a"][0])
+    assert state.last["a"][1] != changed.last["a"][1]
 
 
 # Rewards of clean samples, whose layers normalise by the batch
@@ -349,7 +349,7 @@ def logits_in_batch(phi, images):
 
 def test_clean_rewards_are_evaluated_with_the_moments_of_their_training_set(fresh):
     # Not of the padding, of another member or of the last batch: evaluation is training with the whole set as batch.
-    trained = censoring.fit(CLEAN, Sets(IMAGES, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0)).params
+    trained = censoring.fit(CLEAN, Sets(IMAGES, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0)).last
     expected = jax.nn.log_sigmoid(logits_in_batch(trained, IMAGES))
     for k in range(2):
         given = censoring.scores(CLEAN, trained, IMAGES[k])[:, k]
@@ -388,7 +388,7 @@ def test_clean_rewards_train_together_as_alone(fresh):
     context = (IMAGES, LABELS, jnp.int32(6), jnp.float32(0.3))
     fit = lambda start, data: training.train(
         jax.random.key(0), start, censoring.reward_task(CLEAN, 8), context, CLEAN_TRAINING.training, data=data
-    ).params["params"]
+    ).last["params"]
     together = fit(fresh, batches)
     for k in member:
         only = lambda tree, axis, k=k: jax.tree.map(lambda a: np.take(a, [k], axis), tree)
@@ -398,7 +398,7 @@ def test_clean_rewards_train_together_as_alone(fresh):
 
 def test_clean_rewards_say_that_they_diverged(fresh):
     broken = jax.tree.map(lambda a: np.nan * a, fresh)
-    with pytest.raises(training.NotFinite, match="expected a finite number, given nan by step 2"):
+    with pytest.raises(training.NotFinite, match="must be finite, got nan by step 2"):
         censoring.fit(CLEAN, Sets(IMAGES, LABELS), broken, CLEAN_TRAINING, jax.random.key(0))
 
 
@@ -452,15 +452,15 @@ def test_without_imitation_all_labels_are_of_the_model(tmp_path):
 def test_rate_of_later_rounds_follows_the_global_step():
     # 3e-4 (1 - 500 / 1501) = 2.0e-4 and 3e-4 (1 - 1500 / 3001) = 1.5e-4 at the first step of rounds 2 and 3.
     for done, total, expected in ((500, 1501, 2.0e-4), (1500, 3001, 1.5e-4)):
-        optimiser = training.adam(Settings(total, 3e-4, schedule="linear", clip=None))
-        state = training.init(jax.random.key(0), jnp.float32(0.0), optimiser)
+        optimiser = steps.adam(Settings(total, 3e-4, schedule="linear", clip=None))
+        state = steps.init(jax.random.key(0), jnp.float32(0.0), optimiser)
         counted = jax.tree.map(
             lambda a, done=done: jnp.full((), done, a.dtype) if a.dtype == jnp.int32 else a, state.optimiser
         )
-        step = training.make_step(lambda params, key, example: params * example, optimiser)
+        step = steps.make_step(lambda params, key, example: params * example, optimiser)
         moved, _ = step(state._replace(optimiser=counted), jnp.full(2, 1e6))
         # Late steps have all but no bias correction: Adam's first move is rate (1 - b1) / sqrt(1 - b2).
-        np.testing.assert_allclose(-moved.params * np.sqrt(1 - 0.999) / (1 - 0.9), expected, rtol=0.6)
+        np.testing.assert_allclose(-moved.last * np.sqrt(1 - 0.999) / (1 - 0.9), expected, rtol=0.6)
 
 
 # Bad input

@@ -104,7 +104,7 @@ def fitted():
     settings = training.Settings(3000, 2e-2, every=1000, clip=None)
     goals = jnp.array([1, 1, 0, 0])
     state = relative_reward.fit(problem, pool, goals, start, settings, jax.random.key(4))
-    return state.params, goals, pool
+    return state.last, goals, pool
 
 
 def test_the_potential_is_the_log_ratio(fitted):

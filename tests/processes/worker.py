@@ -27,7 +27,7 @@ from gendiff import (
     likelihood,
     losses,
     process,
-    replicas,
+    programs,
     sampling,
     smc,
     together,
@@ -35,6 +35,7 @@ from gendiff import (
 )
 from gendiff.checkpoint import Archive, Checkpoints
 from gendiff.data import stream
+from gendiff.devices import Placement
 from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.training import Host, Settings, Task
 
@@ -76,7 +77,8 @@ def wide(data):
     return Task(wide_loss, lambda key: training.minibatch(key, data, 16))
 
 
-def of_run(data, own):
+def of_run(context):
+    data, own = context
     moved = lambda params, key, example: loss(params, key, example + own["shift"])
     return Task(moved, lambda key: training.minibatch(key, data, 8))
 
@@ -136,14 +138,14 @@ def pieces() -> dict[str, Any]:
         ),
         "censoring": censoring.fit(
             censored(), censoring.Sets(images, labels), np.float32([0.1, 0.2, 0.3]), labelled, key
-        ).params,
+        ).last,
         "pool": pool.target,
-        "rewards": relative_reward.fit(rewards, pool, goals, start, settings, key).params,
+        "rewards": relative_reward.fit(rewards, pool, goals, start, settings, key).last,
     }
 
 
 def alone(seed: int) -> Any:
-    return training.train(jax.random.key(seed), START, drawn, DATA, SETTINGS).params
+    return training.train(jax.random.key(seed), START, drawn, DATA, SETTINGS).last
 
 
 def trainings() -> dict[str, Any]:
@@ -157,26 +159,27 @@ def trainings() -> dict[str, Any]:
     batches = [np.roll(DATA, -i, axis=0)[:16][mine] for i in range(12)]
     own = {"shift": np.arange(5, dtype=np.float32)}
     start = jax.tree.map(lambda a: np.stack([a] * 5), START)
+    runs = lambda host: training.train(
+        training.keys(key, 5), start, of_run, (DATA, own), SETTINGS, host, own=(False, True)
+    )
     found = {
         "drawn": training.train(key, START, drawn, DATA, SETTINGS, host).best,
         "sharded": training.train(key, WIDE, wide, DATA, SETTINGS, Host(mesh, fully_sharded=True)).best,
         "default": training.train(key, START, drawn, DATA, SETTINGS).best,
         "copies": training.train(key, START, uneven, DATA, SETTINGS).best,
-        "streamed": training.train(key, START, given, (), SETTINGS, Host(mesh), stream.batches(DATA, 16, 7)).params,
+        "streamed": training.train(key, START, given, (), SETTINGS, Host(mesh), stream.batches(DATA, 16, 7)).last,
         "patient": training.train(
             key, START, drawn, DATA, Settings(400, 0.5, every=4, patience=8, schedule="constant")
         ),
-        "batches": training.train(key, START, given, (), SETTINGS, host, batches).params,
-        "replicas": replicas.train(replicas.keys(key, 5), start, of_run, DATA, own, SETTINGS).params,
-        "shared": replicas.train(
-            replicas.keys(key, 5), start, of_run, DATA, own, SETTINGS, Host(distributed.make_mesh(None, 2))
-        ).params,
+        "batches": training.train(key, START, given, (), SETTINGS, host, batches).last,
+        "replicas": runs(Host()).last,
+        "shared": runs(Host(distributed.make_mesh(None, 2))).last,
         "together": [run.value for run in together.runs([partial(alone, seed) for seed in range(3)])],
     }
     ended = found.pop("patient")
     assert 8 < ended.step < 400, ended.step
-    places = training.shardings(mesh, True, training.begin(SETTINGS, key, WIDE))
-    assert places.params["w"].spec == jax.P(None, "data"), "the test is of a state that is split"
+    places = Placement(mesh, fully_sharded=True).of_state(programs.begin(SETTINGS, key, WIDE))
+    assert places.last["w"].spec == jax.P(None, "data"), "the test is of a state that is split"
     found |= {"ended": ended.step, "patient": ended.best}
     return distributed.gather(found) | {"losses": np.asarray(reports)}
 
@@ -256,7 +259,7 @@ def train(folder: Path, mode: str) -> dict[str, Any]:
     start, task = {"train": (START, drawn), "sharded": (WIDE, wide), "streamed": (START, given)}[mode]
     data = stream.batches(DATA, 16, 7) if mode == "streamed" else None
     state = training.train(jax.random.key(5), start, task, DATA, settings, host, data)
-    return distributed.gather({"params": state.params, "best": state.best, "step": state.step})
+    return distributed.gather({"last": state.last, "best": state.best, "step": state.step})
 
 
 def main() -> None:

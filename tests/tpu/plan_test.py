@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gendiff import distributed, together, training
+from gendiff import devices, distributed, training
 
 PLAN = Path(__file__).parents[2] / "tpu" / "plan.py"
 spec = importlib.util.spec_from_file_location("tpu_plan", PLAN)
@@ -133,17 +133,17 @@ def test_a_sharded_state_takes_less_of_each_device():
 
 
 def test_runs_side_by_side_and_samples_need_no_collective():
-    mesh = together.over_runs()
+    mesh = devices.runs_mesh()
 
-    def task(context, own):
+    def task(own):
         loss = lambda theta, key, x: jnp.sum((theta["w"] - own["goal"] * x) ** 2)
         return training.Task(loss, lambda key: jax.random.normal(key, (16, 4)))
 
     own = {"goal": plan.NUMBER}
-    runs = plan.SideBySide(task, {"w": plan.of((4,))}, None, own, training.Settings(10, every=5, clip=None))
+    runs = plan.SideBySide(task, {"w": plan.of((4,))}, own, True, training.Settings(10, every=5, clip=None))
     for lowered in (runs.lower(mesh, 11), runs.step(mesh, 11)):
         assert plan.collectives(lowered.compile().as_text(), 8) == []
-    assert runs.places(mesh, 11)[0] == 16
+    assert devices.padded_runs(mesh, 11) == 16
     # Devices that share the batches of runs have one all-reduce, of those of a run alone.
     shared = distributed.make_mesh(jax.devices(), 2)
     result = plan.measured(runs.lower(shared, 2).compile(), shared)

@@ -1,0 +1,99 @@
+"""Where the arrays of a training lie: its mesh, and which of them are split over it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gendiff import check, distributed
+
+
+class Placement(NamedTuple):
+    """The places of a training's arrays, chosen once by `training.train` and static in its compiled programs.
+
+    One run has no leading axis: its state is on every device, or split (FSDP), and its batch is split over `data`.
+    K runs have a leading axis K, which is split over `replica`; the devices on `data` share the batches of their runs.
+    """
+
+    mesh: jax.sharding.Mesh
+    runs: bool = False
+    """Whether arrays have a leading axis of runs."""
+    own: tuple[bool, ...] = ()
+    """Whether the arrays of the context, in the order of `jax.tree.leaves`, have that axis too."""
+    fully_sharded: bool = False
+    """Whether each device holds only a part of the state."""
+
+    @property
+    def sharers(self) -> int:
+        """Devices that share a batch."""
+        return self.mesh.shape["data"]
+
+    def of_state(self, state: Any) -> Any:
+        """A sharding for each array of a state."""
+        if self.fully_sharded:
+            return distributed.fully_sharded(self.mesh, state)
+        place = over_replicas(self.mesh) if self.runs else distributed.replicated(self.mesh)
+        return jax.tree.map(lambda _: place, state)
+
+    def divide(self, context: Any) -> tuple[list, list]:
+        """The arrays of a context that runs have for themselves, and those that they share; `join` is the inverse."""
+        leaves = jax.tree.leaves(context)
+        flags = self.own or (False,) * len(leaves)
+        pairs = list(zip(leaves, flags, strict=True))
+        return [leaf for leaf, own in pairs if own], [leaf for leaf, own in pairs if not own]
+
+    def join(self, structure: Any, own: Iterable, shared: Iterable) -> Any:
+        """The context of a structure (`jax.tree.structure`) with these arrays."""
+        own, shared = iter(own), iter(shared)
+        flags = self.own or (False,) * structure.num_leaves
+        return jax.tree.unflatten(structure, [next(own if flag else shared) for flag in flags])
+
+    def put_context(self, context: Any) -> Any:
+        """A copy of a context on the devices."""
+        own, shared = self.divide(context)
+        return self.join(jax.tree.structure(context), spread(self.mesh, own), distributed.replicate(self.mesh, shared))
+
+
+def over_replicas(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
+    """Sharding of arrays with a row for each run: axis 0 over the mesh's axis `replica`."""
+    return jax.NamedSharding(mesh, jax.P("replica"))
+
+
+def runs_mesh(
+    devices: list[jax.Device] | None = None, runs: int | None = None, batch: int | None = None
+) -> jax.sharding.Mesh:
+    """A mesh with all devices, or the given ones, on the axis `replica`.
+
+    Args:
+      runs: how many there are.  Accelerators that they would leave idle go to the axis `data`: 5 runs on 16 devices are
+        all on each of them, with a 16th of their batches, 6 runs on 4 devices half of them on two each.
+      batch: examples of a step of a run, which `data` must divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    if runs is None or batch is None or devices[0].platform == "cpu":
+        return distributed.make_mesh(devices, count)
+    able = [rows for rows in range(1, count + 1) if count % rows == 0 and batch % (count // rows) == 0]
+    # The work of a device, in examples of the batch: the least, and then with the fewest all-reduces.
+    return distributed.make_mesh(devices, min(able, key=lambda rows: (-(-runs // rows) * rows, -rows)))
+
+
+def padded_runs(mesh: jax.sharding.Mesh, runs: int) -> int:
+    """The next multiple of the length of `replica`."""
+    return -(-runs // mesh.shape["replica"]) * mesh.shape["replica"]
+
+
+def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Copies of arrays with a row for each run, split over `replica`; copies of the last run fill up the devices."""
+    if not jax.tree.leaves(tree):
+        return tree
+    runs = check.rows("devices: runs", tree)
+    rows = np.minimum(np.arange(padded_runs(mesh, runs)), runs - 1)
+    return distributed.put(jax.tree.map(lambda a: a[rows], tree), over_replicas(mesh))
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of equal structure and shapes on a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)
