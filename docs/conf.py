@@ -55,7 +55,8 @@ ROOMS = {
 def modules() -> list[str]:
     """List the modules of the package, without its name: `process`, `nets.unet`."""
     found = pkgutil.walk_packages(gendiff.__path__, "gendiff.")
-    names = [module.name.removeprefix("gendiff.") for module in found if not module.ispkg]
+    found = [module for module in found if not module.ispkg or module.name == "gendiff.methods.genneg"]
+    names = [module.name.removeprefix("gendiff.") for module in found]
     return sorted(name for name in names if not name.endswith("__main__") and name != "words")
 
 

@@ -283,7 +283,7 @@ def checkerboard_programs() -> dict[str, Program]:
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         guided = genneg.Guided(theta, many({"net": phi, "shift": NUMBER}, config.rounds))
         given = shaped((guided, KEY, NUMBER, None), distributed.replicated(mesh))
-        return genneg._draw.lower(setup, n, mesh, *given)
+        return genneg.drawn.lower(setup, n, mesh, *given)
 
     return {
         "base": Program(
@@ -342,7 +342,7 @@ def traffic_programs() -> dict[str, Program]:
 
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         given = shaped((guided, KEY, NUMBER, many(place, n)), distributed.replicated(mesh))
-        return genneg._draw.lower(setup, n, mesh, *given)
+        return genneg.drawn.lower(setup, n, mesh, *given)
 
     def maps(mesh: jax.sharding.Mesh, n: int) -> Any:
         def encoded(guided: genneg.Guided, places: Place) -> Any:

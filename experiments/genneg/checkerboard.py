@@ -363,7 +363,7 @@ class Run:
         config = self.config
         settings = genneg.Rounds(
             config.rounds, config.per_class, config.draw_budget, self.classifier_training(), config.mode,
-            self.student_training(), 1000, config.stored, min(BATCH, config.samples),
+            self.student_training(), config.stored, min(BATCH, config.samples),
         )  # fmt: skip
         done: list[genneg.Round] = []
         phases, calls = ["baseline"], 0.0
@@ -412,15 +412,16 @@ class Run:
         """One network in place of the stack, taught on good samples of the stack and bad ones of all its rounds."""
         config, teacher = self.config, rounds[-1]
         name = f"distilled-{teacher.number}"
-        settings = self.student_training()._replace(rate=5e-3)
+        plain = self.student_training()
+        settings = plain._replace(training=plain.training._replace(rate=5e-3), model=self.student.model)
         start = initialised(student_network(config), self.fold(STUDENT))
         bad = np.concatenate([each.train.negatives for each in rounds])
         x0 = genneg.mixture(evaluation.accepted, bad, config.stored, jax.random.fold_in(self.fold(STUDENT), 1))
         psi = self.archive.once(
             name,
             lambda: genneg.distill(
-                self.problem, teacher.guided, x0, start, 1000, settings, self.fold(STUDENT),
-                self.host(name, settings.steps), self.mesh, self.student.model,
+                self.problem, teacher.guided, genneg.Points(x0), start, settings, self.fold(STUDENT),
+                self.host(name, settings.training.steps), self.mesh,
             ),
         )  # fmt: skip
         made = [*phases, f"evaluate/round-{teacher.number}", name]
@@ -448,8 +449,8 @@ class Run:
         psi = self.archive.once(
             "refit",
             lambda: genneg.refit(
-                self.problem, first.train.positives, theta, 1000, settings, self.fold(REFIT),
-                self.host("refit", settings.steps),
+                self.problem, genneg.Points(first.train.positives), theta, settings, self.fold(REFIT),
+                self.host("refit", settings.training.steps),
             ),
         )  # fmt: skip
         calls = float(first.train.good) + float(first.train.bad)
@@ -527,9 +528,10 @@ class Run:
         settings = training.Settings(steps, 5e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
         return genneg.ClassifierTraining(settings, config.classifier_batch // 2, config.weighting, config.select)
 
-    def student_training(self) -> training.Settings:
+    def student_training(self) -> genneg.StudentTraining:
         steps = self.config.student_steps
-        return training.Settings(steps, 1e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
+        settings = training.Settings(steps, 1e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
+        return genneg.StudentTraining(settings, 1000)
 
     def calibrate(self, name: str, classifier: Params, samples: genneg.Round) -> None:
         """The calibration report of a classifier, on the held-out part of its samples."""

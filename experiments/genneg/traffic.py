@@ -793,21 +793,21 @@ class Run:
         self.add(name, genneg.append(Guided(theta), classifier), problem(self.config, head, timeless), head)
         return classifier
 
-    def student_training(self) -> training.Settings:
-        steps = self.config.student_steps
-        return training.Settings(steps, self.config.base_rate / 3, 0.998, min(250, steps), warmup=min(100, steps // 5))
+    def student_training(self) -> genneg.StudentTraining:
+        steps, rate = self.config.student_steps, self.config.base_rate / 3
+        settings = training.Settings(steps, rate, 0.998, min(250, steps), warmup=min(100, steps // 5))
+        return genneg.StudentTraining(settings, self.config.student_batch)
 
     def distilled(self, name: str, theta: Params, teacher: Guided, draws: Synthetic) -> Guided:
         """One network in place of a stack."""
         config, settings, key = self.config, self.student_training(), self.fold(STUDENT)
-        host = self.host(name, settings.steps, config.student_batch)
+        host = self.host(name, settings.training.steps, settings.batch)
 
         def teach() -> Params:
             pool = genneg.mixture(draws.positives, draws.negatives, config.stored, jax.random.fold_in(key, 1))
-            return genneg.distill(
-                teaching(config), teacher, pool["x"], theta, config.student_batch, settings, jax.random.fold_in(key, 2),
-                host, self.mesh, conditions=self.train_places, rows=pool["row"],
-            )  # fmt: skip
+            points = genneg.Points(pool["x"], pool["row"], self.train_places)
+            asked = jax.random.fold_in(key, 2)
+            return genneg.distill(teaching(config), teacher, points, theta, settings, asked, host, self.mesh)
 
         student = Guided(self.archive.once(name, teach))
         self.add(name, student, self.problem)
@@ -826,12 +826,10 @@ class Run:
 
     def refit(self, theta: Params, draws: Synthetic) -> None:
         """The baseline trained on with its own good scenes."""
-        config, settings = self.config, self.student_training()
-        host = self.host("refit", settings.steps, config.student_batch)
-        fit = lambda: genneg.refit(
-            self.problem, draws.positives["x"], theta, config.student_batch, settings, self.fold(REFIT), host,
-            self.train_places, draws.positives["row"],
-        )  # fmt: skip
+        settings = self.student_training()
+        host = self.host("refit", settings.training.steps, settings.batch)
+        points = genneg.Points(draws.positives["x"], draws.positives["row"], self.train_places)
+        fit = lambda: genneg.refit(self.problem, points, theta, settings, self.fold(REFIT), host)
         self.add("refit", Guided(self.archive.once("refit", fit)), self.problem)
 
     def smc(self, guided: Guided) -> None:

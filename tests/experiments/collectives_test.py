@@ -105,7 +105,7 @@ def of_traffic():
         partial(classifier_text, setup, phi, synthetic, given),
         partial(student_text, setup, guided, x, given, np.arange(16)),
     ]
-    return trainings, partial(samples_text, genneg._draw, static, asked)
+    return trainings, partial(samples_text, genneg.drawn, static, asked)
 
 
 def of_checkerboard():
@@ -123,7 +123,7 @@ def of_checkerboard():
         partial(classifier_text, setup, net, genneg.Synthetic(drawn, drawn, 16, 16), None),
         partial(student_text, setup, guided, points, None, None),
     ]
-    return trainings, partial(samples_text, genneg._draw, static, asked)
+    return trainings, partial(samples_text, genneg.drawn, static, asked)
 
 
 def runs_text(task, params, context, own):

@@ -70,6 +70,7 @@ def exact_problem(problem, gaussian) -> Problem:
 
 
 CLASSIFIER = ClassifierTraining(Settings(150, 0.05, decay=0.9, every=75), half=128)
+STUDENT = genneg.StudentTraining(Settings(2), 2)
 ROUNDS = Rounds(rounds=2, per_class=400, budget=6000, classifier=CLASSIFIER, batch=2000)
 
 
@@ -317,7 +318,8 @@ def test_mixture_of_good_and_bad():
 def test_refit_learns_what_was_accepted(problem):
     # One point again and again: E[x_0 | x_t] is that point.
     accepted = np.full((64, 1), -0.5, np.float32)
-    psi = genneg.refit(problem, accepted, THETA, 64, Settings(1000, 0.03, decay=0.9, every=1000), jax.random.key(5))
+    settings = genneg.StudentTraining(Settings(1000, 0.03, decay=0.9, every=1000), 64)
+    psi = genneg.refit(problem, genneg.Points(accepted), THETA, settings, jax.random.key(5))
     x = -0.5 + stats.norm.ppf((np.arange(50) + 0.5) / 50).astype(np.float32)
     error = jax.jit(jax.vmap(lambda theta, x: problem.model(theta, x[None], jnp.float32(1.0))[0] + 0.5, (None, 0)))
     before, after = (float(jnp.mean(error(theta, x) ** 2)) for theta in (THETA, psi))
@@ -327,18 +329,17 @@ def test_refit_learns_what_was_accepted(problem):
 @pytest.mark.parametrize("method", ["distill", "refit"])
 def test_nothing_to_learn_from(method, problem):
     arguments = (Guided(THETA),) if method == "distill" else ()
+    points = genneg.Points(np.zeros((0, 1), np.float32))
     with pytest.raises(ValueError, match="number of samples must be >= 1 and whole, got 0"):
-        getattr(genneg, method)(
-            problem, *arguments, np.zeros((0, 1), np.float32), THETA, 8, Settings(2), jax.random.key(0)
-        )
+        getattr(genneg, method)(problem, *arguments, points, THETA, STUDENT, jax.random.key(0))
 
 
 def test_accepted_are_good(problem):
-    samples = genneg.accepted(problem, Guided(THETA), jax.random.key(6), 2500, ROUNDS)
+    samples = genneg.accepted(problem, Guided(THETA), jax.random.key(6), 2500, ROUNDS.budget, ROUNDS.batch)
     assert len(samples) >= 2500
     assert (samples < EDGE).all()
     with pytest.raises(ValueError, match="expected 6000 good samples within 6000 draws"):
-        genneg.accepted(problem, Guided(THETA), jax.random.key(6), 6000, ROUNDS)
+        genneg.accepted(problem, Guided(THETA), jax.random.key(6), 6000, ROUNDS.budget, ROUNDS.batch)
 
 
 # Rounds
@@ -378,8 +379,8 @@ def test_stack_of_rounds(problem, tmp_path):
 
 def test_round_that_is_distilled(problem):
     start = lambda key: jax.tree.map(jnp.asarray, PHI)
-    student = Settings(600, 0.02, decay=0.99, every=300)
-    settings = ROUNDS._replace(rounds=1, mode="distill", student=student, student_batch=128, stored=8192)
+    student = genneg.StudentTraining(Settings(600, 0.02, decay=0.99, every=300), 128)
+    settings = ROUNDS._replace(rounds=1, mode="distill", student=student, stored=8192)
     (only,) = genneg.run(problem, THETA, start, settings, jax.random.key(8))
     assert count(only.guided) == 0, "one network again"
     assert fewer(judged(problem, only.guided), labels(only.train))
@@ -610,17 +611,23 @@ def test_a_classifier_of_another_network_is_refused_and_kept(problem, tmp_path):
         (lambda p, g, key: genneg.collect(p, g, key, 1, 0, 10), "genneg.collect: budget must be >= 1"),
         (lambda p, g, key: genneg.collect(p, g, key, 1, 10, 0), "genneg.collect: batch must be >= 1"),
         (lambda p, g, key: genneg.collect(p, g, key, 1, 9, 9, conditions=np.ones((0, 2))), "rows of the conditions"),
-        (lambda p, g, key: genneg.accepted(p, g, key, 0, ROUNDS), "genneg.accepted: n must be >= 1"),
-        (lambda p, g, key: genneg.accepted(p, g, key, 5, ROUNDS._replace(batch=0)), "genneg.accepted: batch must be"),
+        (lambda p, g, key: genneg.accepted(p, g, key, 0, 10), "genneg.accepted: n must be >= 1"),
+        (lambda p, g, key: genneg.accepted(p, g, key, 5, 10, 0), "genneg.accepted: batch must be"),
         (lambda p, g, key: genneg.mixture(MEANS, MEANS, 0, key), "mixture: n must be >= 1 and whole, got 0"),
         (lambda p, g, key: next(genneg.run(p, THETA, None, ROUNDS._replace(rounds=0), key)), "genneg: rounds must be"),
         (lambda p, g, key: next(genneg.run(p, THETA, None, ROUNDS._replace(mode="x"), key)), "genneg: mode must be"),
-        (lambda p, g, key: genneg.refit(p, np.ones((4, 1)), THETA, 0, Settings(2), key), "refit: batch must be >= 1"),
         (
-            lambda p, g, key: genneg.refit(p, np.full((4, 1), np.nan), THETA, 2, Settings(2), key),
+            lambda p, g, key: genneg.refit(p, genneg.Points(np.ones((4, 1))), THETA, STUDENT._replace(batch=0), key),
+            "refit: batch must be >= 1",
+        ),
+        (
+            lambda p, g, key: genneg.refit(p, genneg.Points(np.full((4, 1), np.nan)), THETA, STUDENT, key),
             "refit: accepted must",
         ),
-        (lambda p, g, key: genneg.distill(p, g, np.array([[1.0], [np.inf]]), THETA, 2, Settings(2), key), "x0 must be"),
+        (
+            lambda p, g, key: genneg.distill(p, g, genneg.Points(np.array([[1.0], [np.inf]])), THETA, STUDENT, key),
+            "x0 must be",
+        ),
     ],
 )
 def test_numbers_out_of_range_are_named(call, message, problem):

@@ -134,7 +134,13 @@ def pieces() -> dict[str, Any]:
     return {
         "classifier": genneg.fit_classifier(problem(), train, held_out, np.float32(0.5), how, key)["net"],
         "student": genneg.distill(
-            problem(), guided, DATA[:45, :2], np.float32([0.3, 0.2]), 8, settings, key, mesh=mesh
+            problem(),
+            guided,
+            genneg.Points(DATA[:45, :2]),
+            np.float32([0.3, 0.2]),
+            genneg.StudentTraining(settings, 8),
+            key,
+            mesh=mesh,
         ),
         "censoring": censoring.fit(
             censored(), censoring.Sets(images, labels), np.float32([0.1, 0.2, 0.3]), labelled, key

@@ -1,0 +1,153 @@
+"""Gen-neG: guide a diffusion model away from what an oracle calls bad (2307.16463, Algorithm 1).
+
+`run` is the algorithm.  With the Bayes classifier the guided model is p(x | y = 1): each data point gains exactly
+-log(alpha_i) nats in round i, with alpha_i the share of good samples.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gendiff import check, training
+from gendiff.checkpoint import Archive
+from gendiff.methods.genneg.classifiers import (
+    ClassifierTraining,
+    Round,
+    calibration,
+    classifier_context,
+    classifier_loss,
+    classifier_task,
+    fit_classifier,
+    probability,
+    replay,
+    split,
+)
+from gendiff.methods.genneg.model import Guided, Problem, append, bound, denoiser, draw, drawn, logit, twist
+from gendiff.methods.genneg.samples import Synthetic, accepted, collect, mixture, verdicts
+from gendiff.methods.genneg.students import (
+    Points,
+    StudentTraining,
+    denoising_loss,
+    distill,
+    refit,
+    student_task,
+    teach,
+)
+from gendiff.types import Params, PRNGKey
+
+__all__ = [
+    "ClassifierTraining", "Guided", "Points", "Problem", "Report", "Round", "Rounds", "StudentTraining", "Synthetic",
+    "accepted", "append", "bound", "calibration", "classifier_context", "classifier_loss", "classifier_task", "collect",
+    "denoiser", "denoising_loss", "distill", "draw", "drawn", "fit_classifier", "host", "logit", "mixture",
+    "probability", "refit", "replay", "run", "split", "student_task", "teach", "twist", "verdicts",
+]  # fmt: skip
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+"""(phase, done, of, metrics): called as work goes on."""
+
+
+class Rounds(NamedTuple):
+    """How the rounds go."""
+
+    rounds: int
+    per_class: int
+    """N, the samples of each class that a round wants."""
+    budget: int
+    """The most samples that a round may draw for them."""
+    classifier: ClassifierTraining
+    mode: Literal["stack", "distill"] = "stack"
+    student: StudentTraining | None = None
+    """How a round's student is trained, in mode "distill"."""
+    stored: int = 2**18
+    """Answers of the teacher that a student learns from."""
+    batch: int = 16384
+    """Samples drawn at a time."""
+
+
+def run(
+    problem: Problem,
+    theta: Params,
+    initial_classifier: Callable[[PRNGKey], Params],
+    settings: Rounds,
+    key: PRNGKey,
+    archive: Archive = Archive(None),  # noqa: B008 (immutable)
+    mesh: jax.sharding.Mesh | None = None,
+    report: Report = lambda phase, done, of, metrics: None,
+) -> Iterator[Round]:
+    """Algorithm 1: yields each round as it ends.  Phases that the archive holds are not run again.
+
+        theta_0 <- a diffusion model of the data;  model_0 <- [theta_0; no classifiers]
+        for each round i:
+            draw from model_i, ask the oracle               `collect`         -> positives, negatives
+            alpha_i <- share of positives among all draws   `Synthetic.alpha`
+            phi_i <- weighted cross-entropy                 `fit_classifier`  -> C_i(x_t, t) = p(y = 1 | x_t)
+            model_{i+1} <- stack:   [theta; classifiers + (phi_i)]            `append`
+                           distill: [psi; no classifiers]                     `distill`
+
+    Args:
+      theta: parameters of the model that was trained on data.
+      initial_classifier: key -> phi.
+      mesh: the devices that sample; classifiers and students train on one.
+      report: called as work goes on.
+
+    Raises:
+      ValueError: a setting is out of range; see also `collect`.
+    """
+    check.number("genneg: rounds", settings.rounds, at_least=1, whole=True)
+    check.choice("genneg: mode", settings.mode, ("stack", "distill"))
+    guided = Guided(theta)
+    for number in range(1, settings.rounds + 1):
+        keys = jax.random.split(jax.random.fold_in(key, number), 5)
+        ended = one_round(problem, guided, number, initial_classifier, settings, keys, archive, mesh, report)
+        guided = ended.guided
+        yield ended
+
+
+def one_round(
+    problem: Problem,
+    guided: Guided,
+    number: int,
+    initial_classifier: Callable[[PRNGKey], Params],
+    settings: Rounds,
+    keys: PRNGKey,
+    archive: Archive,
+    mesh: jax.sharding.Mesh | None,
+    report: Report,
+) -> Round:
+    """Draw from the current model, fit a classifier to the oracle's answers, and stack or distil it."""
+    name, how = f"round-{number}", settings.classifier
+    draw_key, split_key, start_key, fit_key, student_key = keys
+    wanted, budget, batch = settings.per_class, settings.budget, settings.batch
+    count = lambda done, of, metrics: report(f"{name} draws", done, of, metrics)
+    draws = lambda: collect(problem, guided, draw_key, wanted, budget, batch, mesh=mesh, report=count)
+    synthetic = archive.once(f"{name}/draws", draws, Synthetic)
+
+    train, held_out = split(synthetic, how, split_key)
+    start, place = initial_classifier(start_key), host(archive, report, f"{name}/classifier", how.training.steps)
+    fit = lambda: fit_classifier(problem, train, held_out, start, how, fit_key, place)
+    classifier = archive.once(f"{name}/classifier", fit, like={"net": start, "shift": jnp.float32(0)})
+
+    stack = append(guided, classifier)
+    if settings.mode == "stack":
+        return Round(number, stack, classifier, train, held_out)
+    if settings.student is None:
+        raise ValueError("genneg: student must say how to train a student in mode 'distill', got None")
+    pool_key, mixture_key, distill_key = jax.random.split(student_key, 3)
+    student, place = settings.student, host(archive, report, f"{name}/student", settings.student.training.steps)
+
+    def teach_student() -> Params:
+        good = accepted(problem, stack, pool_key, wanted, budget, batch, mesh)
+        points = Points(mixture(good, synthetic.negatives, settings.stored, mixture_key))
+        return distill(problem, stack, points, guided.theta, student, distill_key, place, mesh)
+
+    psi = archive.once(f"{name}/student", teach_student, like=guided.theta)
+    return Round(number, Guided(psi), classifier, train, held_out)
+
+
+def host(
+    archive: Archive, report: Report, phase: str, steps: int, mesh: jax.sharding.Mesh | None = None
+) -> training.Host:
+    """Where a phase of training keeps its checkpoints and whom it reports to."""
+    return training.Host(mesh, archive.steps(phase), lambda step, metrics: report(phase, step, steps, metrics))

@@ -1,0 +1,173 @@
+"""Labelled samples of a model: drawn and judged, split, mixed, and kept for one classifier of all rounds."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gendiff import check, distributed
+from gendiff.methods.genneg.model import Guided, Problem, draw
+from gendiff.oracles.oracle import label
+from gendiff.types import PRNGKey, Samples, Valid
+
+
+class Synthetic(NamedTuple):
+    """Labelled samples of one model: arrays, or, where they have conditions, dicts of arrays.
+
+    Then "x" are the samples, "row" (n,) the rows of their conditions, "labels" (n, m) the oracle's.
+    """
+
+    positives: Any
+    negatives: Any
+    good: Any
+    """Number of good samples among all draws, before any selection."""
+    bad: Any
+
+    @property
+    def alpha(self) -> float:
+        """P(good) under the model, from all draws."""
+        return float(self.good) / (float(self.good) + float(self.bad))
+
+    @property
+    def label_rate(self) -> float:
+        """Share of good labels among all of all draws: alpha, where a sample has one."""
+        if not isinstance(self.negatives, dict):
+            return self.alpha
+        return self.alpha + (1 - self.alpha) * float(np.mean(self.negatives["labels"]))
+
+    def relabelled(self, change: Callable[[Any], Any]) -> "Synthetic":
+        """The same samples with other labels: `change` of (n, m) Booleans, (n, l) or (n,)."""
+        positives, negatives = (each | {"labels": change(each["labels"])} for each in (self.positives, self.negatives))
+        return self._replace(positives=positives, negatives=negatives)
+
+
+def collect(
+    problem: Problem,
+    guided: Guided,
+    key: PRNGKey,
+    per_class: int,
+    budget: int,
+    batch: int = 16384,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    report: Callable[[int, int, dict[str, float]], None] = lambda done, of, metrics: None,
+    conditions: Any = None,
+) -> Synthetic:
+    """Draws batches until both classes have `per_class` samples, or `budget` samples have been drawn.
+
+    Args:
+      conditions: a pytree of arrays with one leading axis; each sample has one of its rows, at random.
+
+    Raises:
+      ValueError: the budget gave no sample of one class; or per_class, budget or batch is < 1.
+      FloatingPointError: a sample is not finite.
+    """
+    for name, value in (("per_class", per_class), ("budget", budget), ("batch", batch)):
+        check.number(f"genneg.collect: {name}", value, at_least=1, whole=True)
+    if conditions is not None:
+        rows = check.rows("genneg.collect: conditions", conditions)
+        check.number("genneg.collect: rows of the conditions", rows, at_least=1, whole=True)
+    kept: dict[bool, list] = {True: [], False: []}
+    counts = {True: 0, False: 0}
+    report(0, budget, {})
+    while min(counts.values()) < per_class and sum(counts.values()) < budget:
+        drawn = sum(counts.values())
+        samples, good = _labelled(problem, guided, jax.random.fold_in(key, drawn), batch, mesh, conditions)
+        samples, good = jax.tree.map(lambda a: a[: budget - drawn], (samples, good))  # noqa: B023 (used at once)
+        for value in (True, False):
+            kept[value].append(jax.tree.map(lambda a: a[good == value], samples))  # noqa: B023
+            counts[value] += int((good == value).sum())
+        report(sum(counts.values()), budget, {"good": counts[True], "bad": counts[False]})
+    for value, name in ((True, "positive"), (False, "negative")):
+        if counts[value] == 0:
+            raise ValueError(
+                f"genneg: no {name} within the draw budget: expected at least one sample that the oracle calls "
+                f"{'good' if value else 'bad'}, given 0 of {sum(counts.values())} draws (budget {budget}): take fewer "
+                "rounds, or a larger budget"
+            )
+    joined = {value: jax.tree.map(lambda *parts: np.concatenate(parts), *kept[value]) for value in (True, False)}
+    return Synthetic(joined[True], joined[False], counts[True], counts[False])
+
+
+def _labelled(
+    problem: Problem, guided: Guided, key: PRNGKey, n: int, mesh: jax.sharding.Mesh | None, conditions: Any
+) -> tuple[Any, np.ndarray]:
+    """n samples, as `Synthetic` holds them, and which are good."""
+    rows, given = None, None
+    if conditions is not None:
+        choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        rows = choice.integers(0, size_of(conditions), n)
+        given = jax.tree.map(lambda a: a[rows], conditions)
+    samples = draw(problem, guided, key, n, mesh, conditions=given)
+    if not np.isfinite(samples).all():
+        raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
+    labels = verdicts(problem.oracle, samples, given)
+    if conditions is None:
+        return samples, labels
+    return {"x": samples, "row": rows, "labels": labels}, np.asarray(labels.all(1))
+
+
+def verdicts(oracle: Callable[..., Valid], samples: Samples, conditions: Any = None) -> np.ndarray:
+    """`oracles.oracle.label`, each process its share of the samples."""
+    return distributed.by_process(partial(label, oracle), samples, *(() if conditions is None else (conditions,)))
+
+
+def _not_finite(samples: np.ndarray) -> str:
+    bad = (~np.isfinite(samples)).reshape(len(samples), -1).any(1).sum()
+    return f"NaN or infinity in {bad} of {len(samples)} samples"
+
+
+def size_of(samples: Any) -> int:
+    """Number of samples of an array, or of a dict of arrays as in `Synthetic`."""
+    return check.rows("genneg: samples", samples)
+
+
+def accepted(
+    problem: Problem,
+    guided: Guided,
+    key: PRNGKey,
+    n: int,
+    budget: int,
+    batch: int = 16384,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Samples:
+    """At least n samples of a model that the oracle calls good: rejection sampling.
+
+    Raises:
+      ValueError: n, the budget or the batch is < 1, a sample is not finite, or the budget does not give n.
+    """
+    for name, value in (("n", n), ("budget", budget), ("batch", batch)):
+        check.number(f"genneg.accepted: {name}", value, at_least=1, whole=True)
+    kept: list[np.ndarray] = []
+    for i in range(-(-budget // batch)):
+        samples = draw(problem, guided, jax.random.fold_in(key, i), batch, mesh)
+        if not np.isfinite(samples).all():
+            raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
+        kept.append(samples[verdicts(problem.oracle, samples)])
+        if sum(map(len, kept)) >= n:
+            return np.concatenate(kept)
+    raise ValueError(f"genneg: expected {n} good samples within {budget} draws, given {sum(map(len, kept))}")
+
+
+def mixture(good: Any, bad: Any, n: int, key: PRNGKey, share: float = 0.25) -> Any:
+    """n points for `distill`, with replacement, `share` of them bad; arrays, or dicts of arrays as in `Synthetic`.
+
+    A student that is asked about good samples alone never sees the regions that the teacher pushes samples out of, and
+    what strays there stays there.
+
+    Raises:
+      ValueError: n < 1, share is not in [0, 1), or there is no good sample, or no bad one where share > 0.
+    """
+    check.number("mixture: n", n, at_least=1, whole=True)
+    check.number("mixture: share", share, at_least=0, below=1)
+    for name, points in (("good", good), *([("bad", bad)] if share else [])):
+        check.number(f"mixture: number of {name} samples", size_of(points), at_least=1, whole=True)
+    pick = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    picked = []
+    for points, size in ((good, n - int(share * n)), (bad, int(share * n))):
+        if size:
+            rows = pick.integers(0, size_of(points), size)
+            picked.append(jax.tree.map(lambda a: np.asarray(a)[rows], points))  # noqa: B023 (used at once)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *picked)
