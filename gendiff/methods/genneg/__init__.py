@@ -76,7 +76,7 @@ def run(
     mesh: jax.sharding.Mesh | None = None,
     report: Report = lambda phase, done, of, metrics: None,
 ) -> Iterator[Round]:
-    """Algorithm 1: yields each round as it ends.  Phases that the archive holds are not run again.
+    """Algorithm 1: yields each round as it ends.  Phases that the archive holds are not run again::
 
         theta_0 <- a diffusion model of the data;  model_0 <- [theta_0; no classifiers]
         for each round i:
