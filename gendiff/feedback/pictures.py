@@ -6,7 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gendiff.feedback import regular
+from gendiff.data import files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -35,7 +35,7 @@ def read(file: Path) -> np.ndarray:
       Exception: of many kinds, because a damaged picture has many ways to say so.
     """
     library = pillow()
-    with os.fdopen(regular.descriptor(file, links=True), "rb") as opened:
+    with os.fdopen(files.descriptor(file, links=True), "rb") as opened:
         return _pixels(library, opened)
 
 

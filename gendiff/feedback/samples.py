@@ -13,7 +13,8 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from gendiff.feedback import pictures, regular
+from gendiff.data import files
+from gendiff.feedback import pictures
 from gendiff.feedback.regular import shown
 
 Kind: TypeAlias = Literal["image", "point", "trajectory", "motion"]
@@ -150,7 +151,7 @@ def _load_array(place: Path, file: Path, kind: Kind | None) -> Samples:
         left_out[f"image files beside {file.name}"] = sum(_is_image(found.name) for found in place.iterdir())
     parents = None
     try:
-        with os.fdopen(regular.descriptor(file, links=True), "rb") as opened:
+        with os.fdopen(files.descriptor(file, links=True), "rb") as opened:
             loaded = np.load(opened, allow_pickle=False)
             array = loaded
             if not isinstance(loaded, np.ndarray):
