@@ -79,7 +79,7 @@ def test_routes_are_those_of_q_iteration(maze):
     ],
 )
 def test_impossible_mazes(rows, what):
-    with pytest.raises(ValueError, match=f"mine: expected .*{what}"):
+    with pytest.raises(ValueError, match=f"mine must have .*{what}"):
         maze2d.routes(maze2d.Maze("mine", rows, ()))
 
 
