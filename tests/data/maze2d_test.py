@@ -75,7 +75,7 @@ def test_routes_are_those_of_q_iteration(maze):
     [
         (("####", "#  #", "###"), "rows of one length"),
         (("####", "#   ", "####"), "within a rim of wall"),
-        (("#####", "# # #", "#####"), "cells that are connected"),
+        (("#####", "# # #", "#####"), "connected free cells"),
     ],
 )
 def test_impossible_mazes(rows, what):
