@@ -250,8 +250,8 @@ def d4rl(path: Path) -> Episodes:
     Rows after the last end are left out, because they are no complete episode.
 
     Raises:
-      DataError: the file is not HDF5 or damaged, arrays are missing, of different lengths or not finite, flags of ends
-        are not Boolean, or no episode ends.
+      DataError: the file is not HDF5 or damaged; arrays are missing, of different lengths or not finite; flags of ends
+        are not Boolean; or no episode ends.
     """
     with _hdf5(path) as file:
         arrays = {name: _array(path, file, name) for name in ("observations", "actions", "terminals")}
@@ -388,7 +388,7 @@ def _edges(normaliser: Normaliser, rows: Rows) -> Normaliser:
 
 
 def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
-    """Drop the last row of all episodes, keep their first `limit` rows, and leave out episodes of fewer than two rows.
+    """Drop the last row of all episodes, and cut them to `limit` rows; leave out episodes of fewer than two rows.
 
     Raises:
       ValueError: no episode is left, or `limit` is below 2.

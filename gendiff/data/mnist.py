@@ -53,12 +53,12 @@ def read(digit: int = 7, split: Split = "train", place: Path | None = None) -> P
     Args:
       digit: 0..9.
       split: train or test.
-      place: folder with the four IDX files, plain or as .gz, or with an `mnist.npz` (x_train, y_train, x_test, y_test)
-        whose labels are 0..9, also as floats, or one-hot.  Default: the folder in the variable GENDIFF_DATA; TFDS if
-        the variable is not set.
+      place: folder with the four IDX files, plain or as .gz, or with an `mnist.npz` (x_train, y_train, x_test, y_test).
+        The labels of `mnist.npz` are 0..9, also as floats, or one-hot.  Default: the folder in the variable
+        GENDIFF_DATA; TFDS if the variable is not set.
 
     Raises:
-      DataError: the files are missing or damaged, hold other images or labels or no image of the digit, or TFDS cannot
+      DataError: the files are missing or damaged, hold other images or labels, or lack the digit; or TFDS cannot
         provide MNIST.
     """
     if digit not in range(10) or split not in FILES:

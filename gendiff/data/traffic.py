@@ -67,7 +67,7 @@ class Scenes(NamedTuple):
     distance: Float[np.ndarray, "s cells cells"]
     """Metres to the edge of the drivable area, negative inside; see `gendiff.oracles.drivable`."""
     window: Float[np.ndarray, "s 3"]
-    """Centre x, y in the map's frame, and the angle of the window's x axis there."""
+    """Centre x, y in metres and angle of the window's x axis in radians, in the map's frame."""
     world: Int[np.ndarray, " s"]
     """Number of the map."""
 
@@ -402,7 +402,7 @@ def write(
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """Make a folder for temporary files of simulations; remove those that killed processes left."""
+    """Make a folder for temporary files of simulations; remove the folders of killed processes."""
     prefix = f".simulating-{socket.gethostname()}-"
     for left in folder.glob(f"{glob.escape(prefix)}*"):
         if not _runs(left.name.removeprefix(prefix)):

@@ -1,8 +1,7 @@
 """The labelling page: mark samples as malign, undecided or benign, with the mouse or the keyboard.
 
 It works on a TPU VM through an SSH tunnel: the command prints the address and the ssh command. It writes every mark at
-once to a file of JSON lines, so you can stop at any time, also with kill -9, and resume. The foot of the page lists the
-keys.
+once to a file of JSON lines. Stop at any time, also with kill -9, and resume. The foot of the page lists the keys.
 """
 
 import os

@@ -135,7 +135,7 @@ def bones(motions: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
     """Return pairs of connected joints (B, 2) of motions (N, T, J, 3), from `parents` or by a guess.
 
     The guess is a minimum spanning tree over a few motions.  The cost of two joints is the standard deviation of their
-    distance, because bones are stiff, plus a tenth of its mean, because bones are short.
+    distance plus a tenth of its mean, because bones are stiff and short.
     """
     if parents is not None:
         return np.array([(joint, parent) for joint, parent in enumerate(parents) if parent >= 0]).reshape(-1, 2)

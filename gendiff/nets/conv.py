@@ -12,7 +12,7 @@ They are JAX primitives, because lowering then chooses the algorithm by platform
 CPUs get those of `gendiff.nets.conv_cpu`.
 
 The leading axis m counts members; member j's kernels see only member j's examples.  `vmap` extends this axis if it maps
-both operands.  A CPU loops over the members, because grouped convolutions are ten times slower there.
+both operands.  On CPUs the members run in a loop, because grouped convolutions are ten times slower.
 """
 
 import math

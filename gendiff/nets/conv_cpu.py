@@ -163,8 +163,8 @@ def _interleaved(phases: list[Array], stride: Sizes, space: Sizes) -> Array:
 def _transposed(y: Array, w: Array, sides: Sides) -> Array:
     """Convolve y with the kernel flipped in space and with its channels exchanged.
 
-    The exchange costs a pass over the kernel.  With fewer positions than channels, it is cheaper to multiply by the
-    kernel in its layout, and to add the shifted products.
+    The exchange costs a pass over the kernel.  With fewer positions than channels, multiplying by the kernel in its
+    layout and adding the shifted products is cheaper.
     """
     axes, window = tuple(range(w.ndim - 2)), w.shape[:-2]
     if _tiles_pay(y, w, sides):
@@ -203,8 +203,8 @@ def _of_stride_one(x: Array, y: Array, before: Sizes, window: Sizes) -> Array:
 def _examples_last(x: Array) -> Array:
     """Exchange the first and the last axis of x.
 
-    XLA would fuse the computation of x into a plain transpose, and read it with strides of full examples, which fall
-    into the same cache lines.  A product with the identity reads x in its layout and leaves only full rows to move.
+    XLA would fuse the computation of x into a plain transpose.  Its reads would have strides of full examples, which
+    share cache lines.  A product with the identity reads x in its layout and leaves only full rows to move.
     """
     n = x.shape[0]
     if n > 256:  # the product takes n multiplications per number

@@ -12,8 +12,8 @@ from gendiff.types import Sample, Scalar
 def sine_cosine(angle: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Return sin and cos of angles in (-8192, 8192), with errors up to 1e-7.
 
-    The function exists because XLA's sin and cos take a quarter of a guided sampler's time on a CPU.  A reduction to
-    [-pi/4, pi/4] serves both (in three parts, exact in float32), followed by the polynomials of Cephes (Moshier 1992,
+    The function exists because XLA's sin and cos take a quarter of a guided sampler's time on a CPU.  Both share a
+    reduction to [-pi/4, pi/4], in three parts, exact in float32.  The polynomials are those of Cephes (Moshier 1992,
     sinf and cosf).
     """
     quarter = jnp.round(angle * (2 / jnp.pi))

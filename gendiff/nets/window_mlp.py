@@ -40,9 +40,9 @@ class JoinedLinear(nn.Module):
 class WindowMLP(nn.Module):
     """A reward (x, t) -> rho, the mean of g(w, t) over the windows w of x.
 
-    g maps the frames of w and the embedding of t through linear layers of `widths` and of width 1, all of them followed
-    by the activation, and then through a scalar affine layer.  With leaky_relu, grad rho is piecewise constant, so a
-    loss of grad rho does not train the biases and the embedding of t.
+    g maps the frames of w and the embedding of t through linear layers of `widths` and of width 1.  The activation
+    follows all of them, and a scalar affine layer ends g.  With leaky_relu, grad rho is piecewise constant.  A loss of
+    grad rho then trains neither the biases nor the embedding of t.
     """
 
     window: int = 4

@@ -1,7 +1,7 @@
 """Crossed sevens: a seven is good if no stroke crosses its stem.
 
-The oracle is a small convolutional network, trained on hundreds of thousands of drawn strokes and on the strokes of
-MNIST's writers.  Files beside this one hold its parameters for images of 16 x 16 and of 32 x 32 pixels.
+The oracle is a small convolutional network.  Its training data are hundreds of thousands of drawn strokes, and the
+strokes of MNIST's writers.  Files beside this one hold its parameters for images of 16 x 16 and of 32 x 32 pixels.
 `python -m experiments.censoring.oracle --size 16` trains them and measures their errors.  The last hidden layer gives
 the features for precision and recall (`gendiff.metrics.diversity`).
 """

@@ -21,8 +21,8 @@ TOLERANCE = 0.3
 def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.ndarray, "h w"]:
     """Return the distance in metres to the edge of the drivable area, negative on it.
 
-    It is the exact distance to the nearest cell centre of the other kind, less half a cell between that centre and the
-    edge.  For a diagonal neighbour this errs by up to 0.21 cells.
+    It is the exact distance to the nearest cell centre of the other kind, less half a cell.  For a diagonal neighbour
+    this errs by up to 0.21 cells.
 
     Args:
       drivable: True on the drivable area, or numbers 0 and 1.
