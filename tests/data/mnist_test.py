@@ -168,7 +168,7 @@ def test_an_empty_variable_names_no_folder(monkeypatch):
 
 @pytest.mark.parametrize(("digit", "split"), [(10, "train"), (-1, "train"), (7, "validation")])
 def test_impossible_requests(digit, split):
-    with pytest.raises(mnist.DataError, match=r"a digit 0\.\.9 of train or test"):
+    with pytest.raises(mnist.DataError, match=r"digit and split must be 0\.\.9 and train or test"):
         mnist.read(digit, split)
 
 
