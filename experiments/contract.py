@@ -33,7 +33,6 @@ from gendiff import command, distributed, together, training
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.command import BAD_INPUT, INTERRUPTED, LOST, UNREAD
 from gendiff.data import files
-from gendiff.feedback import regular
 from gendiff.metrics.rates import Estimate
 
 C = TypeVar("C", bound="Config")
@@ -380,7 +379,7 @@ class Folder:
         lock.touch(self.path)
         path = self.path / "metrics.jsonl"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        with writing(path), os.fdopen(regular.descriptor(path, flags), "ab+") as file:
+        with writing(path), os.fdopen(files.descriptor(path, flags), "ab+") as file:
             # A line that a full disk cut off must not swallow this one.
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))

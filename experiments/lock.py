@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from gendiff.feedback import regular
+from gendiff.data import files
 
 try:
     import fcntl
@@ -40,7 +40,7 @@ def take(folder: Path) -> None:
         return
     release(folder)
     try:
-        descriptor = regular.descriptor(path, os.O_RDWR | os.O_CREAT)
+        descriptor = files.descriptor(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:  # a link would lead to a file of somebody else
         raise OSError(f"{path} must be a regular file of the run ({error.strerror}): remove it") from None
     try:

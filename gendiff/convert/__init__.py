@@ -1,1 +1,1 @@
-"""Public PyTorch checkpoints -> Flax parameters; the only folder that knows PyTorch."""
+"""Conversion of public PyTorch checkpoints to Flax parameters; only this folder imports PyTorch."""

@@ -1,4 +1,4 @@
-"""Checkpoints of Diffuser (its `TemporalUnet` without attention) -> `gendiff.nets.temporal`."""
+"""Conversion of Diffuser's checkpoints (`TemporalUnet` without attention) to `gendiff.nets.temporal`."""
 
 import re
 from pathlib import Path
@@ -13,20 +13,20 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 def read(file: str | Path, weights: Literal["ema", "model"] = "ema") -> StateDict:
-    """One of the two state dicts in a checkpoint of Diffuser's trainer, in float32; no code in the file is run.
+    """Read the averaged or the raw weights of a checkpoint of Diffuser's trainer, in float32; run no code of the file.
 
     Raises:
-      DataError: as `state_dict.read`, also where the checkpoint has no such part.
+      DataError: see `state_dict.read`; or the checkpoint lacks the part.
     """
     return state_dict.read(file, weights)
 
 
 def temporal_unet(state: StateDict, like: Params) -> Params:
-    """Parameters of a `TemporalUnet`.
+    """Convert the parameters of a `TemporalUnet`.
 
     Args:
-      state: of the network, or of the diffusion around it (`read(file)`), whose own tables are left out.
-      like: `jax.eval_shape(net.init, key, x, t)`, which tells the sizes.
+      state: state dict of the network, or of the diffusion around it (`read(file)`), whose own tables are left out.
+      like: `jax.eval_shape(net.init, key, x, t)`, for the shapes.
 
     Raises:
       ValueError: keys or shapes differ from the network's; the message names them.
@@ -37,7 +37,7 @@ def temporal_unet(state: StateDict, like: Params) -> Params:
 
 
 def name(path: tuple[str, ...]) -> str:
-    """The key of a leaf: params/downs_1_0/blocks_0/norm/scale -> downs.1.0.blocks.0.block.2.weight."""
+    """Return the key of a leaf: params/downs_1_0/blocks_0/norm/scale -> downs.1.0.blocks.0.block.2.weight."""
     *layers, leaf = path[1:]
     parts = [LAYERS.get(layer, re.sub(r"_(\d)", r".\1", layer)) for layer in layers]
     if re.fullmatch(r"(downs|ups)\.\d+\.3", parts[0]):

@@ -1,7 +1,7 @@
-"""OpenAI's guided-diffusion checkpoints (`UNetModel`, `EncoderUNetModel`) -> `gendiff.nets.unet`.
+"""Conversion of OpenAI's guided-diffusion checkpoints (`UNetModel`, `EncoderUNetModel`) to `gendiff.nets.unet`.
 
-A width below 128 needs `least=1` in the network, since those models always have 32 groups; the option
-`use_new_attention_order` of that code, which no published checkpoint has, lays out channels that we read wrongly.
+A network of a width below 128 needs `least=1`, because these models always have 32 groups.  The module does not support
+the option `use_new_attention_order`, which orders channels differently; no published checkpoint uses it.
 """
 
 from gendiff.convert import state_dict
@@ -24,23 +24,23 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "positions": "p
 
 
 def unet(state: StateDict, like: Params) -> Params:
-    """Parameters of a `UNet` or a `HalfUNet`.
+    """Convert the parameters of a `UNet` or a `HalfUNet`.
 
     Args:
       state: `state_dict.read(file)`.
-      like: `jax.eval_shape(net.init, key, x, t)`, which tells the sizes.
+      like: `jax.eval_shape(net.init, key, x, t)`, for the shapes.
 
     Raises:
       ValueError: keys or shapes differ from the network's; the message names them.
     """
     state = state_dict.unwrapped(state)
-    if "label_emb.weight" in state:  # a table, not a kernel
+    if "label_emb.weight" in state:  # transpose, because `parameters` transposes it like a kernel
         state["label_emb.weight"] = state["label_emb.weight"].T
     return state_dict.parameters(state, like, name)
 
 
 def name(path: tuple[str, ...]) -> str:
-    """The key of a leaf: params/input_1_0/conv_in/kernel -> input_blocks.1.0.in_layers.2.weight."""
+    """Return the key of a leaf: params/input_1_0/conv_in/kernel -> input_blocks.1.0.in_layers.2.weight."""
     if path[-1] == "label":
         return "label_emb.weight"
     block, *layers, leaf = path[1:]
@@ -51,7 +51,7 @@ def name(path: tuple[str, ...]) -> str:
     elif layers:
         parts += [LAYERS[layer] for layer in layers]
     elif first == "output":
-        parts.append("conv")  # of an enlarged map
+        parts.append("conv")  # after doubling the extents
     elif first == "input" and numbers[0] != "0":
-        parts.append("op")  # to half the extents
+        parts.append("op")  # halves the extents
     return ".".join([*parts, LEAVES[leaf]])

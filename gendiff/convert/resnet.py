@@ -1,4 +1,4 @@
-"""torchvision's ResNet checkpoints -> `gendiff.nets.resnet`."""
+"""Conversion of torchvision's ResNet checkpoints to `gendiff.nets.resnet`."""
 
 import jax
 import numpy as np
@@ -11,11 +11,11 @@ LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runnin
 
 
 def resnet(state: StateDict, like: Params) -> Params:
-    """Variables (`params` and `batch_stats`) of a `ResNet`.
+    """Convert the variables (`params` and `batch_stats`) of a `ResNet`.
 
     Args:
       state: `state_dict.read(file)`.
-      like: `jax.eval_shape(net.init, key, x)`, with as many outputs as the checkpoint; `with_head_of` exchanges them.
+      like: `jax.eval_shape(net.init, key, x)`, with the checkpoint's outputs; `with_head_of` exchanges them later.
 
     Raises:
       ValueError: keys or shapes differ from the network's; the message names them.
@@ -26,11 +26,11 @@ def resnet(state: StateDict, like: Params) -> Params:
 
 
 def name(path: tuple[str, ...]) -> str:
-    """The key of a leaf: params/layer2_0/downsample_0/kernel -> layer2.0.downsample.0.weight."""
+    """Return the key of a leaf: params/layer2_0/downsample_0/kernel -> layer2.0.downsample.0.weight."""
     *layers, leaf = path[1:]
     return ".".join([*(layer.replace("_", ".") for layer in layers), LEAVES[leaf]])
 
 
 def with_head_of(variables: Params, start: Params) -> Params:
-    """The variables with the last layer of `start`: a network for other classes on the features of the first."""
+    """Replace the last layer by that of `start`, to use the features of `variables` for other classes."""
     return variables | {"params": variables["params"] | {"fc": jax.tree.map(np.asarray, start["params"]["fc"])}}

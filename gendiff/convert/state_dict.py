@@ -1,4 +1,4 @@
-"""PyTorch's state dicts, read and laid out as Flax parameters."""
+"""Readers of PyTorch's state dicts, and their conversion to Flax parameters."""
 
 import importlib
 import re
@@ -18,29 +18,29 @@ from gendiff.types import Params
 
 StateDict: TypeAlias = dict[str, np.ndarray]
 Name: TypeAlias = Callable[[tuple[str, ...]], str]
-"""The path of a Flax leaf -> the key of a state dict."""
+"""A function from the path of a Flax leaf to the key of a state dict."""
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, `torch.compile` and a module around the network put before all keys."""
+"""Prefixes of all keys, from DataParallel, `torch.compile` and a module around the network."""
 SHOWN = 10
-"""Keys of a kind that an error names."""
+"""Largest number of keys of a kind in an error."""
 NUMBERS: dict[str, Any] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "BOOL": "?", "I64": "<i8", "I32": "<i4",
     "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
 }  # fmt: skip
-"""Types of numbers of a safetensors file."""
+"""Number types of safetensors files."""
 
 
 def read(file: str | Path, part: str | None = None) -> StateDict:
-    """The arrays of a checkpoint in float32, `.safetensors` or PyTorch's own; no code in the file is run.
+    """Read the arrays of a checkpoint in float32, `.safetensors` or PyTorch's own; run no code of the file.
 
     Args:
-      file: what `torch.save` wrote of a state dict or of `dict(model.named_parameters())`, or a safetensors file.
-      part: of a checkpoint that is a dict of state dicts; a safetensors file has no parts.
+      file: a safetensors file, or a state dict or `dict(model.named_parameters())` stored by `torch.save`.
+      part: key of a state dict, if the checkpoint is a dict of state dicts; safetensors files have no parts.
 
     Raises:
-      DataError: a ValueError: the path is no file, the file is no checkpoint or a damaged one, or it, or its part, is
-        no flat dict of tensors.  The message names the file and the cause.
+      DataError: the file is missing, damaged or not a checkpoint, or it, or its part, is not a flat dict of tensors.
+        The message names the file and the cause.
     """
     path = regular(file)
     if path.suffix == ".safetensors":
@@ -49,7 +49,7 @@ def read(file: str | Path, part: str | None = None) -> StateDict:
     try:
         _verify(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds; those of torch advise to run the file's code
+    except Exception as error:  # many types; `_cause` drops torch's advice to run the file's code
         raise DataError(f"{file} must be a PyTorch checkpoint, got {_cause(path, error)}") from None
     if part is not None:
         found = state if isinstance(state, Mapping) else {}
@@ -60,32 +60,34 @@ def read(file: str | Path, part: str | None = None) -> StateDict:
         raise DataError(f"{file} must be a flat dict of tensors, got {_contents(state)}; name its part that is one")
     try:
         return unwrapped(state, ())
-    except Exception as error:  # such as tensors without memory
+    except Exception as error:  # some tensors have no memory
         raise DataError(f"{file} must hold plain tensors, got others ({_line(error)})") from None
 
 
 def unwrapped(state: Mapping[str, Any], wrappers: Iterable[str] = WRAPPERS) -> StateDict:
-    """The arrays of a state dict in float32, without the `wrappers` that stand before all of its keys.
+    """Return the arrays of a state dict in float32; remove wrappers from the keys if all keys have them.
 
     Args:
       state: arrays, or PyTorch's tensors and parameters.
+      wrappers: prefixes to remove.
     """
     keys = [str(key) for key in state]
-    while prefix := next((each for each in wrappers if keys and all(key.startswith(each) for key in keys)), None):
+    while prefix := next((text for text in wrappers if keys and all(key.startswith(text) for key in keys)), None):
         keys = [key.removeprefix(prefix) for key in keys]
     return {key: _array(value) for key, value in zip(keys, state.values(), strict=True)}
 
 
 def parameters(state: StateDict, like: Params, name: Name) -> Params:
-    """Parameters with the structure and shapes of `like`, from a state dict of which every key is used exactly once.
+    """Convert a state dict to parameters with the structure and shapes of `like`; use every key exactly once.
 
     Args:
+      state: arrays in PyTorch's order of axes.
       like: `jax.eval_shape(net.init, key, x, t)`.
-      name: of a leaf's path in it.
+      name: function from a leaf's path to its key.
 
     Raises:
-      ValueError: a key is missing, unknown, asked for twice or of another shape; the message names keys of each kind,
-        and a prefix that all unknown ones share.
+      ValueError: a key is missing, unknown, asked for twice or of another shape.  The message names up to SHOWN keys of
+        a kind, and the common prefix of the unknown keys.
     """
     leaves, structure = jax.tree.flatten_with_path(like)
     keys = [name(tuple(part.key for part in path)) for path, _ in leaves]
@@ -97,7 +99,7 @@ def parameters(state: StateDict, like: Params, name: Name) -> Params:
         "unknown": [f"{key}: unknown" for key in unknown],
         "asked for again": [f"{key}: asked for {keys.count(key)} times" for key in leaf_of if keys.count(key) > 1],
         "of another shape": [
-            f"{key}: expected shape {leaf_of[key].shape}, given {array.shape} (in our order)"
+            f"{key}: must have shape {leaf_of[key].shape}, got {array.shape} (in our order)"
             for key, array in arrays.items()
             if array.shape != leaf_of[key].shape
         ],
@@ -115,33 +117,33 @@ def parameters(state: StateDict, like: Params, name: Name) -> Params:
 
 
 def _shared(keys: list[str]) -> str:
-    """The layers, up to a dot, that all keys begin with."""
+    """Return the common prefix of all keys, up to a dot."""
     pairs = zip(min(keys).split(".")[:-1], max(keys).split(".")[:-1], strict=False)
     return "".join(f"{a}." for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _laid_out(array: np.ndarray, rank: int) -> np.ndarray:
-    """(o, i, *window) -> (*window, i, o), where windows of 1 belong to a matrix product."""
+    """Transpose (o, i, *window) to (*window, i, o); drop windows of 1 if the layer is a matrix product."""
     while array.ndim > max(rank, 2) and array.shape[-1] == 1:
         array = array[..., 0]
     return array.transpose(*range(2, array.ndim), 1, 0) if array.ndim >= 2 else array
 
 
 def _array(value: Any) -> np.ndarray:
-    """An array in float32.  NumPy reads no tensor that requires a gradient, nor PyTorch's bfloat16."""
+    """Convert to float32; detach tensors first, because NumPy refuses gradients and PyTorch's bfloat16."""
     return np.asarray(value.detach().float().cpu() if hasattr(value, "detach") else value, np.float32)
 
 
 def _safetensors(path: Path) -> StateDict:
     library = _library("safetensors")
     try:
-        tensors = library.deserialize(path.read_bytes())  # not its arrays of NumPy, which lack bfloat16
-    except Exception as error:  # of its own kind
+        tensors = library.deserialize(path.read_bytes())  # bytes, because its NumPy reader lacks bfloat16
+    except Exception as error:  # safetensors' own type
         raise DataError(f"{path} must be a safetensors checkpoint, got {_cause(path, error)}") from None
-    if other := sorted({each["dtype"] for _, each in tensors} - NUMBERS.keys()):
-        raise DataError(f"{path} must hold numbers of {', '.join(NUMBERS)}, got {', '.join(other)}")
-    array = lambda each: np.frombuffer(each["data"], NUMBERS[each["dtype"]]).reshape(each["shape"])
-    return {key: array(each).astype(np.float32) for key, each in tensors}
+    if unknown := sorted({tensor["dtype"] for _, tensor in tensors} - NUMBERS.keys()):
+        raise DataError(f"{path} must hold numbers of {', '.join(NUMBERS)}, got {', '.join(unknown)}")
+    array = lambda tensor: np.frombuffer(tensor["data"], NUMBERS[tensor["dtype"]]).reshape(tensor["shape"])
+    return {key: array(tensor).astype(np.float32) for key, tensor in tensors}
 
 
 def _library(name: str) -> ModuleType:
@@ -152,7 +154,7 @@ def _library(name: str) -> ModuleType:
 
 
 def _verify(path: Path) -> None:
-    """Check the checksums of PyTorch's zip archive, which `torch.load` reads over."""
+    """Verify the checksums of PyTorch's zip archive, because `torch.load` ignores them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if record := archive.testzip():
@@ -160,7 +162,7 @@ def _verify(path: Path) -> None:
 
 
 def _cause(path: Path, error: Exception) -> str:
-    """Why a file is no checkpoint, by its first bytes and by the error."""
+    """Explain why a file is not a checkpoint, from its first bytes and the error."""
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if not start:
@@ -175,11 +177,11 @@ def _cause(path: Path, error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error, without PyTorch's advice to run the file's code."""
+    """Return the first line of an error, without PyTorch's advice to run the file's code."""
     text = next(iter(str(error).splitlines()), "")
     return type(error).__name__ if "weights" in text.lower() or not text else f"{type(error).__name__}: {text[:200]}"
 
 
 def _contents(state: Any) -> str:
-    """What a checkpoint holds, for an error."""
+    """Summarise the content of a checkpoint, for an error."""
     return (", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__)[:200] or "an empty dict"

@@ -1,4 +1,4 @@
-"""Data sets, one a file, each with a small embedded default."""
+"""Data sets, one per module, with small embedded defaults."""
 
 import stat
 from pathlib import Path
@@ -13,16 +13,16 @@ KINDS = {
 
 
 class DataError(ValueError):
-    """A data set that is missing or damaged; the message says where it was looked for."""
+    """A data set is missing or damaged; the message names the place that was searched."""
 
 
 def regular(path: Path | str) -> Path:
-    """Return the path of a regular file, also behind links.
+    """Return the path of a regular file; follow links.
 
-    Reading a named pipe would wait for a writer for ever, and a device may have no end.
+    Other kinds are refused, because reading a named pipe waits for a writer and a device may have no end.
 
     Raises:
-      DataError: the path is no such file, or a link that leads nowhere or to itself.
+      DataError: the path is not a regular file, or is a broken or circular link.
     """
     try:
         kind = stat.S_IFMT(Path(path).stat().st_mode)

@@ -1,10 +1,10 @@
-"""The project's data sets as data sets of TFDS in ArrayRecord files, made and read without TensorFlow.
+"""TFDS builders for the project's data sets, in ArrayRecord files, without TensorFlow.
 
     builders.Checkerboard(data_dir=FOLDER).download_and_prepare()
     tfds.data_source("checkerboard", split="train", data_dir=FOLDER)
 
-The second line needs the files alone, not this package, and gives random access, also for Grain.  Simulated traffic
-has a file of its own: `gendiff.data.traffic_tfds`.  MNIST's ten digits are TFDS's `mnist`.
+The second line reads the files without this package and gives random access, also to Grain.  The builder of simulated
+traffic is `gendiff.data.traffic_tfds`.  TFDS's own `mnist` has all ten digits.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ from gendiff.data.traffic import Cut, Scenes
 
 Row: TypeAlias = Mapping[str, Any]
 Examples: TypeAlias = Callable[[], Iterator[tuple[Any, Row]]]
-"""Keys and rows of a shard."""
+"""A function that yields the keys and rows of one shard."""
 
 
 class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A data set whose splits are iterables of rows, in their order.
+    """Base class of the builders; it writes the rows of a split in their order.
 
-    A data set is its SPLITS, its `_features` and its `_rows`.  The builders of TFDS that shuffle need TensorFlow beyond
-    1 GB, so that this one writes its shards as they come.
+    A subclass defines SPLITS, `_features` and `_rows`.  The builder does not shuffle, because TFDS's shuffling needs
+    TensorFlow beyond 1 GB.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -62,7 +62,7 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
 
 
 def _tensor(*shape: int | None, dtype: Any = np.float32, doc: str) -> Any:
-    # As numbers, types below 32 bits would be stored in 32 bits, and are slow to read.
+    # Encoding "bytes", because TFDS stores types below 32 bits as 32-bit numbers, which are slow to read.
     encoding = "none" if None in shape or np.dtype(dtype) not in (np.uint8, np.float16) else "bytes"
     return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=encoding, doc=doc)
 
@@ -72,7 +72,7 @@ class Board(tfds.core.BuilderConfig):
     """Points of a checkerboard; see `gendiff.data.checkerboard`."""
 
     points: Mapping[str, int] = field(default_factory=lambda: {"train": 100_000, "test": 10_000})
-    """By split."""
+    """Number of points of a split."""
     cells: int = 4
     half_width: float = 1.0
     seed: int = 0
@@ -98,10 +98,10 @@ class Checkerboard(Builder):
 
 @dataclass(eq=False, kw_only=True)
 class Strokes(tfds.core.BuilderConfig):
-    """Which sevens of MNIST, and how many of them get a stroke."""
+    """Configuration of the data set `sevens`."""
 
     share: float | None = None
-    """Of drawn strokes among the sevens that nobody crossed; None: MNIST's sevens as they are."""
+    """Share of sevens with a drawn stroke, without naturally crossed sevens; None: all of MNIST's sevens, unchanged."""
     seed: int = 0
 
 
@@ -109,15 +109,15 @@ class Sevens(Builder):
     """The data set `sevens`.
 
     Args:
-      place: folder with MNIST's files; default: see `gendiff.data.mnist.read`.
+      place: folder with MNIST's files; for the default see `gendiff.data.mnist.read`.
     """
 
     SPLITS = ("train", "test")
     ABOUT = "MNIST's sevens, with and without a stroke across their stem."
     HOMEPAGE = "https://doi.org/10.1109/5.726791"
     BUILDER_CONFIGS: Sequence[Strokes] = [
-        Strokes(name="own", description="As they are; some were crossed by their writers."),
-        Strokes(name="mix", description="Those that nobody crossed, 12 % with a drawn stroke.", share=0.12),
+        Strokes(name="own", description="MNIST's sevens, unchanged; their writers crossed some of them."),
+        Strokes(name="mix", description="Sevens that no writer crossed; 12 % have a drawn stroke.", share=0.12),
     ]
 
     def __init__(self, *, place: Path | None = None, **arguments: Any) -> None:
@@ -142,10 +142,10 @@ class Sevens(Builder):
 
 
 class DrawnSevens(Builder):
-    """The data set `drawn_sevens`: the stand-in for MNIST's that the smoke presets use."""
+    """The data set `drawn_sevens`: synthetic sevens, which the smoke presets use in place of MNIST's."""
 
     SPLITS = ("train", "test")
-    ABOUT = "Sevens drawn on the spot, without a stroke across."
+    ABOUT = "Synthetic sevens without a stroke across their stem."
     SIZES: ClassVar[Mapping[str, tuple[int, int]]] = {"train": (1000, 1), "test": (400, 2)}
     """Number and seed of a split's sevens."""
 
@@ -162,13 +162,13 @@ class DrawnSevens(Builder):
 
 def _episode(observations: int, actions: int) -> dict[str, Any]:
     return {
-        "observations": _tensor(None, observations, doc="by step"),
-        "actions": _tensor(None, actions, doc="what was done at the step's observation"),
+        "observations": _tensor(None, observations, doc="observation of a step"),
+        "actions": _tensor(None, actions, doc="action taken after the observation of the same step"),
     }
 
 
 class ControlEpisodes(Builder):
-    """The data set `control_episodes`: episodes in memory, such as those of a file of D4RL or Minari.
+    """The data set `control_episodes`: episodes in memory, such as a file of D4RL or Minari.
 
         files = episodes.d4rl(path)
         builders.ControlEpisodes(episodes=files, data_dir=FOLDER).download_and_prepare()
@@ -193,7 +193,7 @@ class ControlEpisodes(Builder):
 
 @dataclass(eq=False, kw_only=True)
 class Drive(tfds.core.BuilderConfig):
-    """Where the controller drives; see `gendiff.data.maze2d.generate`."""
+    """Maze and goal of the controller; see `gendiff.data.maze2d.generate`."""
 
     maze: str
     goal: maze2d.Goal | None = None
@@ -202,14 +202,14 @@ class Drive(tfds.core.BuilderConfig):
 
 
 class Maze2d(Builder):
-    """The data set `maze2d`.  MuJoCo simulates it; reading it needs no MuJoCo."""
+    """The data set `maze2d`.  MuJoCo simulates it, and is not needed to read it."""
 
     ABOUT = "Episodes of a point mass that a controller drives through a maze."
     HOMEPAGE = "https://github.com/Farama-Foundation/D4RL"
     BUILDER_CONFIGS: Sequence[Drive] = [
         *(Drive(name=name, description="Random goals.", maze=name) for name in maze2d.MAZES),
         *(
-            Drive(name=f"{name}-goal-{i}", description=f"All to goal {i}.", maze=name, goal=goal)
+            Drive(name=f"{name}-goal-{i}", description=f"All episodes drive to goal {i}.", maze=name, goal=goal)
             for name, maze in maze2d.MAZES.items()
             for i, goal in enumerate(maze.goals, 1)
         ),
@@ -229,32 +229,32 @@ class Maze2d(Builder):
 
 
 def scene(cells: int) -> dict[str, Any]:
-    """The features of a scene whose map has cells x cells cells."""
+    """Return the TFDS features of a scene whose map has cells x cells cells."""
     return {
         "vehicles": _tensor(
             traffic.VEHICLES,
             7,
-            doc="x, y, length, width in metres, cos and sin of the yaw, speed in m/s; zeros where there is none",
+            doc="x, y, length, width in metres, cos and sin of the yaw, speed in m/s; zeros in rows without a vehicle",
         ),
-        "present": _tensor(traffic.VEHICLES, dtype=np.bool_, doc="which vehicles there are"),
+        "present": _tensor(traffic.VEHICLES, dtype=np.bool_, doc="true for rows with a vehicle"),
         "distance": _tensor(
             cells,
             cells,
             dtype=np.float16,
-            doc=f"metres to the edge of the drivable area, negative on it, cut to {traffic.REACH:.0f}",
+            doc=f"metres to the edge of the drivable area, negative inside, clipped to +-{traffic.REACH:.0f}",
         ),
-        "window": _tensor(3, doc="centre and angle in the map's frame, m and radians"),
+        "window": _tensor(3, doc="centre in metres and angle in radians, in the map's frame"),
         "world": tfds.features.Scalar(dtype=np.int64, doc="number of the map"),
     }
 
 
 def scene_rows(scenes: Scenes) -> Iterator[dict[str, Any]]:
-    """Scenes one by one."""
+    """Yield the scenes one by one, as rows."""
     return (dict(zip(Scenes._fields, row, strict=True)) for row in zip(*scenes, strict=True))
 
 
 class EmbeddedTraffic(Builder):
-    """The data set `embedded_traffic`: the scenes that come with the package."""
+    """The data set `embedded_traffic`: the scenes in the package."""
 
     SPLITS = get_args(traffic.Split)
     ABOUT = "A few hundred scenes of vehicles on junctions and roundabouts, simulated by SUMO; coarse maps."
@@ -268,11 +268,11 @@ class EmbeddedTraffic(Builder):
 
 
 class RecordedTraffic(Builder):
-    """The data set `recorded_traffic`: scenes of files of CommonRoad.
+    """The data set `recorded_traffic`: scenes from CommonRoad files.
 
     Args:
       files: a file or a folder; see `gendiff.data.commonroad.scenes`.
-      cut: how windows are cut.
+      cut: parameters of the windows.
     """
 
     ABOUT = "Scenes of recorded vehicles, cut from files of CommonRoad."

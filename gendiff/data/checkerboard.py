@@ -1,4 +1,4 @@
-"""Points uniform on the filled cells of a checkerboard, made on the spot."""
+"""Points uniform on the filled cells of a checkerboard, generated in memory."""
 
 from functools import partial
 
@@ -12,10 +12,10 @@ from gendiff.types import PRNGKey
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def draw(key: PRNGKey, n: int, cells: int = 4, half_width: float = 1.0) -> Float[Array, "n 2"]:
-    """n points uniform on the filled cells (column + row even) of the cells x cells board on [-half_width,
-    half_width)^2.
+    """Draw n points, uniform on the filled cells of a board on [-half_width, half_width)^2.
 
-    Their density is 1 / area, with area about 2 half_width^2: the largest possible mean log-likelihood is -ln(area).
+    The board has cells x cells cells; a cell is filled if column + row is even.  The density of the points is 1 / area,
+    with area about 2 half_width^2, so the largest possible mean log-likelihood is -ln(area).
 
     Raises:
       ValueError: `n` is negative, `cells` is below 1, or `half_width` is not positive.

@@ -1,14 +1,14 @@
-"""Recorded scenes of traffic, from CommonRoad files (Althoff, Koschi and Manzinger 2017, "CommonRoad: composable
-benchmarks for motion planning on roads"): XML of the versions 2018b and 2020a.
+"""Recorded traffic scenes from CommonRoad files, XML of the versions 2018b and 2020a.
 
-Some files hold simulated traffic; their `source` tells.
+The format is by Althoff, Koschi and Manzinger 2017, "CommonRoad: composable benchmarks for motion planning on roads".
+Some files hold simulated traffic; their element `source` says so.
 
-The vehicles are the dynamic obstacles of the types VEHICLES.  Pedestrians, bicycles, trains and obstacles of unknown
-type are left out, and so is what stands for good: parked vehicles and construction.  The vehicle of the planning
-problem, which was cut out of the recording, is missing too: the file does not tell its size.
+The vehicles are the dynamic obstacles of the types VEHICLES.  The module leaves out pedestrians, bicycles, trains,
+obstacles of unknown type, parked vehicles and construction.  The vehicle of the planning problem is also missing,
+because the file does not tell its size.
 
-Drivable is the union of the lanelets, but for footways and cycle tracks.  What lies between the lanelets of a junction
-is not drivable on these maps.
+The drivable area is the union of the lanelets without footways and cycle tracks.  The gaps between the lanelets of a
+junction are not drivable on these maps.
 """
 
 import os
@@ -28,31 +28,31 @@ from gendiff.data.traffic import Cut, Scenes
 
 VERSIONS = ("2018b", "2020a")
 VEHICLES = frozenset({"car", "truck", "bus", "taxi", "priorityVehicle", "motorcycle"})
-"""Types of obstacles."""
+"""Obstacle types that are vehicles."""
 OTHERS = frozenset({"sidewalk", "crosswalk", "bicycleLane", "border"})
-"""Types of lanelets that are not for vehicles."""
+"""Lanelet types that are not for vehicles."""
 EVERY = 2.0
-"""Seconds from one moment to the next: most recordings are shorter than 10 s."""
+"""Seconds between moments; short, because most recordings are shorter than 10 s."""
 
 
 def read_world(path: Path | str, every: float = EVERY) -> sumo.World:
-    """The drivable area and the vehicles of a file, in the coordinates of its map.
+    """Read the drivable area and the vehicles of a file, in the coordinates of its map.
 
-    Where a value is an interval, or a position a rectangle or a circle, its middle counts.  Speeds are along the
-    heading, negative in reverse; missing ones follow from the positions.
+    An interval, or a position given as a rectangle or a circle, counts as its centre.  Speeds are along the heading,
+    negative in reverse; a missing speed is computed from the positions.
 
     Args:
       path: a file.
-      every: seconds from one moment to the next, from the first state on; rounded to steps of the file, one or more.
+      every: seconds between moments, from the first state on; rounded to one or more steps of the file.
 
     Raises:
       ValueError: `every` is not positive.
-      DataError: the file is missing, or is no CommonRoad file, or has no lanelets, no vehicles or a damaged value.
+      DataError: the file is missing or not CommonRoad's, or has no lanelets, no vehicles or a damaged value.
       ImportError: shapely is not installed.
     """
     _, world = _recorded(Path(path), every)
     if not world.moments:
-        raise DataError(f"commonroad: {path}: expected moving vehicles ({', '.join(sorted(VEHICLES))}), given none")
+        raise DataError(f"commonroad: {path} must have moving vehicles ({', '.join(sorted(VEHICLES))}), got none")
     return world
 
 
@@ -63,10 +63,10 @@ def scenes(
     seed: int = 0,
     keep_invalid: bool = False,
 ) -> Scenes:
-    """Windows of all moments of a file, or of all files *.xml in a folder and its folders, also behind links.
+    """Cut windows from all moments of a file, or of all *.xml files below a folder; follow links.
 
-    Maps are numbered by the names of their places in order, such as USA_US101 of the benchmark USA_US101-26_1_T-1:
-    files of one place may show the same road.  Files of a folder without vehicles are maps only, and give no scenes.
+    A map's number is the rank of its place name, such as USA_US101 of the benchmark USA_US101-26_1_T-1.  Files of one
+    place share a number, because they may show the same road.  In a folder, files without vehicles give no scenes.
 
     Recorded vehicles may overlap, or leave the lanelets.  Such scenes are left out; to count or to see them:
 
@@ -75,21 +75,21 @@ def scenes(
 
     Args:
       path: a file or a folder.
-      how: how windows are cut; recordings with 12 vehicles within 100 m are few, so that a `least` below 12 gives more
-        scenes, padded.
-      every: seconds from one moment to the next; see `read_world`.
-      seed: of the places of windows.
-      keep_invalid: whether scenes with an overlap, or with a vehicle off the drivable area, are kept.
+      how: parameters of the windows.  Few recordings have 12 vehicles within 100 m, so a `least` below 12 gives more
+        scenes, which are padded.
+      every: seconds between moments; see `read_world`.
+      seed: seed of the windows' places.
+      keep_invalid: keep scenes with an overlap, or with a vehicle off the drivable area.
 
     Raises:
       ValueError: a number is out of range.
-      DataError: there is no such file, or it is damaged (see `read_world`), or there are no scenes.
+      DataError: the file is missing or damaged (see `read_world`), or no scene is found.
       ImportError: shapely is not installed.
     """
     path = Path(path)
     files = _xml(path) if path.is_dir() else [path]
     if not files:
-        raise DataError(f"commonroad: {path}: expected files *.xml, given a folder without")
+        raise DataError(f"commonroad: {path} must hold files *.xml, got a folder without them")
     recorded = [_recorded(file, every) for file in files]
     names = sorted({name for name, _ in recorded})
     parts = [traffic.windows(world, names.index(name), seed, how) for name, world in recorded]
@@ -97,44 +97,46 @@ def scenes(
     if not len(found.world):
         most = max((len(moment.vehicles) for _, world in recorded for moment in world.moments), default=0)
         raise DataError(
-            f"commonroad: {path}: expected {how.least} or more vehicles in a window of {2 * how.half:g} m, "
-            f"given {most} at most at one moment, on all of a map"
+            f"commonroad: {path} must have {how.least} or more vehicles in a window of {2 * how.half:g} m, "
+            f"got at most {most} at one moment on a map: lower `least`"
         )
     if keep_invalid:
         return found
     good = traffic.valid(found, how)
     if not good.any():
         raise DataError(
-            f"commonroad: {path}: expected valid scenes, given {len(good)} with overlaps or vehicles off the lanelets"
+            f"commonroad: {path} must have valid scenes, got {len(good)} with overlaps or vehicles off the lanelets: "
+            "keep_invalid=True shows them"
         )
     return traffic.take(found, good)
 
 
 def _xml(folder: Path) -> list[Path]:
-    """Files *.xml in a folder and its folders, each folder once: a link may lead to one above it."""
+    """Return the *.xml files below a folder.  Visit a folder once, because a link may lead to a parent."""
     found, seen = [], set()
     for name, folders, names in os.walk(folder, followlinks=True):
         if (place := os.path.realpath(name)) in seen:
             folders.clear()
             continue
         seen.add(place)
-        folders.sort()  # so that the same folder is kept of two that are one
-        found += [Path(name) / each for each in names if each.endswith(".xml")]
+        folders.sort()  # two links to one folder: always keep the same one
+        found += [Path(name) / file for file in names if file.endswith(".xml")]
     return sorted(found)
 
 
 def _recorded(path: Path, every: float) -> tuple[str, sumo.World]:
-    """The name of the file's place, and what was seen there."""
+    """Return the name of the file's place, and its world."""
     check.number("commonroad: every", every, above=0)
-    with _told(f"commonroad: {path}"):
+    with _located(f"commonroad: {path}"):
         root = _root(path)
-        # Country and map; C- in front of them stands for cooperative.
+        # Keep country and map; the prefix C- means cooperative.
         name = (root.get("benchmarkID") or path.stem).removeprefix("C-").split("-")[0]
         return name, sumo.World(_drivable(root), None, _moments(root, every))
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
+def _located(where: str) -> Iterator[None]:
+    """Put the place before the text of every ValueError raised inside."""
     try:
         yield
     except ValueError as error:
@@ -149,13 +151,13 @@ def _drivable(root: Element) -> Any:
     try:
         import shapely
     except ImportError:
-        raise ImportError("commonroad: expected shapely, given none: pip install 'gendiff[traffic]'") from None
-    # A lanelet whose bounds cross, as happens where it is pinched off, is made two that touch.
+        raise ImportError("commonroad: shapely must be installed, got none: pip install 'gendiff[traffic]'") from None
     lanelets = root.findall("lanelet")
-    parts = [shapely.make_valid(shapely.Polygon(_lanelet(each))) for each in lanelets if _for_vehicles(each)]
+    # make_valid splits a lanelet whose bounds cross, which happens where it is pinched off.
+    parts = [shapely.make_valid(shapely.Polygon(_lanelet(lanelet))) for lanelet in lanelets if _for_vehicles(lanelet)]
     area = shapely.union_all(parts).buffer(0.15).buffer(-0.15)
     if area.is_empty:
-        raise ValueError(f"expected lanelets for vehicles, with an area, given none among {len(lanelets)}")
+        raise ValueError(f"lanelets for vehicles must have an area, got none among {len(lanelets)} lanelets")
     return area
 
 
@@ -166,10 +168,12 @@ def _for_vehicles(lanelet: Element) -> bool:
 
 
 def _lanelet(lanelet: Element) -> list[tuple[float, float]]:
-    with _told(f"lanelet {lanelet.get('id')}"):
-        left, right = ([_point(each) for each in lanelet.iterfind(f"{side}Bound/point")] for side in ("left", "right"))
+    with _located(f"lanelet {lanelet.get('id')}"):
+        left, right = (
+            [_point(point) for point in lanelet.iterfind(f"{side}Bound/point")] for side in ("left", "right")
+        )
         if min(len(left), len(right)) < 2:
-            raise ValueError(f"expected bounds of 2 points or more, given {len(left)} and {len(right)}")
+            raise ValueError(f"bounds must have 2 points or more, got {len(left)} and {len(right)}")
         return [*left, *reversed(right)]
 
 
@@ -179,10 +183,10 @@ def _lanelet(lanelet: Element) -> list[tuple[float, float]]:
 def _moments(root: Element, every: float) -> list[sumo.Moment]:
     seconds = _number(root.get("timeStepSize"), "timeStepSize")
     if seconds <= 0:
-        raise ValueError(f"expected a positive timeStepSize, given {seconds:g}")
-    dynamic = [each for each in root.iterfind("obstacle") if "dynamic" in _texts(each, "role")]  # 2018b
+        raise ValueError(f"timeStepSize must be > 0, got {seconds:g}")
+    dynamic = [obstacle for obstacle in root.iterfind("obstacle") if "dynamic" in _texts(obstacle, "role")]  # 2018b
     dynamic += root.iterfind("dynamicObstacle")  # 2020a
-    tracks = [_track(each, seconds) for each in dynamic if _texts(each, "type") & VEHICLES]
+    tracks = [_track(obstacle, seconds) for obstacle in dynamic if _texts(obstacle, "type") & VEHICLES]
     if not tracks:
         return []
     steps, vehicles = (np.concatenate(part) for part in zip(*tracks, strict=True))
@@ -192,21 +196,21 @@ def _moments(root: Element, every: float) -> list[sumo.Moment]:
 
 
 def _track(obstacle: Element, seconds: float) -> tuple[Int[np.ndarray, " t"], Float[np.ndarray, "t 7"]]:
-    """Steps, and the vehicle at each of them."""
-    with _told(f"obstacle {obstacle.get('id')}"):
+    """Return the steps of an obstacle, and its state at these steps."""
+    with _located(f"obstacle {obstacle.get('id')}"):
         length, width, ahead, aside, turn = _rectangle(obstacle)
-        # Some trajectories begin with the initial state.
-        every = [*obstacle.iterfind("initialState"), *obstacle.iterfind("trajectory/state")]
-        states = {_time(each): each for each in every}
+        # By time, because some trajectories repeat the initial state.
+        found = [*obstacle.iterfind("initialState"), *obstacle.iterfind("trajectory/state")]
+        states = {_time(state): state for state in found}
         if not states:
-            raise ValueError("expected an initialState or a trajectory, given none")
+            raise ValueError("an obstacle must have an initialState or a trajectory, got neither")
         steps = np.array(sorted(states))
         x, y, yaw, speed = np.array([_state(states[step]) for step in steps]).T
         x, y = x + ahead * np.cos(yaw) - aside * np.sin(yaw), y + ahead * np.sin(yaw) + aside * np.cos(yaw)
         cos, sin = np.cos(yaw + turn), np.sin(yaw + turn)
         if np.isnan(speed).any():
             if len(steps) == 1:
-                raise ValueError("expected a velocity, or two states, given none")
+                raise ValueError("an obstacle must have a velocity or two states, got one state without a velocity")
             velocity = np.gradient(np.stack([x, y]), steps * seconds, axis=1)
             speed = np.where(np.isnan(speed), velocity[0] * cos + velocity[1] * sin, speed)
         size = np.full((len(steps), 2), (length, width))
@@ -214,26 +218,26 @@ def _track(obstacle: Element, seconds: float) -> tuple[Int[np.ndarray, " t"], Fl
 
 
 def _rectangle(obstacle: Element) -> tuple[float, float, float, float, float]:
-    """Length and width; how far ahead and aside of the obstacle's position the centre is; how far it is turned."""
+    """Return length and width, the offset of the centre ahead and aside of the position, and the turn."""
     shape = _only(obstacle, "shape", "rectangle")
-    given = lambda name, default=None: _number(shape.findtext(name, default), name)
-    length, width = given("length"), given("width")
+    value = lambda name, default=None: _number(shape.findtext(name, default), name)
+    length, width = value("length"), value("width")
     if min(length, width) <= 0:
-        raise ValueError(f"expected a positive length and width, given {length:g} and {width:g}")
-    ahead = given("center/x", "0") - given("originXShift", "0")  # the shift is the position's, seen from the centre
-    return length, width, ahead, given("center/y", "0"), given("orientation", "0")
+        raise ValueError(f"length and width must be > 0, got {length:g} and {width:g}")
+    ahead = value("center/x", "0") - value("originXShift", "0")  # the shift leads from the centre to the position
+    return length, width, ahead, value("center/y", "0"), value("orientation", "0")
 
 
 def _time(state: Element) -> int:
     time = _middle(state, "time")
     if time % 1 or not 0 <= time < 2**53:
-        raise ValueError(f"expected a whole number of steps as time, given {time:g}")
+        raise ValueError(f"time must be a whole number of steps, got {time:g}")
     return int(time)
 
 
 def _state(state: Element) -> tuple[float, float, float, float]:
-    """x, y, yaw and speed, NaN where it is missing."""
-    with _told(f"step {_time(state)}"):
+    """Return x, y, yaw and speed; a missing speed is NaN."""
+    with _located(f"step {_time(state)}"):
         place = _only(state, "position", "point", "rectangle", "circle")
         x, y = _point(place if place.tag == "point" else place.find("center"))
         speed = np.nan if state.find("velocity") is None else _middle(state, "velocity")
@@ -244,7 +248,7 @@ def _state(state: Element) -> tuple[float, float, float, float]:
 
 
 def _root(path: Path) -> Element:
-    """The root of a file.  One that declares entities, which may stand for gigabytes, is refused."""
+    """Return the root of a file; refuse entities, because a short file may expand to gigabytes."""
     builder, parser = TreeBuilder(), expat.ParserCreate()
     parser.buffer_text = True
     parser.StartElementHandler = builder.start
@@ -255,45 +259,45 @@ def _root(path: Path) -> Element:
         with regular(path).open("rb") as file:
             parser.ParseFile(file)
     except OSError as error:
-        raise ValueError(f"expected a file, given none that can be read ({error.strerror})") from None
+        raise ValueError(f"the file must be readable, got {error.strerror}") from None
     except expat.ExpatError as error:
-        raise ValueError(f"expected CommonRoad's XML, given a file that is not XML ({error})") from None
+        raise ValueError(f"the file must be CommonRoad's XML, got a file that is not XML ({error})") from None
     root = builder.close()
     if root.tag != "commonRoad":
-        raise ValueError(f"expected CommonRoad's XML, given <{root.tag}>")
+        raise ValueError(f"the file must be CommonRoad's XML, got <{root.tag}>")
     if (version := root.get("commonRoadVersion")) not in VERSIONS:
-        raise ValueError(f"expected CommonRoad's version {' or '.join(VERSIONS)}, given {version or 'none'}")
+        raise ValueError(f"commonRoadVersion must be {' or '.join(VERSIONS)}, got {version or 'none'}")
     return root
 
 
 def _refused(name: str, *_: Any) -> None:
-    raise ValueError(f"expected XML without entities, given the entity {name!r}")
+    raise ValueError(f"the XML must have no entities, got the entity {name!r}")
 
 
 def _texts(element: Element, name: str) -> set[str]:
-    return {(each.text or "").strip() for each in element.iterfind(name)}
+    return {(child.text or "").strip() for child in element.iterfind(name)}
 
 
 def _only(element: Element, name: str, *tags: str) -> Element:
-    """What is in the element's child, one of `tags` and alone there."""
+    """Return the only element in the child `name`; its tag must be in `tags`."""
     found = element.findall(f"{name}/*")
     if len(found) != 1 or found[0].tag not in tags:
-        given = ", ".join(each.tag for each in found) or "none"
-        raise ValueError(f"expected one {' or '.join(tags)} as {name}, given {given}")
+        got = ", ".join(child.tag for child in found) or "none"
+        raise ValueError(f"{name} must hold one {' or '.join(tags)}, got {got}")
     return found[0]
 
 
 def _point(element: Element | None) -> tuple[float, float]:
     if element is None:
-        raise ValueError("expected a centre, given none")
+        raise ValueError("a rectangle or circle must have a center, got none")
     return _number(element.findtext("x"), "x"), _number(element.findtext("y"), "y")
 
 
 def _middle(element: Element, name: str, period: float = 0.0) -> float:
-    """An exact value, or the middle of an interval, which may pass the end of a period."""
+    """Return an exact value, or the middle of an interval, which may wrap around at the period."""
     if (exact := element.findtext(f"{name}/exact")) is not None:
         return _number(exact, name)
-    start, end = (_number(element.findtext(f"{name}/{each}"), name) for each in ("intervalStart", "intervalEnd"))
+    start, end = (_number(element.findtext(f"{name}/{edge}"), name) for edge in ("intervalStart", "intervalEnd"))
     return (start + end + (period if end < start else 0.0)) / 2
 
 
@@ -303,5 +307,5 @@ def _number(text: str | None, name: str) -> float:
     except ValueError:
         value = np.nan
     if not np.isfinite(value):
-        raise ValueError(f"expected a number as {name}, given {'none' if text is None else repr(text.strip())}")
+        raise ValueError(f"{name} must be a number, got {'none' if text is None else repr(text.strip())}")
     return value

@@ -1,4 +1,4 @@
-"""Sevens drawn on the spot: a stand-in for MNIST's, for tests and for a first look without a download."""
+"""Synthetic sevens in place of MNIST's, for tests and for a first run without a download."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -9,7 +9,7 @@ SIDE = 28
 
 
 def draw(n: int, seed: int) -> UInt8[np.ndarray, "n 28 28"]:
-    """n sevens in 0..255, 255 is ink: a bar and a stem of random places, slopes and thickness, no stroke across.
+    """Draw n sevens without a stroke across: a bar and a stem of random place, slope and thickness; 255 is ink.
 
     Raises:
       ValueError: `n` or `seed` is negative.
@@ -28,7 +28,7 @@ def draw(n: int, seed: int) -> UInt8[np.ndarray, "n 28 28"]:
 
 
 def to_segment(start: Float[np.ndarray, "n 2"], end: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 28 28"]:
-    """Distance of each pixel (x, y) to the segment of each image, which may be a point, in pixels."""
+    """Return the distance in pixels of all pixels (x, y) to the segment of an image; a segment may be a point."""
     check.shape("to_segment: start", start, (None, 2))
     check.shape("to_segment: end", end, start.shape)
     y, x = np.mgrid[:SIDE, :SIDE]

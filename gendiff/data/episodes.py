@@ -1,7 +1,8 @@
-"""Episodes of control: files that survive a kill, D4RL's and Minari's files, and windows to train on.
+"""Episodes of control: storage that survives a kill, readers for D4RL and Minari, and windows for training.
 
-A row is a step: what was seen, and what was then done.  A window is `horizon` rows of one episode, each (action,
-observation) and normalised, as Diffuser (Janner et al. 2022) and the paper of relative rewards (NeurIPS 2023) train.
+A row is a step: an observation, and the action taken after it.  A window is `horizon` rows of one episode, as
+normalised (action, observation).  Diffuser (Janner et al. 2022) and the paper of relative rewards (NeurIPS 2023) train
+on such windows.
 """
 
 import json
@@ -19,32 +20,32 @@ from gendiff import check
 from gendiff.data import DataError, files, regular
 
 LIMIT = 1000
-"""Rows of an episode that windows are cut from."""
+"""Rows of an episode that windows use, from its start."""
 PATIENCE = 2000
-"""Discarded attempts in a row after which no episode is expected any more."""
+"""Discarded attempts in a row that end the search with an error."""
 SHARD = "a whole shard"
 
 
 class Episodes(NamedTuple):
-    """Episodes, one after the other."""
+    """Episodes, concatenated along the rows."""
 
     observations: Float[np.ndarray, "n o"]
     actions: Float[np.ndarray, "n a"]
-    """As the controller gave them, also where the environment clips them."""
+    """Actions of the controller, before the environment clips them."""
     lengths: Int[np.ndarray, " e"]
-    """Rows of each episode, sum n."""
+    """Numbers of rows of the episodes, >= 1, with sum n."""
 
 
 Attempt: TypeAlias = tuple[np.ndarray, np.ndarray] | None
-"""An episode's observations and actions; None if it was discarded."""
+"""Observations and actions of an episode; None if it was discarded."""
 Attempts: TypeAlias = Generator[Attempt, None, None]
-"""Attempts without end."""
+"""Endless attempts."""
 Report: TypeAlias = Callable[[int], Any]
-"""Called with the number of rows so far: at the start, and after every episode that is kept."""
+"""A function of the number of rows so far, called at the start and after every kept episode."""
 
 
 class Source:
-    """Random access to whole episodes, as `tfds.data_source` gives it and Grain reads it."""
+    """Random access to complete episodes, in the form of `tfds.data_source`, for Grain."""
 
     def __init__(self, episodes: Episodes) -> None:
         self.episodes = episodes
@@ -55,27 +56,28 @@ class Source:
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         if not -len(self) <= i < len(self):
-            raise IndexError(f"episodes: expected an index below {len(self)}, given {i}")
+            raise IndexError(f"episodes: index must be below {len(self)}, got {i}")
         rows = slice(self.ends[i] - self.episodes.lengths[i], self.ends[i])
         return {"observations": self.episodes.observations[rows], "actions": self.episodes.actions[rows]}
 
 
-# Making and storing.
+# Generating and storing.
 
 
 def take(attempts: Attempts, transitions: int, report: Report = lambda rows: None) -> tuple[Episodes, int]:
-    """The attempts that are kept, until they have `transitions` rows or more: the last one is whole.
+    """Collect kept attempts until they have `transitions` rows or more; the last episode stays complete.
 
     Args:
-      attempts: without end.
-      transitions: 1 or more.
+      attempts: endless attempts.
+      transitions: least number of rows, 1 or more.
+      report: see `Report`.
 
     Returns:
-      The episodes in float32, and how many attempts they took.
+      The episodes in float32, and the number of attempts, with the discarded ones.
 
     Raises:
       ValueError: `transitions` is below 1, 2,000 attempts in a row were discarded, or the attempts end.
-      DataError: an attempt has no rows, or differs in its shapes, or is not finite.
+      DataError: an attempt has no rows, differs in its shapes, or is not finite.
     """
     check.number("episodes: transitions", transitions, at_least=1, whole=True)
     kept: list[tuple[np.ndarray, np.ndarray]] = []
@@ -88,7 +90,7 @@ def take(attempts: Attempts, transitions: int, report: Report = lambda rows: Non
         tried, failed = tried + 1, failed + 1
         if attempt is not None:
             kept.append(attempt)
-            if not len(attempt[0]):  # which would never be enough
+            if not len(attempt[0]):  # without rows the loop would not end
                 raise DataError(f"episodes: attempt {tried} must have a row or more, got none")
             rows, failed = rows + len(attempt[0]), 0
             report(rows)
@@ -98,7 +100,7 @@ def take(attempts: Attempts, transitions: int, report: Report = lambda rows: Non
 
 
 class Holds(NamedTuple):
-    """What a folder holds."""
+    """Numbers of shards, episodes, rows and attempts in a folder."""
 
     shards: int = 0
     episodes: int = 0
@@ -114,56 +116,59 @@ def write(
     shard: int = 100_000,
     report: Report = lambda rows: None,
 ) -> Holds:
-    """Makes episodes with `transitions` rows or more and stores them; after a kill the same call goes on from there.
+    """Generate and store episodes with `transitions` rows or more; after a kill, the same call resumes.
 
-    Shards appear whole, by renaming.  `info.json` holds the configuration and, at the end, what the folder holds.
+    Shards are written atomically.  `info.json` has the configuration, and after the last shard the counts of `Holds`.
 
     Args:
-      configuration: all that the episodes depend on, of what JSON can hold.
-      attempts: first -> the attempts first, first + 1 .., each the same wherever they begin.
-      shard: rows of one file, or a few more since episodes stay whole.
+      folder: made if it is missing.
+      configuration: all values that the episodes depend on, serialisable as JSON.
+      attempts: function first -> attempts first, first + 1, ..; attempt i must not depend on first.
+      transitions: least number of rows in all shards.
+      shard: rows of one file; a few more, because episodes are not split.
+      report: see `Report`.
 
     Raises:
       ValueError: the folder holds episodes of another configuration, or a damaged file.
     """
     check.number("episodes: transitions", transitions, at_least=1, whole=True)
     check.number("episodes: shard", shard, at_least=1, whole=True)
-    # Through JSON and back, for what it makes of tuples.
+    # Through JSON and back, because JSON turns tuples into lists.
     configuration = json.loads(json.dumps({**configuration, "transitions": transitions, "shard": shard}))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "info.json").exists() and not _shards(folder):
         files.store_text(folder / "info.json", _json(configuration, None))
     found = _info(folder)["configuration"]
     if others := [name for name in {**configuration, **found} if configuration.get(name) != found.get(name)]:
-        wanted, given = ({name: each.get(name) for name in others} for each in (configuration, found))
-        raise ValueError(f"episodes: {folder}: expected a folder of {wanted}, given one of {given}")
+        wanted, got = ({name: values.get(name) for name in others} for values in (configuration, found))
+        raise ValueError(f"episodes: {folder} must be a folder of {wanted}, got one of {got}: name another folder")
     holds = Holds()
     for path in _shards(folder):
         holds = _plus(holds, *files.load(regular(path), SHARD, "lengths", "attempts"))
     report(holds.transitions)
     with closing(attempts(holds.attempts)) as stream:
         while (before := holds.transitions) < transitions:
-            made, tried = take(
+            part, tried = take(
                 stream, min(shard, transitions - before), lambda rows, before=before: report(before + rows)
             )
-            save = lambda file, made=made, tried=tried: np.savez(file, attempts=tried, **made._asdict())
+            save = lambda file, part=part, tried=tried: np.savez(file, attempts=tried, **part._asdict())
             files.store(folder / f"shard-{holds.shards:05d}.npz", save)
-            holds = _plus(holds, made.lengths, tried)
+            holds = _plus(holds, part.lengths, tried)
     files.store_text(folder / "info.json", _json(configuration, holds))
     return holds
 
 
 def read(folder: Path) -> Episodes:
-    """All that `write` stored.
+    """Read all episodes that `write` stored.
 
     Raises:
-      ValueError: the folder holds no such data set, an unfinished or a damaged one.
+      ValueError: the data set is missing, unfinished or damaged.
     """
     holds, shards = _info(folder)["holds"], _shards(folder)
     if holds is None or len(shards) != holds["shards"]:
         raise ValueError(
-            f"episodes: {folder}: expected a complete data set, given {len(shards)} shards of an unfinished one; run "
-            "the command that writes it again"
+            f"episodes: {folder} must be a complete data set, got {len(shards)} shards of an unfinished one: run the "
+            "command that writes it again"
         )
     parts = [_checked(str(path), Episodes(*files.load(regular(path), SHARD, *Episodes._fields))) for path in shards]
     return Episodes(*map(np.concatenate, zip(*parts, strict=True)))
@@ -190,15 +195,16 @@ def _shards(folder: Path) -> list[Path]:
     found = sorted(folder.glob("shard-*.npz"))
     wanted = [folder / f"shard-{i:05d}.npz" for i in range(len(found))]
     if found != wanted:
-        raise ValueError(f"episodes: {folder}: expected {[path.name for path in wanted]}, given others")
+        names = [[path.name for path in paths] for paths in (wanted, found)]
+        raise ValueError(f"episodes: shards of {folder} must be {names[0]}, got {names[1]}")
     return found
 
 
 def _joined(where: str, attempts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Episodes:
-    """Observations and actions of episodes in float32, one after the other, checked."""
+    """Concatenate observations and actions of episodes in float32, and check them."""
     try:
         observations, actions = (np.concatenate(part, dtype=np.float32) for part in zip(*attempts, strict=True))
-    except (TypeError, ValueError) as error:  # not numbers, or of other widths
+    except (TypeError, ValueError) as error:  # not numbers, or different widths
         raise DataError(f"{where}: episodes must have numbers of one width, got others ({error})") from None
     for number, (seen, taken) in enumerate(attempts):
         if len(seen) != len(taken):
@@ -209,10 +215,10 @@ def _joined(where: str, attempts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Ep
 
 
 def _checked(where: str, episodes: Episodes) -> Episodes:
-    """The episodes, whose rows fit each other and are finite.
+    """Return the episodes; check that their shapes agree and their rows are finite.
 
     Raises:
-      DataError: they are not; one NaN would spread to the normaliser, hence to all rows.
+      DataError: shapes differ, or a row is not finite: one NaN would spread through the normaliser to all rows.
     """
     observations, actions, lengths = episodes
     if observations.ndim != 2 or actions.ndim != 2 or len(observations) != len(actions):
@@ -234,42 +240,42 @@ def _finite(where: str, name: str, array: np.ndarray) -> None:
         raise DataError(str(error)) from None
 
 
-# Files of others.
+# Readers of other formats.
 
 
 def d4rl(path: Path) -> Episodes:
-    """Reads an HDF5 file of D4RL (Fu et al. 2020), or of the relative-reward paper's fork.
+    """Read an HDF5 file of D4RL (Fu et al. 2020), or of the relative-reward paper's fork.
 
-    An episode ends at a row of `terminals` or `timeouts`; in a file that marks no such row, where `infos/goal` changes.
-    What follows the last end is left out: it is no whole episode.
+    An episode ends at a true row of `terminals` or `timeouts`.  If no row is true, it ends where `infos/goal` changes.
+    Rows after the last end are left out, because they are no complete episode.
 
     Raises:
-      DataError: no HDF5 file or a damaged one, arrays missing, of different lengths or not finite, ends of episodes
-        that are not true or false, or no end.
+      DataError: the file is not HDF5 or damaged; arrays are missing, of different lengths or not finite; flags of ends
+        are not Boolean; or no episode ends.
     """
     with _hdf5(path) as file:
         arrays = {name: _array(path, file, name) for name in ("observations", "actions", "terminals")}
         optional = {name: _array(path, file, name) for name in ("timeouts", "infos/goal") if name in file}
-    sizes = {name: len(each) for name, each in (arrays | optional).items()}
+    sizes = {name: len(array) for name, array in (arrays | optional).items()}
     if len(set(sizes.values())) != 1:
         raise DataError(f"d4rl: {path}: arrays must have one length, got {sizes}")
     last = _ends(path, "terminals", arrays["terminals"])
     if "timeouts" in optional:
         last |= _ends(path, "timeouts", optional["timeouts"])
     if not last.any() and "infos/goal" in optional:
-        # Each NaN would differ from the one before it, and end an episode of one row.
+        # Check first, because a NaN differs from itself and would end an episode at every row.
         _finite(f"d4rl: {path}", "infos/goal", optional["infos/goal"])
         goals = optional["infos/goal"].reshape(len(last), -1)
         last[:-1] = (goals[1:] != goals[:-1]).any(1)
     ends = np.flatnonzero(last) + 1
     if not len(ends):
         raise DataError(f"d4rl: {path}: episodes must end, got no end in {len(last)} rows")
-    whole = _joined(f"d4rl: {path}", [(arrays["observations"][: ends[-1]], arrays["actions"][: ends[-1]])])
-    return whole._replace(lengths=np.diff(ends, prepend=0))
+    rows = _joined(f"d4rl: {path}", [(arrays["observations"][: ends[-1]], arrays["actions"][: ends[-1]])])
+    return rows._replace(lengths=np.diff(ends, prepend=0))
 
 
 def _ends(path: Path, name: str, flags: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Flags (n,) or (n, 1) as Booleans: a NaN counts as true in NumPy, and would end an episode."""
+    """Return flags (n,) or (n, 1) as Booleans; refuse NaN, because it is true in NumPy and would end an episode."""
     others = flags[~np.isin(flags, (0, 1))]
     if flags.size != len(flags) or flags.dtype.kind not in "biuf" or others.size:
         example = f" with {others[0]}" if others.size else ""
@@ -278,14 +284,15 @@ def _ends(path: Path, name: str, flags: np.ndarray) -> Bool[np.ndarray, " n"]:
 
 
 def minari(path: Path) -> Episodes:
-    """Reads a data set of Minari (0.5): its folder, or the `main_data.hdf5` in it.
+    """Read a data set of Minari (0.5): its folder, or the `main_data.hdf5` in it.
 
-    Of observations that are a dict (observation, achieved_goal, desired_goal) `observation` is taken.  The observation
-    after the last action is left out.  A point maze of gymnasium-robotics has other axes than D4RL's: its origin is
-    the middle, x is the column and y points up.
+    If observations are a dict (observation, achieved_goal, desired_goal), the function reads `observation`.  It leaves
+    out the observation after the last action.  Axes of gymnasium-robotics' point mazes differ from D4RL's: the origin
+    is the middle, x is the column and y points up.
 
     Raises:
-      DataError: no such file or a damaged one, arrays missing, of other widths or not finite, or no episode.
+      DataError: the file is missing or damaged, arrays are missing, of different widths or not finite, or no episode
+        is found.
     """
     path = path / "data" / "main_data.hdf5" if path.is_dir() else path
     episodes = []
@@ -307,7 +314,7 @@ def _hdf5(path: Path) -> Iterator[Any]:
     try:
         import h5py
     except ImportError:
-        raise ImportError("episodes: expected h5py, given none: pip install 'gendiff[maze]'") from None
+        raise ImportError("episodes: h5py must be installed, got none: pip install 'gendiff[maze]'") from None
     try:
         file = h5py.File(regular(path), "r")
     except OSError as error:
@@ -317,37 +324,37 @@ def _hdf5(path: Path) -> Iterator[Any]:
             yield file
         except DataError:
             raise
-        except Exception as error:  # damage has many kinds
-            raise DataError(f"episodes: {path} must be a whole HDF5 file, got a damaged one ({error})") from None
+        except Exception as error:  # damaged files raise many types
+            raise DataError(f"episodes: {path} must be an intact HDF5 file, got a damaged one ({error})") from None
 
 
 def _array(path: Path, file: Any, name: str) -> np.ndarray:
-    """An array of one axis or more."""
+    """Read an array with one axis or more."""
     try:
         array: Any = file[name][()] if hasattr(file.get(name), "shape") else None
-    except Exception as error:  # damage has many kinds
-        raise DataError(f"episodes: {path}: {name} must be a whole array, got a damaged one ({error})") from None
+    except Exception as error:  # damaged files raise many types
+        raise DataError(f"episodes: {path}: {name} must be an intact array, got a damaged one ({error})") from None
     if not np.ndim(array):
         raise DataError(f"episodes: {path} must have an array {name}, got {sorted(file)}")
     return np.asarray(array)
 
 
-# Windows to train on.
+# Windows for training.
 
 Rows = TypeVar("Rows", np.ndarray, jax.Array)
 
 
 class Normaliser(NamedTuple):
-    """Least and largest value of each coordinate of (action, observation)."""
+    """Least and largest values of (action, observation), per coordinate."""
 
     low: Float[np.ndarray, " d"]
     high: Float[np.ndarray, " d"]
 
 
 def fit(episodes: Episodes, limit: int = LIMIT) -> Normaliser:
-    """The normaliser of the rows that windows are cut from, in float32 or wider.
+    """Fit the normaliser to the rows that windows use (`trimmed`), in float32 or wider.
 
-    A constant coordinate has low, high = value -+ max(1, |value| / 8192): 1 is nothing beside 1e8 in float32.
+    A constant coordinate gets low, high = value -+ max(1, |value| / 8192), because 1e8 + 1 rounds to 1e8 in float32.
 
     Raises:
       ValueError: no episode is long enough, a row is not finite, or high - low overflows.
@@ -364,24 +371,24 @@ def fit(episodes: Episodes, limit: int = LIMIT) -> Normaliser:
 
 
 def normalise(normaliser: Normaliser, rows: Rows) -> Rows:
-    """2 (x - low) / (high - low) - 1, in [-1, 1] for the rows of the fit; any leading axes."""
+    """Return 2 (x - low) / (high - low) - 1 of rows (.., d); in [-1, 1] for the rows of the fit."""
     low, high = _edges(normaliser, rows)
     return 2 * (rows - low) / (high - low) - 1
 
 
 def unnormalise(normaliser: Normaliser, rows: Rows) -> Rows:
-    """The inverse of `normalise`, of rows clipped to [-1, 1]."""
+    """Invert `normalise` for rows (.., d), clipped to [-1, 1]."""
     low, high = _edges(normaliser, rows)
     return (rows.clip(-1, 1) + 1) / 2 * (high - low) + low
 
 
 def _edges(normaliser: Normaliser, rows: Rows) -> Normaliser:
-    """The normaliser with the rank of the rows, which JAX may be set to insist on."""
+    """Return the normaliser with the rank of the rows, because JAX can be set to refuse rank promotion."""
     return Normaliser(*(edge.reshape((1,) * (rows.ndim - 1) + edge.shape) for edge in normaliser))
 
 
 def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
-    """The first `limit` rows of each episode without its last one; an episode that keeps fewer than two is left out.
+    """Drop the last row of all episodes, and cut them to `limit` rows; leave out episodes of fewer than two rows.
 
     Raises:
       ValueError: no episode is left, or `limit` is below 2.
@@ -392,14 +399,14 @@ def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
     if not lengths.any():
         longest = max(episodes.lengths, default=0)
         raise ValueError(
-            f"episodes: expected one of 3 rows or more, given {len(lengths)} episodes, the longest of {longest} rows"
+            f"episodes: one must have 3 rows or more, got {len(lengths)} episodes, the longest of {longest} rows"
         )
     keep = _place(episodes.lengths) < np.repeat(lengths, episodes.lengths)
     return Episodes(episodes.observations[keep], episodes.actions[keep], lengths[lengths > 0])
 
 
 def thinned(episodes: Episodes, stride: int) -> Episodes:
-    """Every `stride`-th row of each episode, counted from its last but one: the last is not used in windows."""
+    """Keep every `stride`-th row of an episode, counted back from the last but one, because windows drop the last."""
     check.number("episodes: stride", stride, at_least=1, whole=True)
     from_end = np.repeat(episodes.lengths, episodes.lengths) - 1 - _place(episodes.lengths)
     keep = ((from_end - 1) % stride == 0) | (from_end == 0) if stride > 1 else np.ones(len(from_end), bool)
@@ -409,38 +416,38 @@ def thinned(episodes: Episodes, stride: int) -> Episodes:
 
 
 class Windows(NamedTuple):
-    """Where the windows of a data set begin, and the rows that they are cut from: arguments for a compiled program."""
+    """The rows of a data set and the begins of its windows, as arguments of a compiled program."""
 
     rows: Float[np.ndarray, "n d"]
     """(action, observation), normalised."""
     begin: Int[np.ndarray, " w"]
-    """First row of each window."""
+    """First rows of the windows."""
     last: Int[np.ndarray, " w"]
-    """Last row of each window's episode."""
+    """Last rows of the windows' episodes."""
     still: Float[np.ndarray, " a"]
     """The action 0, normalised."""
 
 
 def windows(episodes: Episodes, normaliser: Normaliser, horizon: int, limit: int = LIMIT) -> Windows:
-    """All windows, so that episodes of any length have about the same weight.
+    """Return all windows, repeated so that episodes of any length have about the same weight.
 
-    An episode of L rows (`trimmed`) has windows from its rows 0 .. M - 1, M = max(L - horizon, 1), and these
-    floor(max M / M) times: the paper's code.
+    Windows of an episode of L rows (`trimmed`) begin at its rows 0 .. M - 1, with M = max(L - horizon, 1).  They are
+    repeated floor(max M / M) times, as in the paper's code.
     """
     check.number("windows: horizon", horizon, at_least=1, whole=True)
     used = trimmed(episodes, limit)
     starts = np.maximum(used.lengths - horizon, 1)
-    each = starts.max() // starts * starts
-    episode = np.repeat(np.arange(len(starts)), each)
+    repeated = starts.max() // starts * starts
+    episode = np.repeat(np.arange(len(starts)), repeated)
     ends = np.cumsum(used.lengths)
-    begin = (ends - used.lengths)[episode] + _place(each) % starts[episode]
+    begin = (ends - used.lengths)[episode] + _place(repeated) % starts[episode]
     still = normalise(normaliser, np.zeros_like(normaliser.low))[: used.actions.shape[1]]
     rows = normalise(normaliser, _rows(used))
     return Windows(rows, begin.astype(np.int32), (ends - 1)[episode].astype(np.int32), still)
 
 
 def window(source: Windows, i: int | Int[Array, ""], horizon: int) -> Float[Array, "horizon d"]:
-    """Window i.  After the end of its episode the last observation stays, and the action is 0."""
+    """Return window i.  After the end of its episode, the last observation is repeated and the action is 0."""
     check.number("window: horizon", horizon, at_least=1, whole=True)
     row = jnp.take(source.begin, i) + jnp.arange(horizon)
     last = jnp.take(source.last, i)
@@ -455,5 +462,5 @@ def _rows(episodes: Episodes) -> np.ndarray:
 
 
 def _place(counts: np.ndarray) -> np.ndarray:
-    """0 .. counts[0] - 1, 0 .. counts[1] - 1, .."""
+    """Return 0 .. counts[0] - 1, 0 .. counts[1] - 1, .."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,7 +1,8 @@
-"""Maze2D: a point mass that a controller drives through mazes, as the relative-reward paper (NeurIPS 2023) made it.
+"""Maze2D: a controller drives a point mass through mazes, as in the relative-reward paper (NeurIPS 2023).
 
-Mazes and physics are D4RL's (Fu et al. 2020), stepped by MuJoCo; the controller, the starts and the rules for what is
-kept are those of the paper's code.  Lengths are in cells, times in steps of 0.01 s; an observation is (x, y, vx, vy).
+Mazes and physics are D4RL's (Fu et al. 2020), simulated by MuJoCo.  The controller, the starts and the rules for kept
+episodes are those of the paper's code.  Lengths are in cells, times in steps of 0.01 s; an observation is (x, y, vx,
+vy).
 
     python -m gendiff.data.maze2d FOLDER --maze umaze --goal 3 --transitions 1000000
 """
@@ -26,7 +27,7 @@ from gendiff.data.episodes import Attempts, Episodes, Holds, Report
 States: TypeAlias = Float[np.ndarray, "n 4"]
 Points: TypeAlias = Float[np.ndarray, "n 2"]
 Step: TypeAlias = Callable[[States, Points], States]
-"""(states, actions) -> the states 0.01 s later.  The motors clip actions to [-1, 1]."""
+"""A function (states, actions) -> states 0.01 s later.  The motors clip actions to [-1, 1]."""
 Start: TypeAlias = Literal["inverse_area", "area"]
 Goal: TypeAlias = tuple[float, float]
 
@@ -36,15 +37,15 @@ class Maze(NamedTuple):
 
     name: str
     rows: tuple[str, ...]
-    """`#` is wall, all else is free; the rim is wall."""
+    """`#` is wall, other characters are free; the rim is wall."""
     goals: tuple[Goal, ...]
     """The paper's goals 1 to 8."""
     planned: bool = True
-    """False where no wall is in the way: the controller heads straight for its goal."""
+    """False for a maze without inner walls: the controller heads straight for its goal."""
 
     @property
     def extent(self) -> tuple[int, int]:
-        """Cells along x and y, walls included."""
+        """Numbers of cells along x and y, with the walls."""
         return len(self.rows), len(self.rows[0])
 
 
@@ -72,22 +73,26 @@ MAZES: dict[str, Maze] = {
 
 @cache
 def walls(maze: Maze) -> Bool[np.ndarray, "x y"]:
-    """Which cells are wall."""
+    """Return True for the cells that are wall.
+
+    Raises:
+      ValueError: the rows differ in length, or the rim is not wall.
+    """
     solid = np.array([[cell == "#" for cell in row.ljust(maze.extent[1])] for row in maze.rows])
     if len({len(row) for row in maze.rows}) != 1 or np.pad(~solid[1:-1, 1:-1], 1).sum() != (~solid).sum():
-        raise ValueError(f"maze2d: {maze.name}: expected rows of one length within a rim of wall, given {maze.rows}")
+        raise ValueError(f"maze2d: {maze.name} must have rows of one length within a rim of wall, got {maze.rows}")
     return solid
 
 
 @cache
 def cells(maze: Maze) -> Int[np.ndarray, "c 2"]:
-    """The free cells, row by row."""
+    """List the free cells, row by row."""
     return np.argwhere(~walls(maze))
 
 
 @cache
 def number(maze: Maze) -> Int[np.ndarray, "x y"]:
-    """Row in `cells` of each cell; -1 for a wall."""
+    """Return the row in `cells` of a cell (x, y); -1 for a wall."""
     numbers = np.full(maze.extent, -1)
     numbers[~walls(maze)] = np.arange(len(cells(maze)))
     return numbers
@@ -97,13 +102,13 @@ _AROUND = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1], indexing="ij"), -1).resha
 
 
 def wall_distance(maze: Maze, points: Points) -> Float[np.ndarray, " n"]:
-    """Distance to the squares of the walls in a point's cell and the eight around it; infinite without one.
+    """Return the distance to the wall squares among a point's cell and its eight neighbours; infinite without a wall.
 
-    The physical walls lie elsewhere: next to a wall the ball's centre moves in [i - 0.6, i + 0.2] (D4RL's offset).
-    Beyond the maze all is wall.
+    The physical walls are shifted: next to a wall, the ball's centre moves in [i - 0.6, i + 0.2] (D4RL's offset).
+    Cells outside of the maze are wall.
 
     Raises:
-      ValueError: the points are not (n, 2), or one is not finite.
+      ValueError: the points are not (n, 2), or not finite.
     """
     check.shape("wall_distance: points", points, (None, 2))
     check.number("wall_distance: points", points)
@@ -118,7 +123,7 @@ def wall_distance(maze: Maze, points: Points) -> Float[np.ndarray, " n"]:
 
 
 def xml(maze: Maze) -> str:
-    """The maze as MuJoCo's XML: D4RL's model, without what is only seen."""
+    """Return the maze as MuJoCo's XML: D4RL's model without its visual parts."""
     box = '<geom type="box" pos="{} {} 0" size="0.5 0.5 0.2"/>'
     boxes = "".join(box.format(i + 1, j + 1) for i, j in np.argwhere(walls(maze)))
     joints = '<joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/>'
@@ -140,14 +145,15 @@ def xml(maze: Maze) -> str:
 
 @contextmanager
 def physics(maze: Maze, threads: int | None = None, largest_speed: float | None = None) -> Iterator[Step]:
-    """A step of many independent environments, as long as the context lasts.
+    """Context manager: yield a step function of many independent environments.
 
-    The solver begins each step afresh, so that a step depends on state and action alone.  Where the ball meets a wall,
-    D4RL's, which begins with its last solution, differs by the solver's tolerance (1e-5 in position).
+    The solver starts cold at every step, so a step depends on state and action alone.  D4RL's solver starts warm: at a
+    wall the two differ by the solver's tolerance (1e-5 in position).
 
     Args:
-      threads: default: one a core.
-      largest_speed: of each axis, clipped before a step: 5 in D4RL, none in the paper's data.
+      maze: the maze.
+      threads: default: one per core.
+      largest_speed: limit of |vx| and |vy|, applied before a step: 5 in D4RL; None, as in the paper's data: no limit.
 
     Raises:
       ValueError: `threads` is below 1, or `largest_speed` is not positive.
@@ -161,7 +167,7 @@ def physics(maze: Maze, threads: int | None = None, largest_speed: float | None 
         import mujoco
         from mujoco import rollout
     except ImportError:
-        raise ImportError("maze2d: expected MuJoCo, given none: pip install 'gendiff[maze]'") from None
+        raise ImportError("maze2d: MuJoCo must be installed, got none: pip install 'gendiff[maze]'") from None
     threads = threads or os.cpu_count() or 1
     fastest = np.inf if largest_speed is None else largest_speed
     model = mujoco.MjModel.from_xml_string(xml(maze))
@@ -181,36 +187,39 @@ def physics(maze: Maze, threads: int | None = None, largest_speed: float | None 
 
 
 class Controller(NamedTuple):
-    """A PD controller on the way from waypoint to waypoint; the values are the paper's."""
+    """A PD controller from waypoint to waypoint; the defaults are the paper's values."""
 
     p_gain: float = 3.0
     d_gain: float = -((3 / 10) ** 0.5)
     reach: float = 0.3
-    """A point is reached at less than this distance .."""
+    """A point counts as reached below this distance, in cells, and below `displacement`."""
     displacement: float = 0.1
-    """.. if the last step was shorter than this (10 cells a second)."""
+    """Limit of the length of the last step at a reached point, in cells (10 cells a second)."""
     offset: tuple[float, float] = (-0.24, 0.24)
-    """A random vector, each coordinate uniform between these, is added to the waypoints but the last."""
+    """Bounds of a random vector, uniform in both coordinates, which shifts all waypoints but the last."""
     each: bool = False
-    """One vector for each waypoint; or the same for all."""
+    """True: draw a vector per waypoint.  False: all waypoints share a vector."""
     largest: float | None = None
-    """Of the action, in each coordinate."""
+    """Largest absolute value of an action's coordinate; None: no limit."""
 
 
 D4RL = Controller(10.0, -1.0, 0.1, 0.1, (-0.2, 0.0), True, 1.0)
-"""D4RL's own values.  (D4RL also rounds goals to their cells, and goes on from one goal to the next.)"""
+"""D4RL's own values.  D4RL also rounds goals to their cells, and continues from one goal to the next."""
 
 
 def control(
     controller: Controller, states: States, previous: Points, waypoints: Points, goals: Points
 ) -> tuple[Points, Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """One decision: a = p (w - position) + d velocity, with w the waypoint, or the goal once that is reached.
+    """Compute actions a = p (w - position) + d velocity; w is the waypoint, or the goal after it is reached.
 
     Args:
-      previous: positions one step ago.
+      controller: gains and limits.
+      states: (x, y, vx, vy).
+      previous: positions of the step before.
+      waypoints, goals: current waypoints, and the goals.
 
     Returns:
-      The actions; where the goal is reached; where not the goal but the waypoint is.
+      The actions; True where the goal is reached; True where the waypoint is reached and the goal is not.
     """
     positions, velocities = states[:, :2], states[:, 2:]
     distance = lambda points: np.hypot(*(points - positions).T)
@@ -225,24 +234,27 @@ def control(
 
 @cache
 def routes(maze: Maze) -> Int[np.ndarray, "c c longest"]:
-    """[start, goal]: the free cells after the start of a shortest path, by their rows in `cells`; the goal fills up.
+    """Return shortest paths, indexed [start, goal], as rows in `cells`, without the start, padded with the goal.
 
-    Of several shortest paths it takes at each cell the first of the moves y - 1, y + 1, x - 1, x + 1 that is on one.
-    That is the path of D4RL's planner (greedy in Q, ties to the first action).
+    Among shortest paths, it takes the first possible move of y - 1, y + 1, x - 1, x + 1 at every cell.  D4RL's planner
+    takes the same path (greedy in Q, ties to the first action).
+
+    Raises:
+      ValueError: the free cells are not connected.
     """
-    every = np.arange(len(cells(maze)))
+    free = np.arange(len(cells(maze)))
     beside = number(maze)[tuple((cells(maze)[:, None] + [(0, -1), (0, 1), (-1, 0), (1, 0)]).T)].T
-    graph = np.zeros((len(every), len(every)))
+    graph = np.zeros((len(free), len(free)))
     graph[np.nonzero(beside >= 0)[0], beside[beside >= 0]] = 1
     distance = shortest_path(graph, unweighted=True)
     if np.isinf(distance).any():
-        raise ValueError(f"maze2d: {maze.name}: expected free cells that are connected, given {maze.rows}")
+        raise ValueError(f"maze2d: {maze.name} must have connected free cells, got {maze.rows}")
     onwards = np.where((beside >= 0)[..., None], distance[beside], np.inf)
-    towards = beside[every[:, None], np.argmin(onwards, 1)]
-    towards[every, every] = every
+    towards = beside[free[:, None], np.argmin(onwards, 1)]
+    towards[free, free] = free
     route = [towards]
     while len(route) < distance.max():
-        route.append(towards[route[-1], every])
+        route.append(towards[route[-1], free])
     return np.stack(route, -1)
 
 
@@ -250,31 +262,31 @@ def routes(maze: Maze) -> Int[np.ndarray, "c c longest"]:
 
 
 class Rules(NamedTuple):
-    """How episodes begin, and which are kept; the values are the paper's."""
+    """Starts of episodes, and conditions to keep them; the defaults are the paper's values."""
 
     controller: Controller = Controller()
     start: Start = "inverse_area"
-    """How likely a cell is for starts and random goals, which are uniform in it: the paper's code makes small cells
-    likelier; `area` is uniform in space.  The open maze is uniform with both."""
+    """Distribution of the cells of starts and random goals; within a cell they are uniform.  `inverse_area`, of the
+    paper's code, prefers small cells; `area` is uniform in space.  In the open maze both are uniform."""
     clearance: float = 0.26
-    """Starts and goals are as far from walls, and an episode that comes nearer is discarded."""
+    """Least distance to walls, in cells, of starts and goals; an episode that comes nearer is discarded."""
     limit: int = 1000
-    """Rows of an episode; one that ends so on its way to the first waypoint is discarded."""
+    """Largest number of rows of an episode; one that has not reached its first waypoint by then is discarded."""
     largest_speed: float | None = None
     """See `physics`."""
 
 
 PAPER = Rules()
 PROPOSALS = 16
-"""Places drawn for a start or goal; the first that is far from walls is taken.  Each is too near with a probability
-below 0.2.  Were all 16, the start is too near, and its episode discarded."""
+"""Candidates for a start or goal; the first with the clearance is taken.  A candidate fails with probability below 0.2.
+If all 16 fail, the start is too near to a wall, and its episode is discarded."""
 
 
 @cache
 def rooms(maze: Maze, clearance: float = 0.26) -> tuple[Points, Points, Float[np.ndarray, " c"]]:
-    """Lower and upper corner of the part of each free cell that is away from walls beside it, and the part's area.
+    """Return lower corners, upper corners and areas of the free cells' parts with the clearance to adjacent walls.
 
-    The area lacks a square of the clearance at each corner with a wall behind it, as in the paper's code.
+    The area excludes a square of the clearance at a corner with a wall diagonally behind it, as in the paper's code.
     """
     at = cells(maze)
     solid = lambda i, j: walls(maze)[at[:, 0] + i, at[:, 1] + j]
@@ -285,9 +297,9 @@ def rooms(maze: Maze, clearance: float = 0.26) -> tuple[Points, Points, Float[np
 
 
 def places(maze: Maze, uniform: Float[np.ndarray, "n proposals 3"], rules: Rules = PAPER) -> Points:
-    """Random points away from walls, made of numbers uniform in [0, 1)."""
+    """Map numbers uniform in [0, 1) to random points with the clearance to walls."""
     low, high, area = rooms(maze, rules.clearance)
-    # A uniform point in a cell's rectangle, rejected near corners: for a uniform density the rectangle's area counts.
+    # Points near corners are rejected later, so a uniform density needs the area of the full rectangle.
     weight = np.prod(high - low, 1) if rules.start == "area" or not maze.planned else 1 / area
     cell = np.searchsorted(np.cumsum(weight) / np.sum(weight), uniform[..., 0], "right").clip(max=len(low) - 1)
     points = low[cell] + (high - low)[cell] * uniform[..., 1:]
@@ -302,7 +314,7 @@ def begin(
     goal: Goal | None = None,
     rules: Rules = PAPER,
 ) -> tuple[Points, Float[np.ndarray, "n longest 2"]]:
-    """Starts and waypoints of attempts; the last waypoint is the goal.  Attempt i has the generator (seed, i)."""
+    """Draw starts and waypoints of attempts; the last waypoint is the goal.  Attempt i has the generator (seed, i)."""
     longest = routes(maze).shape[-1] if maze.planned else 1
     generator = lambda i: np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(i,)))
     uniform = np.stack([generator(i).random(6 * PROPOSALS + 2 * longest) for i in attempts])
@@ -328,19 +340,19 @@ def attempts(
     threads: int | None = None,
     first: int = 0,
 ) -> Attempts:
-    """Attempts first, first + 1 .. without end, in this order; they do not depend on `environments` or `threads`."""
+    """Yield attempts first, first + 1, .. endlessly; they do not depend on `environments` or `threads`."""
     with physics(maze, threads, rules.largest_speed) as step:
-        every = np.arange(environments)
-        names = first + every
+        lanes = np.arange(environments)
+        names = first + lanes
         starts, paths = begin(maze, seed, names, goal, rules)
         states, previous = np.concatenate([starts, np.zeros_like(starts)], 1), starts
         at, row = np.zeros(environments, int), np.zeros(environments, int)
         log = np.empty((environments, rules.limit, 6), np.float32)
         finished: dict[int, Any] = {}
         while True:
-            actions, solved, reached = control(rules.controller, states, previous, paths[every, at], paths[:, -1])
+            actions, solved, reached = control(rules.controller, states, previous, paths[lanes, at], paths[:, -1])
             at += reached
-            log[every, row] = np.concatenate([states, actions], 1)
+            log[lanes, row] = np.concatenate([states, actions], 1)
             late = row == rules.limit - 1
             discarded = (wall_distance(maze, states[:, :2]) < rules.clearance) | (late & (at == 0))
             over = np.flatnonzero(solved | late | discarded)
@@ -368,17 +380,22 @@ def generate(
     threads: int | None = None,
     report: Report = lambda rows: None,
 ) -> Episodes:
-    """Episodes with `transitions` rows or more: random starts to random goals (base data), or all to one (an expert's).
+    """Generate episodes with `transitions` rows or more, to random goals (base data) or to a fixed goal (an expert's).
 
-    They depend on the arguments up to `rules` only.
+    The episodes depend only on the arguments up to `rules`.
 
     Args:
-      maze: one, or its name in `MAZES`.
-      goal: (x, y), exact; None for random ones.
-      environments: at most so many run at once.
+      maze: a maze, or its name in `MAZES`.
+      transitions: least number of rows.
+      seed: seed of starts, goals and offsets.
+      goal: exact goal (x, y); None for random goals.
+      rules: controller, starts and conditions.
+      environments: largest number of simultaneous environments.
+      threads: default: one per core.
+      report: see `gendiff.data.episodes.Report`.
 
     Raises:
-      ValueError: an unknown maze, a goal that is no free place or cannot be reached, or numbers out of range.
+      ValueError: the maze is unknown, the goal is not free or not reachable, or a number is out of range.
     """
     run = _run(maze, transitions, seed, goal, rules, environments, threads)
     with closing(run(0)) as stream:
@@ -397,23 +414,23 @@ def write(
     threads: int | None = None,
     report: Report = lambda rows: None,
 ) -> Holds:
-    """`generate` into a folder, for `episodes.read`; after a kill the same call goes on (see `episodes.write`).
+    """Generate episodes into a folder, for `episodes.read`; after a kill, the same call resumes (`episodes.write`).
 
     Raises:
-      ValueError: as `generate`, and where the folder holds other data.
+      ValueError: see `generate`; or the folder holds other data.
     """
     run = _run(maze, transitions, seed, goal, rules, environments, threads)
     configuration = {
         "maze": named(maze)._replace(goals=())._asdict(),
         "seed": int(seed),
-        "goal": None if goal is None else [float(each) for each in goal],
+        "goal": None if goal is None else [float(coordinate) for coordinate in goal],
         "rules": rules._asdict() | {"controller": rules.controller._asdict()},
     }
     return episodes.write(folder, configuration, run, transitions, shard, report)
 
 
 def named(maze: str | Maze) -> Maze:
-    """A maze of its name, or itself."""
+    """Return a maze, or look up its name in `MAZES`."""
     return MAZES[check.choice("maze2d: maze", maze, list(MAZES))] if isinstance(maze, str) else maze
 
 
@@ -427,51 +444,51 @@ def _run(
     threads: int | None,
 ) -> Callable[[int], Attempts]:
     maze = named(maze)
-    for name, given, least in (
+    for name, value, least in (
         ("transitions", transitions, 1),
         ("seed", seed, 0),
         ("environments", environments, 1),
         ("limit", rules.limit, 1),
         ("threads", 1 if threads is None else threads, 1),
     ):
-        check.number(f"maze2d: {name}", given, at_least=least, whole=True)
+        check.number(f"maze2d: {name}", value, at_least=least, whole=True)
     check.number("maze2d: clearance", rules.clearance, at_least=0, below=0.5)
     if threads is not None:
         check.number("maze2d: threads", threads, at_least=1, whole=True)
     check.choice("maze2d: start", rules.start, get_args(Start))
     if goal is not None and not any(np.array_equal(np.rint(goal), cell) for cell in cells(maze)):
-        raise ValueError(f"maze2d: goal: expected a point in a free cell of the maze {maze.name}, given {goal}")
-    # Few environments for few rows: those that are still under way at the end are in vain.
+        raise ValueError(f"maze2d: goal must be a point in a free cell of the maze {maze.name}, got {goal}")
+    # Few environments for few rows, because unfinished episodes are lost at the end.
     environments = min(environments, 1 + transitions // 500)
     return lambda first: attempts(maze, seed, goal, rules, environments, threads, first)
 
 
 def main() -> None:
-    """Writes a data set from the command line."""
-    about = "Makes Maze2D data; goes on where it was stopped."
+    """Write a data set from the command line."""
+    about = "Generate Maze2D data; the same command resumes a stopped run."
     parser = argparse.ArgumentParser("python -m gendiff.data.maze2d", description=about)
     parser.add_argument("folder", type=files.argument)
     parser.add_argument("--maze", default="umaze", choices=MAZES)
-    parser.add_argument("--goal", type=int, choices=range(1, 9), help="an expert's; without one: random goals")
+    parser.add_argument("--goal", type=int, choices=range(1, 9), help="goal of an expert; default: random goals")
     parser.add_argument("--transitions", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", default="inverse_area", choices=get_args(Start), help="area: uniform in space")
-    parser.add_argument("--threads", type=int, help="default: one a core")
-    given = parser.parse_args()
-    goal = None if given.goal is None else MAZES[given.maze].goals[given.goal - 1]
-    with tqdm(total=given.transitions, unit=" rows", unit_scale=True) as bar:
+    parser.add_argument("--threads", type=int, help="default: one per core")
+    options = parser.parse_args()
+    goal = None if options.goal is None else MAZES[options.maze].goals[options.goal - 1]
+    with tqdm(total=options.transitions, unit=" rows", unit_scale=True) as bar:
 
         def report(rows: int) -> None:
             if not bar.n:
-                bar.initial = bar.n = rows  # so that the rate is of what is made now
+                bar.initial = bar.n = rows  # so that the rate does not count rows of earlier runs
             bar.update(rows - bar.n)
 
         try:
-            what = (given.maze, given.transitions, given.seed, goal, Rules(start=given.start))
-            holds = write(given.folder, *what, threads=given.threads, report=report)
+            data = (options.maze, options.transitions, options.seed, goal, Rules(start=options.start))
+            holds = write(options.folder, *data, threads=options.threads, report=report)
         except (ValueError, OSError, ImportError) as error:
             parser.error(str(error))
-    command.say(f"{given.folder}: {holds.episodes} episodes, {holds.transitions} transitions")
+    command.say(f"{options.folder}: {holds.episodes} episodes, {holds.transitions} transitions")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Batches from a random-access source for `training.train`, read ahead by Grain: each process reads its own rows.
+"""Batches from a random-access source for `training.train`, prefetched by Grain; a process reads only its own rows.
 
-The batches of a run do not depend on how many processes it has: batch i of all of them together holds elements
-i * size to (i + 1) * size of one shuffled, endless order, and a position is a number of batches, so that a run that was
-stopped goes on with the next one, also on another number of processes.
+The batches do not depend on the number of processes.  Global batch i holds elements i * size to (i + 1) * size of one
+shuffled, endless order.  A position is a number of batches, so a stopped run resumes with the next batch, also on
+another number of processes.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from gendiff import check
 
 
 class Source(Protocol):
-    """What TFDS's data sources, ArrayRecord readers, lists and arrays are."""
+    """A random-access source: a TFDS data source, an ArrayRecord reader, a list or an array."""
 
     def __len__(self) -> int: ...
 
@@ -32,15 +32,16 @@ def batches(
     process: int | None = None,
     processes: int | None = None,
 ) -> grain.DatasetIterator:
-    """An endless iterator over this process's part of each global batch, with `get_state` and `set_state`.
+    """Iterate endlessly over this process's part of the global batches; has `get_state` and `set_state`.
 
     Args:
-      source: elements are arrays or trees of them.
-      size: of the global batch.
-      change: of one element, on the host, such as decoding.
-      seed: of the order, 0 or more.
-      threads, ahead: readers, and elements that they read ahead, 1 or more.
-      process, processes: default to JAX's.
+      source: its elements are arrays or trees of arrays.
+      size: size of the global batch.
+      change: function of one element, such as decoding, applied on the host.
+      seed: seed of the order, in 0..2^32 - 1.
+      threads: reading threads, 1 or more.
+      ahead: elements to prefetch, 1 or more.
+      process, processes: index and number of processes; default: JAX's.
 
     Raises:
       ValueError: the source is empty, the processes do not divide the batch, or a number is out of range.
@@ -56,11 +57,11 @@ def batches(
     check.number("stream: ahead", ahead, at_least=1, whole=True)
     if size % count:
         raise ValueError(f"stream: size must be a multiple of the {count} processes, got {size}")
-    # Endless in effect: a length that Grain's own arithmetic can hold.
+    # Endless in practice: the longest length that Grain's arithmetic can hold.
     order = grain.MapDataset.source(source).seed(seed).shuffle().repeat(-(-(2**50) // len(source)))
     elements = order if change is None else order.map(change)
-    mine = elements.batch(size // count)[index::count]
-    each = size // count
-    buffered = max(2, -(-ahead // each))  # in batches, as Grain counts here
+    rows = size // count
+    mine = elements.batch(rows)[index::count]
+    buffered = max(2, -(-ahead // rows))  # Grain's buffer counts batches
     options = grain.ReadOptions(num_threads=min(threads, buffered), prefetch_buffer_size=buffered)
     return iter(mine.to_iter_dataset(options))

@@ -1,7 +1,7 @@
-"""Traffic on random junctions and roundabouts and on real places, by SUMO (Alvarez Lopez et al. 2018, "Microscopic
-traffic simulation using SUMO"), with the programs and libraries of the extra `traffic`.
+"""Simulated traffic on random junctions, random roundabouts and real places, by SUMO.
 
-One simulation for each process: `libsumo` is a global.
+SUMO is by Alvarez Lopez et al. 2018, "Microscopic traffic simulation using SUMO".  The extra `traffic` installs its
+programs and libraries.  A process runs one simulation at a time, because `libsumo` is global.
 """
 
 import gzip
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from gendiff import check
 
 Kind: TypeAlias = Literal["junction", "roundabout", "bs3d", "drt", "a10kw", "ingolstadt", "fokr_bs"]
-"""Random junctions and roundabouts, and five real places that come with SUMO."""
+"""Random junctions and roundabouts, and five real places in SUMO's package."""
 
 PLACES = {
     "bs3d": "tools/game/bs3d/bs.net.xml",  # Braunschweig, centre
@@ -33,19 +33,22 @@ PLACES = {
     "fokr_bs": "tools/game/fokr_bs_demo/fokr_bs.net.xml.gz",  # Braunschweig, junction
 }
 STEP = 0.5
-"""Seconds of a step of the simulation."""
+"""Seconds per simulation step."""
 TYPES = 120
-"""Vehicle types of one simulation."""
+"""Vehicle types per simulation."""
 
 
 class Fleet(NamedTuple):
-    """A kind of vehicles: its share, and its sizes in metres as normal distributions within limits."""
+    """A kind of vehicles: its share, and its sizes in metres, as clipped normal distributions."""
 
     share: float
     vehicle_class: str
     length: tuple[float, float]
+    """Mean and standard deviation."""
     width: tuple[float, float]
+    """Mean and standard deviation."""
     lengths: tuple[float, float]
+    """Least and largest length."""
 
 
 FLEETS = (
@@ -60,7 +63,7 @@ SPEEDS = (8.33, 11.1, 13.89, 16.67)
 
 
 class Moment(NamedTuple):
-    """All vehicles at one time, in the frame of the map."""
+    """All vehicles at a time, in the map's frame."""
 
     seconds: float
     vehicles: Float[np.ndarray, "n 7"]
@@ -68,12 +71,12 @@ class Moment(NamedTuple):
 
 
 class World(NamedTuple):
-    """A place and what was seen there."""
+    """A place and its traffic."""
 
     drivable: Any
-    """A shapely geometry, in metres: what cars may drive on."""
+    """The area where cars may drive: a shapely geometry, in metres."""
     focus: tuple[float, float] | None
-    """Where windows are cut; None: anywhere on the map."""
+    """Point that windows surround, in metres; None: windows lie anywhere on the map."""
     moments: list[Moment]
 
 
@@ -89,15 +92,20 @@ def simulate(
     every: float = 5.0,
     scratch: Path | None = None,
 ) -> World:
-    """A place, random where it is no real one, and its traffic every `every` seconds after the warm-up.
+    """Simulate the traffic of a random or real place, and record it every `every` seconds after the warm-up.
 
     The same arguments give the same traffic, with the same version of SUMO.
 
     Args:
-      scratch: where its own files are, for as long as it runs; default: the system's temporary folder.
+      kind: see `Kind`.
+      seed: seed of the place and its traffic, in 0..2^31 - 1.
+      seconds: simulated seconds, with the warm-up.
+      warm_up: seconds before the first moment.
+      every: seconds between moments, at least STEP.
+      scratch: folder for temporary files; default: the system's temporary folder.
 
     Raises:
-      ValueError: an unknown kind, or a number out of range.
+      ValueError: the kind is unknown, or a number is out of range.
       SumoError: SUMO is not installed, or fails.
     """
     check.choice("sumo: kind", kind, get_args(Kind))
@@ -125,16 +133,16 @@ def simulate(
 
 
 def _home() -> Path:
-    """SUMO's folder, of the environment or of the package; sets SUMO_HOME, which its tools read."""
+    """Find SUMO's folder in SUMO_HOME or in the package; set SUMO_HOME, because its tools read it."""
     found = importlib.util.find_spec("sumo")
     package = list(found.submodule_search_locations or []) if found else []
-    # `libsumo` sets SUMO_HOME too, to a package without programs.
-    places = [Path(each) for each in (os.environ.get("SUMO_HOME"), *package) if each]
+    # Look for the program, because `libsumo` sets SUMO_HOME to a package without programs.
+    places = [Path(place) for place in (os.environ.get("SUMO_HOME"), *package) if place]
     home = next((place for place in places if _program(place, "sumo").exists()), None)
     missing = [name for name in ("libsumo", "sumolib", "shapely") if importlib.util.find_spec(name) is None]
     if home is None or missing:
-        what = ", ".join([*missing, *([] if home else ["eclipse-sumo with its program sumo"])])
-        raise SumoError(f"sumo: expected {what}, given none: pip install 'gendiff[traffic]'")
+        lacking = ", ".join([*missing, *([] if home else ["eclipse-sumo with its program sumo"])])
+        raise SumoError(f"sumo: {lacking} must be installed, got none: pip install 'gendiff[traffic]'")
     os.environ["SUMO_HOME"] = str(home)
     return home
 
@@ -144,7 +152,7 @@ def _program(home: Path, name: str) -> Path:
 
 
 def _call(*command: Any) -> None:
-    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise SumoError(f"sumo: {Path(str(command[0])).name} ended with status {done.returncode}: {' '.join(lines)}")
@@ -154,10 +162,10 @@ def _call(*command: Any) -> None:
 
 
 def _place(home: Path, kind: str, seed: int, seconds: float, folder: Path) -> tuple[Path, Path]:
-    """A real place with trips between random edges, dense enough for queues."""
+    """Prepare a real place with trips between random edges, dense enough for queues."""
     source, net = home / PLACES[kind], folder / "place.net.xml"
     if not source.exists():
-        raise SumoError(f"sumo: {kind}: expected {source}, given a SUMO without it")
+        raise SumoError(f"sumo: {kind} needs the file {source}, got an installation without it: install another SUMO")
     net.write_bytes(gzip.decompress(source.read_bytes()) if source.suffix == ".gz" else source.read_bytes())
     routes = folder / "routes.rou.xml"
     _call(
@@ -173,7 +181,7 @@ def _place(home: Path, kind: str, seed: int, seconds: float, folder: Path) -> tu
 def _junction(
     home: Path, roundabout: bool, seed: int, seconds: float, folder: Path
 ) -> tuple[Path, Path, tuple[float, float]]:
-    """A junction or a roundabout of three to five curved arms of one to three lanes, with flows between all of them."""
+    """Make a junction or a roundabout: three to five curved arms, one to three lanes, flows between all arms."""
     rng = np.random.default_rng((seed, 0))
     arms = int(rng.choice([3, 4, 4, 4, 5]))
     angles = _angles(rng, arms)
@@ -226,7 +234,7 @@ def _junction(
 
 
 def _angles(rng: np.random.Generator, arms: int) -> np.ndarray:
-    """Directions at least 48 degrees apart."""
+    """Draw directions at least 48 degrees apart."""
     while True:
         angles = np.sort(rng.uniform(0, 2 * np.pi, arms))
         if np.min(np.diff(angles, append=angles[0] + 2 * np.pi)) > math.radians(48):
@@ -234,7 +242,7 @@ def _angles(rng: np.random.Generator, arms: int) -> np.ndarray:
 
 
 def _flows(rng: np.random.Generator, incoming: list[int], seconds: float) -> Iterator[str]:
-    """Vehicles from each arm to each other one, more where there are more lanes."""
+    """Yield flows of vehicles between all pairs of arms; arms with more lanes have more vehicles."""
     for i, lanes in enumerate(incoming):
         rate = lanes**0.8 * rng.uniform(200, 520) / 3600
         shares = iter(rng.dirichlet(np.full(len(incoming) - 1, 2.0)))
@@ -281,7 +289,7 @@ def _shape(points: np.ndarray) -> str:
     return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
 
 
-# What cars may drive on.
+# Drivable area.
 
 
 def _network(net: Path) -> Any:
@@ -291,7 +299,7 @@ def _network(net: Path) -> Any:
 
 
 def _drivable(net: Path) -> Any:
-    """Strips of all lanes for cars, those within junctions too, and the junctions' areas, without seams."""
+    """Join all lanes for cars, also within junctions, and the junctions' areas, without seams."""
     import shapely
     from shapely.geometry import LineString, Polygon
 
@@ -318,7 +326,7 @@ def _run(
     warm_up: float,
     every: float,
 ) -> Iterator[Moment]:
-    """Moments of a simulation with lateral movement within lanes; vehicles that collide stay, to be seen."""
+    """Yield moments of a simulation with lateral movement; collided vehicles stay on the road, so that they show."""
     libsumo: ModuleType = importlib.import_module("libsumo")
     options = {
         "--step-length": STEP, "--lateral-resolution": 0.4, "--seed": seed, "--time-to-teleport": 45,
@@ -327,10 +335,10 @@ def _run(
         "--default.speeddev": 0.1, "--max-depart-delay": 60, "--no-step-log": "true", "--no-warnings": "true",
         "--xml-validation": "never",
     }  # fmt: skip
-    given = [str(part) for option in options.items() for part in option]
+    words = [str(part) for option in options.items() for part in option]
     try:
-        libsumo.start([str(_program(home, "sumo")), "-n", str(net), "-r", str(routes), *more, *given])
-    except Exception as error:  # libsumo's own, of which there are several
+        libsumo.start([str(_program(home, "sumo")), "-n", str(net), "-r", str(routes), *more, *words])
+    except Exception as error:  # libsumo raises several types of its own
         raise SumoError(f"sumo: the simulation did not start: {error}") from None
     try:
         for step in range(1, round(seconds / STEP) + 1):
@@ -345,10 +353,10 @@ def _vehicles(vehicle: Any) -> np.ndarray:
     names = vehicle.getIDList()
     if not names:
         return np.zeros((0, 7))
-    each = lambda get: np.array([get(name) for name in names], float)
-    front, length, speed = each(vehicle.getPosition), each(vehicle.getLength), each(vehicle.getSpeed)
-    yaw = np.radians(90 - each(vehicle.getAngle))  # from a compass's angle
+    column = lambda get: np.array([get(name) for name in names], float)
+    front, length, speed = column(vehicle.getPosition), column(vehicle.getLength), column(vehicle.getSpeed)
+    yaw = np.radians(90 - column(vehicle.getAngle))  # SUMO's angle is a compass bearing
     heading = np.stack([np.cos(yaw), np.sin(yaw)], -1)
     centre = front - length[:, None] / 2 * heading  # SUMO's position is the middle of the front bumper
-    states = np.concatenate([centre, length[:, None], each(vehicle.getWidth)[:, None], heading, speed[:, None]], 1)
+    states = np.concatenate([centre, length[:, None], column(vehicle.getWidth)[:, None], heading, speed[:, None]], 1)
     return states[np.isfinite(states).all(1) & (np.abs(states[:, :2]) < 1e6).all(1)]

@@ -1,7 +1,7 @@
 """Scenes of traffic: up to twelve vehicles in a window of 100 m, and the drivable area around them.
 
-A scene is seen in the frame of its window: metres from its centre, turned by the heading of one vehicle.  Scenes of
-one map are alike, so that maps, not scenes, are split into training, validation and test sets.
+Coordinates are in the frame of the window: metres from its centre, turned by the heading of a vehicle.  Maps, not
+scenes, are split into training, validation and test sets, because scenes of one map are alike.
 """
 
 import argparse
@@ -41,53 +41,56 @@ HALF = 50.0
 CELLS = 128
 """Cells of a scene's map along each side."""
 FINE = 0.25
-"""Metres of a cell of the grid on which distances are computed."""
+"""Metres per cell of the grid for computing distances."""
 REACH = 20.0
-"""Metres that distances are cut to."""
+"""Distances are clipped to +-REACH metres."""
 Split: TypeAlias = Literal["train", "validation", "test"]
 SCENES = "the scenes of a map"
 EMBEDDED = Path(__file__).with_name("traffic_smoke.npz")
-"""The small data set that comes with the package."""
+"""The small data set in the package."""
 SMOKE = 240
-"""Scenes of the small data set before those that its coarse map makes invalid are left out."""
+"""Scenes of the small data set, before leaving out scenes that its coarse map makes invalid."""
 SMOKE_MOST = 12
-"""Scenes of one of its maps at most, so that they are from about 20."""
+"""Scenes per map of the small data set at most, so that they come from about 20 maps."""
 SMOKE_CELLS = CELLS // 2
 QUANTUM = REACH / 127
-"""Metres of a step of its distances, which are rounded to 8 bits."""
+"""Metres per quantisation step of the small data set's distances, which have 8 bits."""
 
 
 class Scenes(NamedTuple):
-    """Scenes, each in the frame of its window."""
+    """Scenes in the frames of their windows."""
 
     vehicles: Float[np.ndarray, "s 12 7"]
-    """x, y, length, width in metres, cos and sin of the yaw, speed in m/s; zeros where there is none."""
+    """x, y, length, width in metres, cos and sin of the yaw, speed in m/s; zeros in rows without a vehicle."""
     present: Bool[np.ndarray, "s 12"]
+    """True for rows with a vehicle."""
     distance: Float[np.ndarray, "s cells cells"]
-    """Metres to the edge of the drivable area, negative on it; see `gendiff.oracles.drivable`."""
+    """Metres to the edge of the drivable area, negative inside; see `gendiff.oracles.drivable`."""
     window: Float[np.ndarray, "s 3"]
-    """Centre x, y in the map's frame, and the angle of the window's x axis there."""
+    """Centre x, y in metres and angle of the window's x axis in radians, in the map's frame."""
     world: Int[np.ndarray, " s"]
     """Number of the map."""
 
 
 class Cut(NamedTuple):
-    """How windows are cut."""
+    """Parameters of the windows."""
 
     half: float = HALF
+    """Half the width of a window, in metres."""
     cells: int = CELLS
+    """Cells of the map along a side."""
     least: int = VEHICLES
-    """Vehicles of a scene at least; up to 12, the nearest to the centre, are kept."""
+    """Least number of vehicles in a window; a scene keeps the 12 nearest to the centre."""
     most: int = 40
-    """Vehicles that may be in the window."""
+    """Largest number of vehicles in a window."""
     near: float = 25.0
-    """Metres around the place's focus, or a vehicle, that a window's centre may be from it, along each axis."""
+    """Largest distance of a window's centre from the place's focus, or from a vehicle, along x and y, in metres."""
     tolerance: float = 0.3
-    """Metres that a vehicle may reach off the drivable area."""
+    """Metres that a vehicle may stand off the drivable area."""
 
 
 def _checked(how: Cut, seed: int = 0) -> None:
-    """Check how windows are cut, and the seed of their places.
+    """Check the parameters of windows, and the seed of their places.
 
     Raises:
       ValueError: a number is out of range.
@@ -102,7 +105,7 @@ def _checked(how: Cut, seed: int = 0) -> None:
 
 
 def cut(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
-    """The windows of a place without those with an overlap, or a vehicle off the drivable area: simulators make a few.
+    """Cut the windows of a place, and leave out invalid scenes (`valid`), because simulators make a few.
 
     Raises:
       ValueError: the place has no drivable area.
@@ -112,7 +115,13 @@ def cut(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes: 
 
 
 def windows(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
-    """Windows of all moments of a place: one each where it has a focus, else as many as do not share a vehicle.
+    """Cut windows from all moments of a place: one per moment at a focus, else windows without common vehicles.
+
+    Args:
+      place: the drivable area and the moments.
+      number: number of the map, >= 0.
+      seed: seed of the windows' places, >= 0.
+      how: parameters of the windows.
 
     Raises:
       ValueError: the place has no drivable area, or a number is out of range.
@@ -120,7 +129,7 @@ def windows(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scen
     _checked(how, seed)
     check.number("traffic: number of the map", number, at_least=0, whole=True)
     if place.drivable.is_empty:
-        raise ValueError(f"traffic: map {number}: expected drivable area, given none")
+        raise ValueError(f"traffic: map {number} must have a drivable area, got an empty one")
     rng = np.random.default_rng((seed, number))
     found = [scene for moment in place.moments for scene in _windows(place, moment.vehicles, rng, how)]
     if not found:
@@ -132,7 +141,7 @@ def windows(place: sumo.World, number: int, seed: int, how: Cut = Cut()) -> Scen
 
 
 def empty(how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
-    """No scene.
+    """Return arrays of zero scenes.
 
     Raises:
       ValueError: a number is out of range.
@@ -150,17 +159,17 @@ def empty(how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
 
 
 def take(scenes: Scenes, which: Any) -> Scenes:
-    """Some scenes, by numbers, a slice or a mask."""
+    """Select scenes by numbers, a slice or a mask."""
     return Scenes(*(part[which] for part in scenes))
 
 
 def joined(parts: Sequence[Scenes]) -> Scenes:
-    """All scenes of several sets."""
-    return Scenes(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    """Concatenate several sets of scenes."""
+    return Scenes(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def valid(scenes: Scenes, how: Cut = Cut()) -> Bool[np.ndarray, " s"]:  # noqa: B008 (immutable)
-    """Which scenes have neither an overlap nor a vehicle off the drivable area.
+    """Return True for scenes without an overlap and without a vehicle off the drivable area.
 
     Raises:
       ValueError: arrays differ in their number of scenes, or a number is out of range.
@@ -168,9 +177,9 @@ def valid(scenes: Scenes, how: Cut = Cut()) -> Bool[np.ndarray, " s"]:  # noqa: 
     _checked(how)
     check.rows("traffic: scenes", scenes)
     n = len(scenes.world)
-    given = scenes.vehicles, scenes.present, scenes.distance
-    # Padded, so that maps with other numbers of scenes share the compiled program.
-    good = _valid(how.half, how.tolerance, *(padded(part, capacity(n, 128)) for part in given))
+    parts = scenes.vehicles, scenes.present, scenes.distance
+    # Pad, so that maps with different numbers of scenes share the compiled program.
+    good = _valid(how.half, how.tolerance, *(padded(part, capacity(n, 128)) for part in parts))
     return np.asarray(good)[:n]
 
 
@@ -184,7 +193,7 @@ def _valid(half: float, tolerance: float, vehicles: Array, present: Array, dista
 def _windows(
     place: sumo.World, vehicles: np.ndarray, rng: np.random.Generator, how: Cut
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Vehicles, which are present, and the window, of the scenes of one moment."""
+    """Yield vehicles, presence and window of the scenes of a moment."""
     if len(vehicles) < how.least:
         return
     seen = np.zeros(len(vehicles), bool)
@@ -195,7 +204,7 @@ def _windows(
         ahead = vehicles[i, 4:6]
         if place.focus is None:
             centre = vehicles[i, :2] + shift
-        else:  # a single junction: at it and not at the queues, turned as a vehicle that is near it
+        else:  # near the junction instead of its queues, turned by the heading of a near vehicle
             centre = np.asarray(place.focus) + shift
             near = np.flatnonzero(np.linalg.norm(vehicles[:, :2] - place.focus, axis=1) < how.half)
             if len(near):
@@ -213,7 +222,7 @@ def _windows(
 
 
 def _moved(vehicles: np.ndarray, centre: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    """Vehicles in the frame of a window with its origin at `centre` and its x axis along `ahead`."""
+    """Transform vehicles to the frame of a window with its origin at `centre` and its x axis along `ahead`."""
     cos, sin = ahead
     turn = np.array([[cos, -sin], [sin, cos]])
     moved = vehicles.copy()
@@ -223,7 +232,7 @@ def _moved(vehicles: np.ndarray, centre: np.ndarray, ahead: np.ndarray) -> np.nd
 
 
 def _reach(vehicles: np.ndarray) -> np.ndarray:
-    """Largest |x| or |y| of each vehicle's corners."""
+    """Return the largest |x| or |y| of a vehicle's corners."""
     length, width, heading = vehicles[:, 2:3], vehicles[:, 3:4], np.abs(vehicles[:, 4:6])
     return (np.abs(vehicles[:, :2]) + length / 2 * heading + width / 2 * heading[:, ::-1]).max(1)
 
@@ -231,12 +240,15 @@ def _reach(vehicles: np.ndarray) -> np.ndarray:
 def distances(
     drivable: Any, window: Float[np.ndarray, "s 3"], half: float = HALF, cells: int = CELLS
 ) -> Float[np.ndarray, "s cells cells"]:
-    """The signed distance, within +-REACH, on each window's grid, from one grid of FINE cells under all of them.
+    """Return the signed distance, clipped to +-REACH metres, on the grids of windows.
 
-    Windows that are far from each other are treated apart.
+    The windows interpolate one grid of FINE cells below them.  Windows that are far apart get separate grids.
 
     Args:
       drivable: a shapely geometry.
+      window: centres x, y in metres and angles in radians, in the map's frame.
+      half: half the width of a window, in metres.
+      cells: cells of a window along a side.
 
     Raises:
       ValueError: a window is not finite, or a number is out of range.
@@ -267,36 +279,38 @@ def distances(
     for i, (cx, cy, angle) in enumerate(window):
         cos, sin = np.cos(angle), np.sin(angle)
         at = cx + cos * along - sin * across, cy + sin * along + cos * across
-        rows, columns = ((each - axis[0]) / FINE for each, axis in zip(at[::-1], (y, x), strict=True))
+        rows, columns = ((position - axis[0]) / FINE for position, axis in zip(at[::-1], (y, x), strict=True))
         out[i] = ndimage.map_coordinates(field, [rows, columns], order=1, mode="nearest")
     return out
 
 
-# Making and storing.
+# Generating and storing.
 
 
 class Recipe(NamedTuple):
-    """All that a data set depends on, but its number of scenes."""
+    """Parameters of a data set, except its number of scenes."""
 
     seed: int = 0
     kinds: tuple[sumo.Kind, ...] = ("junction", "junction", "roundabout")
-    """Of maps 0, 1, .., over and over."""
+    """Kinds of maps 0, 1, .., repeated."""
     seconds: float = 450.0
-    """Simulated on a map, with the warm-up; more make more scenes, which are more alike."""
+    """Simulated seconds per map, with the warm-up; more seconds give more scenes, which are more alike."""
     least_scenes: int = 16
-    """A map with fewer is left out: one of its arms is starved."""
+    """Leave out a map with fewer scenes, because one of its arms is starved."""
     cut: Cut = Cut()
 
 
 LONG = Recipe(seconds=900.0, least_scenes=30)
-"""About a hundred scenes of a map: of the package's scenes, and of the data set of TFDS."""
+"""About a hundred scenes per map, for the package's scenes and for the data set of TFDS."""
 
 
 def of_map(recipe: Recipe, number: int, scratch: Path | None = None) -> Scenes:
-    """The scenes of map `number`; none where there would be fewer than `least_scenes`.
+    """Simulate the scenes of map `number`; return zero scenes if they are fewer than `least_scenes`.
 
     Args:
-      scratch: folder for the simulation's own files; default: the system's temporary folder.
+      recipe: parameters of the data set.
+      number: number of the map, >= 0.
+      scratch: folder for temporary files; default: the system's temporary folder.
 
     Raises:
       sumo.SumoError: SUMO is not installed, or fails.
@@ -308,7 +322,7 @@ def of_map(recipe: Recipe, number: int, scratch: Path | None = None) -> Scenes:
 
 
 def split_of(number: int) -> Split:
-    """Of ten maps in a row one is for validation, one for tests and the others for training."""
+    """Return the split of a map: of ten maps in a row, one is for validation, one for tests, eight for training."""
     return {8: "validation", 9: "test"}.get(number % 10, "train")  # type: ignore[return-value]
 
 
@@ -320,21 +334,23 @@ def write(
     report: Callable[[int], Any] = lambda scenes: None,
     most: int | None = None,
 ) -> int:
-    """Makes maps 0, 1, .. until they have `scenes` scenes, a file each; after a kill the same call goes on.
+    """Simulate maps 0, 1, .. until they have `scenes` scenes, one file per map; after a kill, the same call resumes.
 
-    Files appear whole, by renaming, so that a kill costs the maps that were under way.  SUMO is not needed where all of
-    them are there.
+    Files are written atomically, so a kill loses only unfinished maps.  SUMO is not needed if all maps are stored.
 
     Args:
-      workers: processes; one a core unless given.
-      report: called with the number of scenes so far, once a second at least; what it raises ends the workers at once.
-      most: of one map that count; its file holds all.
+      folder: made if it is missing.
+      scenes: least number of scenes, >= 1.
+      recipe: parameters of the data set.
+      workers: number of processes; default: one per core.
+      report: called with the number of scenes so far, at least once a second; an error in it ends the workers at once.
+      most: count at most this many scenes of a map; its file holds all.
 
     Returns:
-      Number of maps.
+      The number of maps.
 
     Raises:
-      ValueError: the folder holds other scenes, or maps are left out one after the other.
+      ValueError: the folder holds other scenes, or too many maps in a row are left out.
       sumo.SumoError: SUMO is not installed, or fails.
     """
     for name, number in (("scenes", scenes), ("most", most), ("workers", workers)):
@@ -344,11 +360,11 @@ def write(
     check.number("traffic: seconds", recipe.seconds, above=0, at_most=MOST_SECONDS)
     check.number("traffic: least_scenes", recipe.least_scenes, at_least=0, whole=True)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted, there = _told(recipe), recipe_of(folder)
-    if there is None:
+    wanted, found_recipe = _as_json(recipe), recipe_of(folder)
+    if found_recipe is None:
         files.store_text(folder / RECIPE, json.dumps(wanted, indent=1))
-    elif differ := {key: value for key, value in _told(there).items() if value != wanted[key]}:
-        raise ValueError(f"traffic: {folder}: expected scenes of {wanted}, given a folder with {differ}")
+    elif differ := {key: value for key, value in _as_json(found_recipe).items() if value != wanted[key]}:
+        raise ValueError(f"traffic: {folder} must hold scenes of {wanted}, got {differ}: name another folder")
     workers = workers or os.cpu_count() or 1
     have = maps = barren = 0
     with _scratch(folder) as scratch, _pool(workers) as pool:
@@ -357,7 +373,7 @@ def write(
             if number in pending or not _file(folder, number).exists():
                 for ahead in range(number, number + 2 * workers):
                     if ahead not in pending and not _file(folder, ahead).exists():
-                        with command.shielded():  # this may start a worker
+                        with command.shielded():  # because `submit` may start a worker
                             pending[ahead] = pool.submit(_make, folder, recipe, ahead, scratch)
             if number in pending:
                 making = pending.pop(number)
@@ -369,7 +385,7 @@ def write(
                     report(have)
                     raise sumo.SumoError(
                         "traffic: a worker was killed, perhaps because memory ran out: take fewer workers than "
-                        f"{workers}; the same command goes on from the maps that are finished"
+                        f"{workers}; the same command resumes after the finished maps"
                     ) from None
             found = counted(folder, number, most)
             have, maps, barren = have + found, number + 1, 0 if found else barren + 1
@@ -378,15 +394,15 @@ def write(
                 return maps
             if barren == BARREN:
                 raise ValueError(
-                    f"traffic: expected maps with {recipe.least_scenes} scenes or more in {recipe.seconds:g} s, "
-                    f"given {BARREN} in a row with fewer: simulate longer"
+                    f"traffic: maps must have {recipe.least_scenes} scenes or more in {recipe.seconds:g} s, "
+                    f"got {BARREN} in a row with fewer: simulate longer"
                 )
     return maps
 
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder for what simulations write, beside their maps; also removes those of processes that were killed."""
+    """Make a folder for temporary files of simulations; remove the folders of killed processes."""
     prefix = f".simulating-{socket.gethostname()}-"
     for left in folder.glob(f"{glob.escape(prefix)}*"):
         if not _runs(left.name.removeprefix(prefix)):
@@ -400,8 +416,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _runs(process: str) -> bool:
-    """Whether a process of this machine, by its number, may be running."""
-    if sys.platform == "win32" or not process.isdecimal():  # there `os.kill` would end it
+    """Return False if this machine surely has no process of this number besides this one."""
+    if sys.platform == "win32" or not process.isdecimal():  # on Windows `os.kill` would end the process
         return True
     try:
         os.kill(int(process), 0)
@@ -414,9 +430,9 @@ def _runs(process: str) -> bool:
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with this one, and at once where anything is raised."""
+    """Yield worker processes, which end with this process, and at once after an error."""
     context = multiprocessing.get_context("spawn")
-    closed, open_end = context.Pipe(duplex=False)  # to the workers, who have no other end of it
+    closed, open_end = context.Pipe(duplex=False)  # only this process holds the open end
     pool = ProcessPoolExecutor(workers, context, initializer=command.end_with, initargs=(closed.recv_bytes,))
     try:
         yield pool
@@ -430,30 +446,30 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 MOST_SECONDS = 1e6
-"""Of a simulation."""
+"""Largest number of simulated seconds."""
 RECIPE = "recipe.json"
 BARREN = 60
-"""So many maps are never left out in a row, unless all are: of 682 it was 180, 4 in a row at most."""
+"""Left-out maps in a row that end with an error.  Of 682 maps 180 were left out, at most 4 in a row."""
 
 
-def _told(recipe: Recipe) -> dict[str, Any]:
+def _as_json(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(recipe._asdict() | {"cut": recipe.cut._asdict()}))
 
 
 def recipe_of(folder: Path) -> Recipe | None:
-    """The recipe of the scenes in a folder, or None where there is none.
+    """Read the recipe of the scenes in a folder; None if the folder has no recipe.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the file is damaged.
     """
     path = folder / RECIPE
     if not path.exists():
         return None
     try:
-        told = json.loads(regular(path).read_text())
-        return Recipe(**told | {"kinds": tuple(told["kinds"]), "cut": Cut(**told["cut"])})
+        fields = json.loads(regular(path).read_text())
+        return Recipe(**fields | {"kinds": tuple(fields["kinds"]), "cut": Cut(**fields["cut"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected a recipe of scenes, given a damaged file ({error!r})") from None
+        raise ValueError(f"{path} must hold a recipe of scenes, got a damaged file ({error!r})") from None
 
 
 def _make(folder: Path, recipe: Recipe, number: int, scratch: Path) -> None:
@@ -466,16 +482,16 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def counted(folder: Path, number: int, most: int | None = None) -> int:
-    """How many scenes `stored` gives."""
+    """Return the number of scenes of `stored`."""
     n = len(files.load(regular(_file(folder, number)), SCENES, "world")[0])
     return n if most is None else min(n, most)
 
 
 def stored(folder: Path, number: int, most: int | None = None) -> Scenes:
-    """The scenes of map `number` in the order of time; of more than `most` as many, spread evenly.
+    """Read the scenes of map `number` in the order of time, at most `most` of them, evenly spread.
 
     Raises:
-      ValueError: there is no such file, or it is damaged.
+      ValueError: the file is missing or damaged.
     """
     scenes = Scenes(*files.load(regular(_file(folder, number)), SCENES, *Scenes._fields))
     try:
@@ -486,7 +502,7 @@ def stored(folder: Path, number: int, most: int | None = None) -> Scenes:
 
 
 def spread(scenes: Scenes, most: int | None) -> Scenes:
-    """Of more than `most` scenes as many, evenly spread.
+    """Keep at most `most` scenes, evenly spread; None keeps all.
 
     Raises:
       ValueError: `most` is below 1.
@@ -498,25 +514,30 @@ def spread(scenes: Scenes, most: int | None) -> Scenes:
 
 
 def read(folder: Path, split: Split | None = None, scenes: int | None = None, most: int | None = None) -> Scenes:
-    """The scenes of a split, or of all maps, in order; the first `scenes` of the folder's if given.
+    """Read the scenes of a split, or of all maps, in order.
 
     Args:
-      most: of one map, spread evenly.
+      folder: folder of `write`.
+      split: None for all maps.
+      scenes: use only this many scenes, the first of the folder; None for all.
+      most: scenes per map at most, evenly spread.
 
     Raises:
-      ValueError: the folder holds no scenes, none of the split, or fewer, or a number is out of range.
+      ValueError: the folder has too few scenes or none of the split, or a number is out of range.
     """
     if scenes is not None:
         check.number("traffic: scenes", scenes, at_least=1, whole=True)
     numbers = sorted(int(path.stem.removeprefix("map-")) for path in folder.glob("map-*.npz"))
     if not numbers:
-        raise ValueError(f"traffic: {folder}: expected files map-000000.npz .., given none; see `--help`")
-    every = joined([stored(folder, number, most) for number in numbers])
+        raise ValueError(
+            f"traffic: {folder} must hold files map-000000.npz .., got none: run `python -m gendiff.data.traffic`"
+        )
+    stored_scenes = joined([stored(folder, number, most) for number in numbers])
     if scenes is not None:
-        if len(every.world) < scenes:
-            raise ValueError(f"traffic: {folder}: expected {scenes} scenes, given {len(every.world)}")
-        every = take(every, slice(scenes))
-    found = of_split(every, split)
+        if len(stored_scenes.world) < scenes:
+            raise ValueError(f"traffic: {folder} must hold {scenes} scenes, got {len(stored_scenes.world)}")
+        stored_scenes = take(stored_scenes, slice(scenes))
+    found = of_split(stored_scenes, split)
     if not len(found.world):
         raise DataError(
             f"traffic: {folder}: maps of {split} must have scenes, got none; {len(numbers)} maps are too few"
@@ -525,10 +546,10 @@ def read(folder: Path, split: Split | None = None, scenes: int | None = None, mo
 
 
 def of_split(scenes: Scenes, split: Split | None) -> Scenes:
-    """Those of a split; all where it is None.
+    """Select the scenes of a split; None selects all.
 
     Raises:
-      ValueError: there is no such split.
+      ValueError: the split is unknown.
     """
     if split is None:
         return scenes
@@ -536,18 +557,18 @@ def of_split(scenes: Scenes, split: Split | None) -> Scenes:
     return take(scenes, [split_of(int(number)) == split for number in scenes.world])
 
 
-# The data set that comes with the package.
+# The data set in the package.
 
 
 def embedded(split: Split | None = None) -> Scenes:
-    """A few hundred scenes of about 20 maps, for runs of seconds without SUMO; distances on 64 x 64 cells.
+    """Read a few hundred scenes of about 20 maps, for short runs without SUMO; distances have 64 x 64 cells.
 
-    Distances are rounded to multiples of `QUANTUM`, that is by 0.08 m at most; `valid(.., Cut(cells=64))` holds for all
-    scenes.  `python -m gendiff.data.traffic FOLDER --embed gendiff/data/traffic_smoke.npz` makes the file, with FOLDER
-    for the maps.
+    Distances are rounded to multiples of `QUANTUM`, so they err by at most 0.08 m.  `valid(.., Cut(cells=64))` is True
+    for all scenes.  `python -m gendiff.data.traffic FOLDER --embed gendiff/data/traffic_smoke.npz` makes the file, with
+    the maps in FOLDER.
 
     Raises:
-      ValueError: the file is damaged, or there is no such split.
+      ValueError: the file is damaged, or the split is unknown.
     """
     vehicles, present, steps, window, world = files.load(EMBEDDED, SCENES, *Scenes._fields)
     distance = _metres(np.cumsum(steps, 1, dtype=np.int8))
@@ -557,7 +578,7 @@ def embedded(split: Split | None = None) -> Scenes:
 def embed(
     folder: Path, path: Path, workers: int | None = None, report: Callable[[int], Any] = lambda scenes: None
 ) -> int:
-    """Makes the file that `embedded` reads, with the maps in `folder`, and returns its number of scenes.
+    """Make the file that `embedded` reads, with the maps in `folder`; return its number of scenes.
 
     Raises:
       ValueError: the folder holds other scenes.
@@ -568,7 +589,7 @@ def embed(
     steps = np.rint(halved(scenes.distance) / QUANTUM).astype(np.int8)
     scenes = scenes._replace(distance=_metres(steps), world=scenes.world.astype(np.int16))
     keep = valid(scenes, Cut(cells=SMOKE_CELLS))
-    # Differences along y, modulo 256, take two thirds of the room.
+    # Store differences along y, modulo 256, because they compress to two thirds of the size.
     scenes = scenes._replace(distance=np.diff(steps, axis=1, prepend=np.int8(0)))
     kept, version = take(scenes, keep)._asdict(), importlib.metadata.version("libsumo")
     files.store(path, lambda file: np.savez_compressed(file, **kept, sumo=version))
@@ -576,7 +597,7 @@ def embed(
 
 
 def halved(distance: Float[np.ndarray, "s 2*n 2*n"]) -> Float[np.ndarray, "s n n"]:
-    """Distances at the centres of cells twice as wide, bilinear between those of the smaller ones, in float32.
+    """Interpolate distances bilinearly at the centres of cells twice as wide, in float32.
 
     Raises:
       ValueError: the number of rows or columns is odd.
@@ -591,44 +612,46 @@ def _metres(steps: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Writes scenes from the command line."""
+    """Write scenes from the command line."""
     parser = argparse.ArgumentParser(
-        "python -m gendiff.data.traffic", description="Simulates scenes; goes on if stopped."
+        "python -m gendiff.data.traffic", description="Simulate scenes; the same command resumes a stopped run."
     )
     parser.add_argument("folder", type=files.argument)
     parser.add_argument("--scenes", type=int, default=8000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--kinds", nargs="+", choices=get_args(sumo.Kind), default=Recipe().kinds, help="of the maps in turn"
+        "--kinds", nargs="+", choices=get_args(sumo.Kind), default=Recipe().kinds, help="kinds of the maps, repeated"
     )
-    parser.add_argument("--seconds", type=float, default=Recipe().seconds, help="simulated on a map")
-    parser.add_argument("--least-scenes", type=int, default=Recipe().least_scenes, help="of a map that is kept")
-    parser.add_argument("--most", type=int, help="scenes of a map that count; its file holds all; default: all")
-    parser.add_argument("--workers", type=int, help="processes; default: one a core")
+    parser.add_argument("--seconds", type=float, default=Recipe().seconds, help="simulated seconds per map")
     parser.add_argument(
-        "--embed", type=files.argument, metavar="FILE", help="the package's small data set into FILE, no other"
+        "--least-scenes", type=int, default=Recipe().least_scenes, help="leave out maps with fewer scenes"
     )
-    given = parser.parse_args()
+    parser.add_argument("--most", type=int, help="count at most this many scenes of a map; default: all")
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument(
+        "--embed", type=files.argument, metavar="FILE", help="write only the package's small data set, into FILE"
+    )
+    options = parser.parse_args()
     command.heed()
-    with tqdm(total=SMOKE if given.embed else given.scenes, unit=" scenes") as bar:
+    with tqdm(total=SMOKE if options.embed else options.scenes, unit=" scenes") as bar:
 
         def report(have: int) -> None:
             distributed.stop_if_noticed("every map that was finished")
             bar.update(have - bar.n)
 
         try:
-            if given.embed:
-                made = f"{given.embed}: {embed(given.folder, given.embed, given.workers, report)} scenes"
+            if options.embed:
+                message = f"{options.embed}: {embed(options.folder, options.embed, options.workers, report)} scenes"
             else:
-                recipe = Recipe(given.seed, tuple(given.kinds), given.seconds, given.least_scenes)
-                maps = write(given.folder, given.scenes, recipe, given.workers, report, given.most)
-                made = f"{given.folder}: {maps} maps"
+                recipe = Recipe(options.seed, tuple(options.kinds), options.seconds, options.least_scenes)
+                maps = write(options.folder, options.scenes, recipe, options.workers, report, options.most)
+                message = f"{options.folder}: {maps} maps"
         except (ValueError, OSError, sumo.SumoError) as error:
             parser.error(str(error))
         except distributed.Preempted as error:
             bar.close()
             parser.exit(error.status, f"{error}\n")
-    command.say(made)
+    command.say(message)
 
 
 if __name__ == "__main__":

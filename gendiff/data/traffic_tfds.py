@@ -1,10 +1,10 @@
-"""Scenes of traffic as a data set of TFDS in ArrayRecord files, made and read without TensorFlow.
+"""Scenes of traffic as a TFDS data set in ArrayRecord files, without TensorFlow.
 
 `python -m gendiff.data.traffic_tfds FOLDER --config default` makes it.  Then `scenes` loads a split into memory, and
 
     tfds.data_source("traffic/default", split="train", data_dir=FOLDER)
 
-gives random access to it, also for Grain.
+gives random access to it, also to Grain.
 """
 
 import argparse
@@ -31,39 +31,37 @@ except ImportError as error:
     raise ImportError(f"traffic_tfds: TFDS must be installed, got none ({error}): pip install array-record") from None
 
 MAPS = 32
-"""Maps of a shard at most: about 2,900 scenes and 70 MB."""
+"""Maps per shard at most: about 2,900 scenes and 70 MB."""
 Report: TypeAlias = Callable[[str, int], Any]
-"""Called with what was done, `simulated` or `packed`, and the number of scenes so far."""
+"""A function of the stage, `simulated` or `packed`, and the number of scenes so far."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Config(tfds.core.BuilderConfig):
-    """Which scenes, and how many of them."""
+    """Number of scenes and their recipe."""
 
     scenes: int
     most: int | None = None
-    """Of one map at most, so that they are of more maps."""
+    """Scenes per map at most; a smaller number takes scenes from more maps."""
     recipe: Recipe = traffic.LONG
 
 
 class Traffic(Builder):
     """The data set `traffic`; maps, not scenes, are split into train, validation and test.
 
-    Maps are simulated into `downloads/traffic_maps` of the data's folder, which all configurations share: one file a
-    map, so that after a kill the same call goes on.  Packing takes a minute for 100,000 scenes, and begins anew; what a
-    kill leaves of it is a folder `incomplete..`, to be deleted.  The same maps give the same files.
-
-    Shards are written as their maps are read.
+    Maps are simulated into `downloads/traffic_maps` of the data's folder, which all configurations share.  A map is a
+    file, so after a kill the same call resumes.  Packing takes a minute for 100,000 scenes, and restarts after a kill;
+    delete the folder `incomplete..` that remains.  The same maps give the same files.
     """
 
-    __module__ = "gendiff.data.traffic_tfds"  # which the files name, also where this one runs as a program
+    __module__ = "gendiff.data.traffic_tfds"  # not __main__, because the data set's files hold this name
     ABOUT = "Scenes of vehicles on junctions and roundabouts in windows of 100 m, simulated by SUMO."
     HOMEPAGE = "https://eclipse.dev/sumo"
     RELEASE_NOTES: Mapping[str, str] = {"1.0.0": "Junctions and roundabouts, seed 0."}
     BUILDER_CONFIGS: Sequence[Config] = [
         Config(
             name="smoke",
-            description="A few scenes each of 20 maps, in a minute: those of traffic.embedded, in full.",
+            description="A few scenes of each of 20 maps, in a minute: the scenes of traffic.embedded, unrounded.",
             scenes=traffic.SMOKE,
             most=traffic.SMOKE_MOST,
         ),
@@ -76,10 +74,10 @@ class Traffic(Builder):
         self,
         *,
         workers: int | None = None,
-        report: Report = lambda what, scenes: None,
-        **given: Any,
+        report: Report = lambda stage, scenes: None,
+        **arguments: Any,
     ) -> None:
-        super().__init__(**given)
+        super().__init__(**arguments)
         self.workers, self.report = workers, report
 
     def _features(self) -> dict[str, Any]:
@@ -107,28 +105,31 @@ class Traffic(Builder):
         for split in get_args(Split):
             numbers = [number for number, size in enumerate(sizes) if size and traffic.split_of(number) == split]
             if not numbers:
-                raise ValueError(f"traffic_tfds: expected scenes of {split}, given {config.scenes} of {maps} maps")
+                raise ValueError(
+                    f"traffic_tfds: {split} must have scenes, got {config.scenes} scenes of {maps} maps without it"
+                )
             shards[split] = [partial(examples, part) for part in np.array_split(numbers, -(-len(numbers) // MAPS))]
         return shards
 
 
 def scenes(data_dir: Path, config: str = "default", split: Split = "train") -> Scenes:
-    """All scenes of a split in memory, in the order of their maps: 33 KB each.
+    """Read all scenes of a split into memory, in the order of their maps; a scene takes 33 KB.
 
     Args:
-      data_dir: folder of the data sets of TFDS.
+      data_dir: folder of TFDS's data sets.
       config: smoke, default or paper.
+      split: train, validation or test.
 
     Raises:
-      ValueError: there is no such data set or split, or a file is missing or damaged.
+      ValueError: the data set or split is unknown, or a file is missing or damaged.
     """
     if split not in get_args(Split):
-        raise ValueError(f"traffic_tfds: split: expected one of {', '.join(get_args(Split))}, given {split!r}")
+        raise ValueError(f"traffic_tfds: split must be {' or '.join(get_args(Split))}, got {split!r}")
     folder = Path(data_dir) / Traffic.name / config / str(Traffic.VERSION)
     if not folder.exists():
         raise ValueError(
-            f"traffic_tfds: {folder}: expected a data set, given no such folder; "
-            f"`python -m gendiff.data.traffic_tfds {data_dir} --config {config}` makes one"
+            f"traffic_tfds: {folder} must be a data set, got no such folder: "
+            f"`python -m gendiff.data.traffic_tfds {data_dir} --config {config}` makes it"
         )
     try:
         info = tfds.builder_from_directory(folder).info
@@ -136,7 +137,7 @@ def scenes(data_dir: Path, config: str = "default", split: Split = "train") -> S
         files = list(zip(shards.filepaths, shards.shard_lengths, strict=True))
         cells = info.features["distance"].shape[0]
     except Exception as error:  # TFDS raises many types
-        raise ValueError(f"traffic_tfds: {folder}: expected a data set, given {error!r}") from None
+        raise ValueError(f"traffic_tfds: {folder} must be a data set, got {error!r}") from None
     kinds = traffic.empty(Recipe().cut._replace(cells=cells))
     out = Scenes(*(np.empty((shards.num_examples, *kind.shape[1:]), kind.dtype) for kind in kinds))
     first = 0
@@ -153,40 +154,41 @@ def _shard(path: Path, length: int, split: Split, features: Any) -> list[dict[st
         records = ArrayRecordReader(str(regular(path))).read_all()
         rows = [features.deserialize_example_np(record) for record in records]
         found = {traffic.split_of(row["world"]) for row in rows}
-    except Exception as error:  # of several kinds
-        raise ValueError(f"traffic_tfds: {path}: expected a whole shard, given a damaged one ({error!r})") from None
+    except Exception as error:  # damaged shards raise several types
+        raise ValueError(f"traffic_tfds: {path} must be an intact shard, got a damaged one ({error!r})") from None
     if len(rows) != length or found != {split}:
         raise ValueError(
-            f"traffic_tfds: {path}: expected {length} scenes of {split}, given {len(rows)} of {' and '.join(found)}"
+            f"traffic_tfds: {path} must hold {length} scenes of {split}, got {len(rows)} of {' and '.join(found)}"
         )
     return rows
 
 
 def main() -> None:
-    """Makes the data set from the command line."""
+    """Make the data set from the command line."""
     parser = argparse.ArgumentParser(
-        "python -m gendiff.data.traffic_tfds", description="Simulates and packs scenes; goes on if stopped."
+        "python -m gendiff.data.traffic_tfds",
+        description="Simulate and pack scenes; the same command resumes a stopped run.",
     )
     parser.add_argument(
-        "folder", type=files.argument, help="of the data sets of TFDS; its downloads/traffic_maps holds the maps"
+        "folder", type=files.argument, help="folder of TFDS's data sets; its downloads/traffic_maps holds the maps"
     )
     parser.add_argument("--config", choices=Traffic.builder_configs, default=Traffic.DEFAULT_BUILDER_CONFIG_NAME)
-    parser.add_argument("--workers", type=int, help="processes; default: one a core")
-    given = parser.parse_args()
+    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    options = parser.parse_args()
     command.heed()
-    total = Traffic.builder_configs[given.config].scenes
+    total = Traffic.builder_configs[options.config].scenes
     bars: dict[str, tqdm] = {}
 
-    def report(what: str, have: int) -> None:
+    def report(stage: str, have: int) -> None:
         distributed.stop_if_noticed("every map that was finished")
-        if what not in bars:
+        if stage not in bars:
             for bar in bars.values():
                 bar.close()
-            # From here, so that the rate is of what is made now.
-            bars[what] = tqdm(total=total, initial=have, desc=what, unit=" scenes")
-        bars[what].update(have - bars[what].n)
+            # `initial`, so that the rate does not count scenes of earlier runs.
+            bars[stage] = tqdm(total=total, initial=have, desc=stage, unit=" scenes")
+        bars[stage].update(have - bars[stage].n)
 
-    builder = Traffic(data_dir=given.folder, config=given.config, workers=given.workers, report=report)
+    builder = Traffic(data_dir=options.folder, config=options.config, workers=options.workers, report=report)
     try:
         builder.download_and_prepare()
     except (ValueError, OSError, sumo.SumoError) as error:

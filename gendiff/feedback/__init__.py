@@ -1,6 +1,6 @@
-"""Labels from people: a web page that asks for them, the file that keeps them, and what a method reads out of it.
+"""Human labels: a web page to mark samples, the file of labels, and the merging of raters.
 
-`samples` reads what is to be labelled, `labels` keeps the marks, `consensus` merges raters, and `ask` opens the page
-and waits; `render` draws one sample, `board` and `server` are behind the page; `regular` and `pictures` open files.
+`samples` reads the samples, `labels` stores the marks, `consensus` merges raters, and `ask` opens the page and waits.
+`render` draws a sample, `board` and `server` run the page, `regular` and `pictures` read files.
 `python -m gendiff.feedback --help` is the command line.
 """

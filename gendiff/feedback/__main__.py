@@ -1,8 +1,7 @@
-"""The labelling page: marks samples as malign, undecided or benign, with the mouse or the keyboard.
+"""The labelling page: mark samples as malign, undecided or benign, with the mouse or the keyboard.
 
-It works on a TPU VM through an SSH tunnel: the command prints the address to open and the line to type. Every mark is
-written at once to a plain file of JSON lines; stop at any time, also with kill -9, and go on where you stopped. The
-keys stand at the foot of the page.
+It works on a TPU VM through an SSH tunnel: the command prints the address and the ssh command. It writes every mark at
+once to a file of JSON lines. Stop at any time, also with kill -9, and resume. The foot of the page lists the keys.
 """
 
 import os
@@ -29,19 +28,19 @@ def command(
     report: bool = False,
     also: tuple[Path, ...] = (),
 ) -> None:
-    """Opens the page, or with --report only says what has been marked.
+    """Open the page, or with --report only print a summary of the marks.
 
     Args:
       samples: Folder with samples.npz or samples.npy, or else with PNG, JPEG, WebP or BMP images; or such an array
         file. Arrays: images (N, H, W) or (N, H, W, C) in uint8 or float in [-1, 1], points (N, 2), trajectories
         (N, T, 2), motions (N, T, J, 3).
-      options: What the page can be told.
-      malign: How many malign samples are wanted; the page shows how many are missing, and closes when there are enough.
-      benign: How many benign samples are wanted.
+      options: Options of the page.
+      malign: Number of malign samples to collect; the page counts the missing ones, and closes when it has enough.
+      benign: Number of benign samples to collect.
       report: Print counts, minutes and the raters' agreement, and open no page.
-      also: Further files of labels of the same samples, for the report (other raters').
+      also: Other raters' files of labels of the same samples, for the report.
     """
-    for name, path in (("samples", samples), ("--labels", options.labels), *(("--also", each) for each in also)):
+    for name, path in (("samples", samples), ("--labels", options.labels), *(("--also", file) for file in also)):
         if path is not None:
             files.local(name, path)
     need = (malign, benign) if malign or benign else None
@@ -53,13 +52,13 @@ def command(
 
 
 def main() -> None:
-    """The command line.  Errors that a user can mend are one line and exit status 2."""
+    """Run the command line.  An error that the user can fix prints one line and exits with status 2."""
     stopping.heed()
     try:
         if 1 in stopping.closed:
             raise ValueError("standard output must be open, because the page's address and the report go there")
         tyro.cli(command, prog="python -m gendiff.feedback", description=__doc__)
-    except BrokenPipeError:  # `| head -1`: nobody reads it
+    except BrokenPipeError:  # the reader of standard output has closed it, such as `| head -1`
         raise SystemExit(stopping.UNREAD) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("GENDIFF_TRACEBACK"):

@@ -1,4 +1,4 @@
-"""Opening the labelling page, and waiting until there are labels enough."""
+"""Open the labelling page, and wait until the labels suffice."""
 
 import contextlib
 import dataclasses
@@ -22,29 +22,29 @@ from gendiff.feedback.render import Up
 from gendiff.feedback.samples import Kind, Samples
 
 GRACE = 20.0
-"""Seconds without a mark after which enough labels count as final: the rater may want to take the last one back."""
+"""Seconds to wait after the last mark when the labels suffice, because the rater may take it back."""
 FILE = samples.LABELS
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a page can be told."""
+    """Options of a page."""
 
     labels: Path | None = None
-    """File of labels, made if missing and only ever appended to. Default: labels.jsonl beside the samples."""
+    """File of labels, created if missing, never overwritten. Default: labels.jsonl beside the samples."""
     kind: Kind | None = None
-    """What the samples are. Default: inferred from type, shape and range."""
+    """Kind of the samples. Default: inferred from type, shape and range."""
     up: Up = "y"
     """Vertical axis of motions."""
     meaning: str = ""
-    """What "malign" means, such as "a seven with a stroke": shown on the page, where it can be changed, and kept in the
-    file of labels."""
+    """Meaning of "malign", such as "a seven with a stroke". The page shows and can change it; the file of labels keeps
+    it."""
     rater: str = ""
     """Name of the person who marks; the page can change it. Default: the login name."""
     columns: int = 8
-    """Columns of the grid (the page can change it)."""
+    """Columns of the grid; the page can change it."""
     host: str = "127.0.0.1"
-    """Address to listen on. Others than loopback addresses let other machines in, over an unencrypted connection."""
+    """Address to listen on. A non-loopback address lets other machines in, over an unencrypted connection."""
     port: int = 8765
     """Port to listen on; 0 takes a free one."""
 
@@ -57,25 +57,25 @@ def ask(
     grace: float = GRACE,
     show: Callable[[str], None] = command.say,
 ) -> Classes:
-    """Labels of samples: opens the page until there are enough, or answers at once where there are.
+    """Return the labels of samples; if they do not suffice, open the page first and wait.
 
-    The page closes when the rater says so on it, when nothing was marked for `grace` seconds although there is enough,
-    or with Ctrl-C.  Every mark is in the file of labels by then.
+    The page closes when the rater ends it, after `grace` seconds without a mark if the labels suffice, or with Ctrl-C.
+    The file of labels then holds every mark.
 
     Args:
       place: folder (or array file) of samples, see `samples.load`.
-      malign: how many malign samples are needed.
-      benign: how many benign samples are needed.
-      options: see there.
-      grace: in seconds.
-      show: gets what is to be printed, the address among it.
+      malign: number of malign samples needed.
+      benign: number of benign samples needed.
+      options: options of the page.
+      grace: seconds without a mark before the page closes.
+      show: prints a text, such as the page's address.
 
     Raises:
       SampleError: the samples cannot be read.
-      ValueError: more labels are wanted than there are samples, or an option is out of range.
-      LabelError: the labels are of other samples or damaged, or when the page was closed there were too few.
+      ValueError: `malign` + `benign` exceeds the number of samples, or an option is out of range.
+      LabelError: the labels are damaged or of other samples, or too few when the page closed.
       OSError: the port is in use, or the file of labels cannot be written.
-      ModuleNotFoundError: labels are missing, and so are the packages for the page.
+      ModuleNotFoundError: the page is needed, and its packages are not installed.
     """
     board = make_board(place, options, need=(malign, benign))
     if not board.refresh().enough:
@@ -84,18 +84,18 @@ def ask(
 
 
 def make_board(place: Path, options: Options, need: tuple[int, int] | None = None) -> Board:
-    """The samples and their labels, checked against each other.
+    """Read the samples and their labels, and check that they belong together.
 
     Args:
       place: folder (or array file) of samples, see `samples.load`.
-      options: see there.
-      need: malign and benign samples that are wanted.
+      options: options of the page.
+      need: numbers of malign and benign samples needed.
 
     Raises:
-      ValueError: an option is out of range, or more labels are wanted than there are samples.
+      ValueError: an option is out of range, or `need` exceeds the number of samples.
       OSError: the file of labels cannot be written.
     """
-    check_options(options, need)  # before anything is read or written
+    check_options(options, need)  # first, so that a bad option writes nothing
     rater = options.rater or _login()
     found = samples.load(place, options.kind)
     check.number("--malign and --benign together", sum(need or ()), at_most=len(found))
@@ -106,7 +106,7 @@ def make_board(place: Path, options: Options, need: tuple[int, int] | None = Non
 
 
 def check_options(options: Options, need: tuple[int, int] | None = None) -> None:
-    """Check the ranges of options and of the malign and benign samples that are wanted.
+    """Check the ranges of options and of the numbers of samples needed.
 
     Raises:
       ValueError: names the option.
@@ -122,12 +122,12 @@ def check_options(options: Options, need: tuple[int, int] | None = None) -> None
 
 
 def label_file(found: Samples, options: Options) -> Path:
-    """Where the labels of these samples are kept."""
+    """Return the path of the samples' file of labels."""
     return options.labels or found.folder / FILE
 
 
 def hold(board: Board, options: Options, grace: float = GRACE, show: Callable[[str], None] = command.say) -> None:
-    """Serves the page until it is finished (see `ask`) or Ctrl-C."""
+    """Serve the page until it is finished (see `ask`), or until Ctrl-C."""
     check.number("grace", grace, at_least=0, infinite=True)
     with serving(board, options) as address:
         show(invitation(board, options, address))
@@ -137,12 +137,12 @@ def hold(board: Board, options: Options, grace: float = GRACE, show: Callable[[s
 
 @contextlib.contextmanager
 def serving(board: Board, options: Options) -> Iterator[str]:
-    """The page's address, token included, while a thread serves it.
+    """Context manager: serve the page in a thread; yield its address, with the token.
 
     Raises:
       ModuleNotFoundError: the extra `feedback` is not installed.
     """
-    from gendiff.feedback import server  # only here: who has the labels already needs no web library
+    from gendiff.feedback import server  # here, because reading existing labels needs no web library
 
     token = secrets.token_urlsafe(24)
     with contextlib.closing(listen(options.host, options.port)) as listening:
@@ -163,32 +163,32 @@ def serving(board: Board, options: Options) -> Iterator[str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Open a listening socket.
 
     Raises:
-      OSError: names the port, if another program has it, or the address.
+      OSError: the port is in use, or the address is not of this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
-        raise OSError(f"--host {host} --port {port}: expected an address of this machine ({error})") from None
+        raise OSError(f"--host must be an address of this machine, got {host}, port {port} ({error})") from None
     try:
-        if os.name == "posix":  # elsewhere it would share the port
+        if os.name == "posix":  # on Windows the option would share the port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen()
     except OSError as error:
         listening.close()
         raise OSError(
-            f"--port {port}: expected a free port of {host}, given one that cannot be had ({error.strerror}). "
-            "Close the other page or name another port; 0 takes a free one"
+            f"--port must be a free port of {host}, got {port} ({error.strerror}): "
+            "close the other page or name another port; 0 takes a free one"
         ) from None
     return listening
 
 
 def invitation(board: Board, options: Options, address: str) -> str:
-    """What is printed when the page is open: the address, and how to reach it from elsewhere."""
+    """Return the text to print when the page opens: its address, and the ssh command for other machines."""
     port = address.partition("/?")[0].rpartition(":")[2]
     host = options.host if _loopback(options.host) else "127.0.0.1"
     tunnel = f"-N -L {port}:{_bracketed(host)}:{port}"
@@ -207,16 +207,16 @@ def invitation(board: Board, options: Options, address: str) -> str:
 
 
 def _wait(board: Board, grace: float) -> None:
-    seen, since, told = -1, time.monotonic(), ""
+    seen, since, warned = -1, time.monotonic(), ""
     while not board.finished.wait(0.2) and not command.noticed():
         try:
             state = board.refresh()
-        except (labels.LabelError, OSError) as error:  # the page tells it too, and goes on when it is mended
-            if str(error) != told:
-                told = str(error)
-                print(f"warning: {told}", file=sys.stderr, flush=True)
+        except (labels.LabelError, OSError) as error:  # the page shows it too, and resumes when the file is mended
+            if str(error) != warned:
+                warned = str(error)
+                print(f"warning: {warned}", file=sys.stderr, flush=True)
             continue
-        told = ""
+        warned = ""
         if len(state.marks) != seen:
             seen, since = len(state.marks), time.monotonic()
         if state.enough and time.monotonic() - since >= grace:
@@ -237,5 +237,5 @@ def _bracketed(host: str) -> str:
 def _login() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user has no name
+    except (KeyError, OSError):  # the user of a container may have no name
         return "rater"

@@ -1,4 +1,4 @@
-"""What a labelling page is about: samples, the file of their labels, and how many are wanted."""
+"""State of a labelling page: samples, their file of labels, and the numbers of labels needed."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from gendiff.feedback.samples import Samples
 
 
 class State(NamedTuple):
-    """What a file of labels says."""
+    """Content of a file of labels."""
 
     marks: list[Mark]
     meaning: str
@@ -26,19 +26,19 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Board:
-    """Samples and their labels, for any number of pages and threads at once."""
+    """Samples and their labels, for any number of concurrent pages and threads."""
 
     samples: Samples
     path: Path
-    """The file of labels; made if it is missing."""
+    """The file of labels; created if it is missing."""
     rater: str
-    """Who marks, unless the page is told another name."""
+    """Default name of the rater; the page can change it."""
     columns: int = 8
     need: tuple[int, int] | None = None
-    """Malign and benign samples that are wanted."""
+    """Numbers of malign and benign samples needed."""
     up: render.Up = "y"
     finished: threading.Event = dataclasses.field(default_factory=threading.Event)
-    """The rater has said that it is enough."""
+    """Set when the rater ends the page."""
 
     def __post_init__(self) -> None:
         labels.append(self.path, [])
@@ -48,9 +48,9 @@ class Board:
         self.refresh()
 
     def refresh(self) -> State:
-        """What the file says now; lines that are new are read.
+        """Read new lines of the file, and return its content.
 
-        A file that has vanished or was emptied is written again from memory: marks are never lost.
+        If the file has vanished or was emptied, write it again from memory, so that no mark is lost.
 
         Raises:
           LabelError: the file is damaged, or holds labels of other samples.
@@ -60,11 +60,11 @@ class Board:
             if self._file_changed():
                 records = self._file.read()
                 marks = [record for record in records if isinstance(record, Mark)]
-                meaning = next((each.text for each in reversed(records) if isinstance(each, Meaning)), "")
+                meaning = next((record.text for record in reversed(records) if isinstance(record, Meaning)), "")
                 old = self._state.marks
                 grown = not old or (len(marks) >= len(old) and marks[len(old) - 1] is old[-1])
                 consensus.check(self.samples, marks[len(old) :] if grown else marks)
-                if len(marks) < len(old):  # another program may do that, but nobody should lose marks unknowingly
+                if len(marks) < len(old):  # warn, because another program has removed marks
                     self._tell(f"{shown(self.path)} was replaced: {len(old) - len(marks)} of its marks are gone")
                 self._records, self._state = records, State(marks, meaning, self._suffices(marks))
             return self._state
@@ -90,7 +90,7 @@ class Board:
         return merged.count("malign") >= malign and merged.count("benign") >= benign
 
     def news(self, rater: str, since: int) -> dict[str, Any]:
-        """The rater's marks from the one numbered `since` on, as the page reads them."""
+        """Return the rater's marks from number `since` on, and the state, as JSON for the page."""
         state = self.refresh()
         fresh = [mark._asdict() for mark in state.marks[since:] if mark.rater == rater]
         return {
@@ -102,7 +102,7 @@ class Board:
         }
 
     def about(self, rater: str) -> dict[str, Any]:
-        """All that the page shows."""
+        """Return all that the page shows, as JSON."""
         return {
             "set": hashlib.sha256("".join(self.samples.hashes).encode()).hexdigest()[:16],
             "place": shown(self.samples.place),
@@ -116,10 +116,10 @@ class Board:
         }
 
     def add(self, lines: Any) -> None:
-        """Appends what a page sends: all of it, or with a ValueError nothing."""
+        """Append the lines that a page sends; a bad line raises ValueError, and none is stored."""
         if not isinstance(lines, list):
             raise ValueError(f"lines must be a list, got {type(lines).__name__}")
         records = [record for record in map(labels.parse, lines) if isinstance(record, Mark | Meaning)]
         consensus.check(self.samples, [record for record in records if isinstance(record, Mark)])
-        self.refresh()  # a file that has vanished is written again before lines are added to it
+        self.refresh()  # first, because it restores a file that has vanished
         labels.append(self.path, records, create=False)

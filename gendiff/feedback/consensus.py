@@ -1,4 +1,4 @@
-"""What several raters say together: the label of each sample, the two classes, and how far the raters agree."""
+"""Merging of several raters: the samples' labels, the two classes, and the raters' agreement."""
 
 import collections
 import itertools
@@ -23,27 +23,28 @@ class Classes(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two raters on the samples that both have marked."""
+    """Agreement of two raters on their common samples."""
 
     n: int
+    """Number of common samples."""
     share: float
-    """Of equal labels, in [0, 1]; NaN without common samples."""
+    """Share of equal labels, in [0, 1]; NaN without common samples."""
     kappa: float
-    """Cohen's, at most 1, 0 for chance; NaN where both always say the same one label."""
+    """Cohen's kappa, at most 1, 0 for chance; NaN if both raters use only one label, the same."""
 
 
 class Agreement(NamedTuple):
-    """How far raters agree, over the three labels."""
+    """Agreement of all raters over the three labels."""
 
     pairs: dict[tuple[str, str], Pair]
     n: int
-    """Samples that all raters have marked."""
+    """Number of samples that all raters have marked."""
     kappa: float
-    """Fleiss' over those; NaN with less than two raters, no such samples, or one label only."""
+    """Fleiss' kappa over these n samples; NaN with less than two raters, n = 0, or only one label."""
 
 
 def merge(marks: Iterable[Mark]) -> dict[str, Label]:
-    """The label of each marked sample, by content hash: that of most raters, undecided where most are tied."""
+    """Return the majority label of marked samples, by content hash; a tie is undecided."""
     votes: dict[str, list[Label]] = {}
     for mark in latest(marks).values():
         if mark.label is not None:
@@ -52,59 +53,62 @@ def merge(marks: Iterable[Mark]) -> dict[str, Label]:
 
 
 def _winner(votes: list[Label]) -> Label:
-    if len(votes) == 1:  # a page merges all samples after every mark, mostly those of a single rater
+    if len(votes) == 1:  # fast path, because a page merges all samples after every mark
         return votes[0]
     ranked = collections.Counter(votes).most_common(2)
     return "undecided" if len(ranked) == 2 and ranked[0][1] == ranked[1][1] else ranked[0][0]
 
 
 def check(samples: Samples, marks: Iterable[Mark]) -> None:
-    """Raises LabelError at the first mark whose content hash is none of the samples'."""
+    """Check that all marks are of these samples.
+
+    Raises:
+      LabelError: no sample has a mark's content hash.
+    """
     known = set(samples.hashes)
     for mark in marks:
         if mark.hash not in known:
             by_id = dict(zip(samples.ids, samples.hashes, strict=True))
             wanted = f"the content hash {by_id[mark.sample][:12]}" if mark.sample in by_id else "the hash of a sample"
             raise LabelError(
-                f"label of sample {mark.sample}: expected {wanted} in {shown(samples.place)}, given {mark.hash[:12]}: "
-                "these are labels of other samples. They are left as they are: name another file for these samples"
+                f"label of sample {mark.sample} must have {wanted} in {shown(samples.place)}, got {mark.hash[:12]}, "
+                "of other samples: name another file for these samples (the labels are unchanged)"
             )
 
 
 def aligned(samples: Samples, marks: Sequence[Mark]) -> list[Label | None]:
-    """The merged label of each sample, None where it has none; `check` first."""
+    """Check the marks, and return the samples' merged labels; None for an unmarked sample."""
     check(samples, marks)
     merged = merge(marks)
     return [merged.get(content) for content in samples.hashes]
 
 
 def classes(samples: Samples, marks: Sequence[Mark], malign: int = 1, benign: int = 1) -> Classes:
-    """The malign and the benign samples.
+    """Return the indices of malign and benign samples.
 
     Args:
-      samples: what was labelled.
-      marks: of one rater or of several.
-      malign: how many malign samples are needed.
-      benign: how many benign samples are needed.
+      samples: the labelled samples.
+      marks: marks of one or more raters.
+      malign: number of malign samples needed.
+      benign: number of benign samples needed.
 
     Raises:
-      LabelError: the marks are of other samples, or there are too few of a class.
+      LabelError: the marks are of other samples, or too few of a class.
     """
     merged = aligned(samples, marks)
-    indices = lambda label: np.array([i for i, each in enumerate(merged) if each == label], int)
+    indices = lambda wanted: np.array([i for i, label in enumerate(merged) if label == wanted], int)
     found = Classes(indices("malign"), indices("benign"))
     if len(found.malign) < malign or len(found.benign) < benign:
         raise LabelError(
-            f"labels of {shown(samples.place)}: expected at least {malign} malign and {benign} benign, given "
+            f"labels of {shown(samples.place)} must be at least {malign} malign and {benign} benign, got "
             f"{len(found.malign)} malign and {len(found.benign)} benign ({merged.count('undecided')} undecided, "
-            f"{merged.count(None)} unmarked). All are kept; go on with "
-            f"`python -m gendiff.feedback {shown(samples.place)}`"
+            f"{merged.count(None)} unmarked): resume with `python -m gendiff.feedback {shown(samples.place)}`"
         )
     return found
 
 
 def agreement(marks: Iterable[Mark]) -> Agreement:
-    """Share of equal labels and Cohen's kappa of each two raters, and Fleiss' kappa of all."""
+    """Return the share of equal labels and Cohen's kappa for pairs of raters, and Fleiss' kappa of all."""
     by_rater: dict[str, dict[str, Label]] = collections.defaultdict(dict)
     for mark in latest(marks).values():
         if mark.label is not None:
@@ -116,13 +120,13 @@ def agreement(marks: Iterable[Mark]) -> Agreement:
 
 
 def cohen(table: np.ndarray) -> float:
-    """Kappa = (p_o - p_e) / (1 - p_e) of a contingency table (L, L) of two raters' counts (Cohen 1960, eq. 1)."""
+    """Return kappa = (p_o - p_e) / (1 - p_e) of two raters' contingency table (L, L) (Cohen 1960, eq. 1)."""
     share = table / table.sum()
     return _beyond_chance(float(np.trace(share)), float(share.sum(1) @ share.sum(0)))
 
 
 def fleiss(counts: np.ndarray) -> float:
-    """Kappa of (N, L) counts: how many of the n >= 2 raters gave sample i label j (Fleiss 1971, eqs. 3 to 7)."""
+    """Return kappa of counts (N, L): number of the n >= 2 raters with label j for sample i (Fleiss 1971, eqs. 3-7)."""
     raters = counts[0].sum() if len(counts) else 0
     if raters < 2:
         return math.nan
@@ -143,7 +147,7 @@ def _pair(first: dict[str, Label], second: dict[str, Label]) -> Pair:
 
 
 def report(samples: Samples, marks: Sequence[Mark]) -> str:
-    """Counts, minutes and agreement as a few lines of text."""
+    """Write counts, minutes and agreement as a few lines of text."""
     merged, minutes = aligned(samples, marks), seconds(marks)
     mine = collections.Counter((mark.rater, mark.label) for mark in latest(marks).values())
     lines = [f"{len(samples) - merged.count(None)} of {len(samples)} {samples.kind}s marked: {_counts(merged.count)}"]

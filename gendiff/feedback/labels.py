@@ -1,4 +1,4 @@
-"""The file of labels: plain JSON lines that are only ever appended to, one line a mark, by any number of pages at once.
+"""The file of labels: append-only JSON lines, one per mark, written by any number of concurrent pages.
 
     {"type": "mark", "sample": "0007.png", "hash": "9f86d0...", "label": "malign", "seconds": 1.32, "rater": "anna",
      "session": "k3jx", "time": "2026-01-31T09:15:02.120Z", "id": "k3jx-17"}
@@ -6,15 +6,14 @@
     {"type": "torn"}
 
 - `label` is malign, undecided or benign; null takes the mark back.  The last line of a (hash, rater) counts.
-- `hash` is `samples.content_hash`; `sample` is the name it had, for people.
-- `seconds` is the active time since the previous mark of the same page: at most 30 s between two signs of life, nothing
-  while the page is hidden.
-- `id` names the line: a page that did not hear an answer sends it again, and the first of equal ids counts.
-- optional: `group`, the same for marks made by one key; `undoes`, the id of the mark that this one takes back.
-- the last `meaning` says what malign means.
-- `torn` follows a line that a killed writer left unfinished, and says that it is no damage.
+- `hash` is `samples.content_hash`; `sample` is the sample's name at that time, for people.
+- `seconds` is the active time since the page's previous mark.  A pause counts at most 30 s, a hidden page 0 s.
+- `id` identifies the line, because a page without an answer sends it again; the first of equal ids counts.
+- `group` (optional) is common to marks made by one key press; `undoes` (optional) is the id of the mark taken back.
+- The last `meaning` defines malign.
+- `torn` follows an unfinished line of a killed writer, and marks it as harmless.
 
-The file must be a regular one: a link could lead to another file, which would be quoted, or written to.
+The file must be regular, because a link could lead to another file, which errors would quote or marks would change.
 """
 
 import datetime
@@ -33,21 +32,21 @@ from gendiff.feedback.regular import shown
 Label: TypeAlias = Literal["malign", "undecided", "benign"]
 LABELS: tuple[Label, ...] = get_args(Label)
 NAME, TEXT = 64, 4000
-"""Longest rater, session and id; longest meaning and sample name."""
+"""Largest numbers of characters: of rater, session and id; of meaning and sample name."""
 _writing = threading.Lock()
 
 
 class LabelError(ValueError):
-    """A file of labels that is missing, damaged, of other samples, or too short; it is left as it is."""
+    """A file of labels is missing, damaged, of other samples, or too short; it is unchanged."""
 
 
 class Mark(NamedTuple):
-    """One line: what a rater said of a sample."""
+    """A line with a rater's label of a sample."""
 
     sample: str
     hash: str
     label: Label | None
-    """None takes back what the rater said before."""
+    """None takes back the rater's earlier label."""
     seconds: float
     rater: str
     session: str = ""
@@ -59,7 +58,7 @@ class Mark(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """What "malign" means, from here on."""
+    """A line that defines malign."""
 
     text: str
     rater: str
@@ -68,42 +67,42 @@ class Meaning(NamedTuple):
 
 
 class Torn(NamedTuple):
-    """The line before was left unfinished by a killed writer."""
+    """A line after an unfinished line of a killed writer."""
 
 
 Record: TypeAlias = Mark | Meaning | Torn
 
 
 def now() -> str:
-    """The time as it stands in the file."""
+    """Return the time in the file's format."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def mark(sample: str, content: str, label: Label | None, rater: str, seconds: float = 0.0, session: str = "") -> Mark:
-    """A new mark, for raters without a page (an oracle that plays one); `content` is the sample's hash."""
+    """Make a mark without a page, such as for an oracle as a rater; `content` is the sample's hash."""
     return Mark(sample, content, label, seconds, rater, session, now(), uuid.uuid4().hex)
 
 
 def append(path: Path, records: Sequence[Mark | Meaning], create: bool = True) -> None:
-    """Adds lines at the end and returns when they are on the disk; safe beside other writers and under a kill.
+    """Append lines, and wait until they are on the disk; safe beside other writers and under a kill.
 
     Args:
       path: the file.
-      records: what to add.
-      create: make the file if it is missing.
+      records: lines to append.
+      create: create the file if it is missing.
 
     Raises:
-      ValueError: `read` would not read a record, such as a rater without a name; nothing is written.
-      OSError: names the file; what was there is untouched, and an unfinished line is mended by the next `append`.
+      ValueError: a record is invalid, such as a rater without a name; nothing is written.
+      OSError: writing failed.  Earlier lines are unchanged, and the next `append` mends an unfinished line.
     """
     _append(path, records, os.O_CREAT if create else 0, lambda descriptor: True)
 
 
 def restore(path: Path, records: Sequence[Mark | Meaning]) -> None:
-    """Writes a file of labels that has vanished or was emptied, unless another program has filled it already.
+    """Write a file of labels again that has vanished or was emptied, unless another program has filled it.
 
     Raises:
-      OSError: names the file.
+      OSError: writing failed.
     """
     _append(path, records, os.O_CREAT, lambda descriptor: not os.fstat(descriptor).st_size)
 
@@ -118,48 +117,52 @@ def _append(path: Path, records: Sequence[Mark | Meaning], create: int, wanted: 
                 regular.write(descriptor, _mend(descriptor) + body)
     except OSError as error:
         raise OSError(
-            f"labels {shown(path)}: could not be written ({error.strerror}); what was stored is untouched"
+            f"labels {shown(path)}: could not be written ({error.strerror}); stored labels are unchanged"
         ) from error
 
 
 def read(*paths: Path) -> list[Mark]:
-    """All marks in the order of the file, or of several files of the same samples; repeated lines once."""
+    """Read all marks of files of the same samples, in order, without repeated lines."""
     return [record for record in records(*paths) if isinstance(record, Mark)]
 
 
 def meaning(*paths: Path) -> str:
-    """What "malign" means by the last line that says so; "" if none does."""
+    """Read the last definition of malign; "" without one."""
     return next((record.text for record in reversed(records(*paths)) if isinstance(record, Meaning)), "")
 
 
 def records(*paths: Path) -> list[Record]:
-    """All lines.
+    """Read all lines.
 
     Raises:
-      LabelError: the file is missing, or a line that is neither the last nor followed by "torn" cannot be read.
+      LabelError: the file is missing, or holds a bad line that is neither the last nor followed by "torn".
     """
     seen: set[str] = set()
     return [record for path in paths for record in _first(Follower(path).read(), seen)]
 
 
 def latest(marks: Iterable[Mark]) -> dict[tuple[str, str], Mark]:
-    """The mark that counts of each (hash, rater); none where it was taken back."""
+    """Return the last mark of every (hash, rater), without marks that were taken back."""
     last = {(mark.hash, mark.rater): mark for mark in marks}
     return {key: mark for key, mark in last.items() if mark.label is not None}
 
 
 def seconds(marks: Iterable[Mark]) -> dict[str, float]:
-    """Active labelling time of each rater.  What follows the last mark of a page is not in it."""
+    """Return the raters' active labelling time in seconds, until the last mark of a page."""
     total: dict[str, float] = {}
-    for each in marks:
-        total[each.rater] = total.get(each.rater, 0.0) + each.seconds
+    for mark in marks:
+        total[mark.rater] = total.get(mark.rater, 0.0) + mark.seconds
     return total
 
 
 def parse(record: Any) -> Record:
-    """A line's JSON object as a record; ValueError says which field is wrong."""
+    """Convert a line's JSON object to a record.
+
+    Raises:
+      ValueError: a field is wrong; the message names it.
+    """
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object, given {type(record).__name__}")
+        raise ValueError(f"a line must be an object, got {type(record).__name__}")
     kind = record.get("type")
     if kind == "torn":
         return Torn()
@@ -167,18 +170,18 @@ def parse(record: Any) -> Record:
     if kind == "meaning":
         return Meaning(_text(record, "text", TEXT), _rater(record), **stamp)
     if kind != "mark":
-        raise ValueError(f"type: expected mark, meaning or torn, given {kind!r}")
+        raise ValueError(f"type must be mark, meaning or torn, got {kind!r}")
     label, content = record.get("label", ""), _text(record, "hash", NAME)
     if label is not None and label not in LABELS:
-        raise ValueError(f"label: expected {', '.join(LABELS)} or null, given {label!r}")
+        raise ValueError(f"label must be {', '.join(LABELS)} or null, got {label!r}")
     if not re.fullmatch("[0-9a-f]{64}", content):
-        raise ValueError(f"hash: expected 64 hexadecimal digits, given {content!r}")
+        raise ValueError(f"hash must be 64 hexadecimal digits, got {content!r}")
     rest = {name: _text(record, name, NAME, "") for name in ("id", "group", "undoes")}
     return Mark(_text(record, "sample", TEXT), content, label, _seconds(record), _rater(record), **stamp, **rest)
 
 
 def as_json(record: Record) -> dict[str, Any]:
-    """What `parse` reads: the record's fields, without those that say nothing."""
+    """Convert a record to a JSON object for `parse`, without empty fields."""
     fields = {name: value for name, value in record._asdict().items() if value != "" or name == "text"}
     return {"type": type(record).__name__.lower(), **fields}
 
@@ -191,7 +194,7 @@ def _text(record: Mapping[str, Any], name: str, longest: int, default: str | Non
 
 
 def _unicode(text: str) -> bool:
-    """False for half a surrogate pair, which no answer to the page can hold."""
+    """Return False for half a surrogate pair, because an answer to the page cannot hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -209,7 +212,7 @@ def _rater(record: Mapping[str, Any]) -> str:
 def _seconds(record: Mapping[str, Any]) -> float:
     value = record.get("seconds")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
-        raise ValueError(f"seconds: expected a number >= 0, given {value!r}")
+        raise ValueError(f"seconds must be a number >= 0, got {value!r}")
     return float(value)
 
 
@@ -218,7 +221,7 @@ def _line(record: Record) -> bytes:
 
 
 def _mend(descriptor: int) -> bytes:
-    """What must come before the next line: nothing, or the end of one that a killed writer left unfinished."""
+    """Return the bytes to write before the next line: nothing, or the end of an unfinished line."""
     tail = _tail(descriptor)
     if not tail:
         return b""
@@ -226,7 +229,7 @@ def _mend(descriptor: int) -> bytes:
 
 
 def _tail(descriptor: int) -> bytes:
-    """The bytes behind the last newline."""
+    """Return the bytes after the last newline."""
     end = os.lseek(descriptor, 0, os.SEEK_END)
     start = max(0, end - 65536)  # longer than any line
     os.lseek(descriptor, start, os.SEEK_SET)
@@ -242,7 +245,7 @@ def _complete(line: bytes) -> bool:
 
 
 def _first(records: Iterable[Record], seen: set[str]) -> Iterator[Record]:
-    """The records without marks whose id is in `seen`, which gets the ids of the others."""
+    """Yield the records without marks whose id is in `seen`; add the yielded ids to `seen`."""
     for record in records:
         if isinstance(record, Mark) and record.id:
             if record.id in seen:
@@ -252,7 +255,7 @@ def _first(records: Iterable[Record], seen: set[str]) -> Iterator[Record]:
 
 
 class Follower:
-    """A file of labels that grows: each look at it reads and parses the new lines only."""
+    """An incremental reader of a growing file of labels: it parses only new lines."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -266,14 +269,18 @@ class Follower:
         self._open: list[Record] = []
 
     def changed(self) -> bool:
-        """Whether the file is another, or has changed, since the last `read`; FileNotFoundError if it is gone."""
+        """Return True if the file was changed or replaced since the last `read`.
+
+        Raises:
+          FileNotFoundError: the file has vanished.
+        """
         return _state(os.lstat(self.path)) != self._state
 
     def read(self) -> list[Record]:
-        """All lines, repeated marks once.
+        """Read all lines, without repeated marks.
 
         Raises:
-          LabelError: the file is missing, or a line that is neither the last nor followed by "torn" cannot be read.
+          LabelError: the file is missing, or holds a bad line that is neither the last nor followed by "torn".
         """
         try:
             with regular.locked(self.path, os.O_RDONLY, exclusive=False) as descriptor:
@@ -282,17 +289,17 @@ class Follower:
                     self._forget()
                 fresh = regular.content(descriptor, self._end)
         except FileNotFoundError:
-            raise LabelError(f"labels {shown(self.path)}: expected a file of labels, given none") from None
+            raise LabelError(f"labels {shown(self.path)} must be a file of labels, got none") from None
         except OSError as error:
             raise LabelError(
-                f"labels {shown(self.path)}: expected a file of labels, given none to read ({error.strerror})"
+                f"labels {shown(self.path)} must be a file of labels, got none to read ({error.strerror})"
             ) from error
         self._take(fresh)
         self._state = state
         return [*self._records, *self._open]
 
     def _grown(self, descriptor: int, state: tuple[int, ...]) -> bool:
-        """Whether the lines that were read are the file's beginning still, as far as the last line tells."""
+        """Return True if the file still begins with the lines already read, judging by the last of them."""
         same_file, longer = state[:2] == self._state[:2], state[2] > self._end
         return (
             same_file
@@ -304,7 +311,7 @@ class Follower:
         *lines, rest = fresh.split(b"\n")
         found = list(_parsed(self.path, [*lines, b""], self._lines + 1))
         self._records = [*self._records, *_first(found, self._seen)]
-        # What follows the last newline may be a line without its end: it is looked at again the next time.
+        # Parse the bytes after the last newline again next time, because the line may be unfinished.
         self._open = list(_first(_parsed(self.path, [rest], 0), set(self._seen) if rest else set()))
         if lines:
             self._last = lines[-1] + b"\n"
@@ -316,7 +323,7 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _parsed(path: Path, lines: Sequence[bytes], start: int) -> Iterator[Record]:
-    """Lines from number `start` on, split at newlines; the last is what follows the last newline, mostly nothing."""
+    """Parse lines, numbered from `start`; the last one holds the bytes after the last newline, mostly none."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -324,11 +331,11 @@ def _parsed(path: Path, lines: Sequence[bytes], start: int) -> Iterator[Record]:
             yield parse(json.loads(line))
         except (ValueError, OverflowError, RecursionError) as error:
             unfinished = number == len(lines) or lines[number].strip() == _line(Torn()).strip()
-            if not unfinished:  # the line is not quoted: the file may be another that was never meant to be read
+            if not unfinished:  # the error does not quote the line, because the file may be a private one
                 raise LabelError(
-                    f"labels {shown(path)}, line {start + number - 1}: expected a JSON line of a mark or a meaning, "
-                    f"given {len(line)} bytes of another kind ({_reason(error)}). Mend or delete this line; nothing "
-                    "else is lost"
+                    f"labels {shown(path)}, line {start + number - 1} must be a JSON line of a mark or a meaning, "
+                    f"got {len(line)} bytes of another kind ({_reason(error)}): mend or delete this line; no other "
+                    "line is lost"
                 ) from None
 
 

@@ -1,4 +1,4 @@
-"""One sample as a picture: a small function for each kind.  Plots are SVG in mid tones, for light and dark pages."""
+"""Pictures of samples, one function per kind.  Plots are SVG in mid tones, for light and dark pages."""
 
 import io
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from gendiff.feedback.pictures import pillow
 from gendiff.feedback.samples import Samples
 
 EXACT, SIDE = 256, 512
-"""Pixels of the longer side up to which the grid gets every pixel, and of its copies of larger images."""
+"""Pixels of the longer side: the largest image that the grid shows unchanged, and smaller copies of larger images."""
 CLOUD, PATHS, FRAMES = 2000, 200, 120
-"""At most so many points, trajectories and frames are drawn."""
+"""Largest numbers of drawn points, trajectories and frames."""
 FPS = 20
 INK, FAINT = "#8b5cf6", "#8a919c"
 Up: TypeAlias = Literal["y", "z"]
@@ -28,49 +28,49 @@ class Picture(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A square window on the plane, the same for all samples of a set."""
+    """A square window in the plane, common to all samples of a set."""
 
     centre: np.ndarray
     """(2,)."""
     half: float
 
     def place(self, points: np.ndarray) -> np.ndarray:
-        """Coordinates (..., 2) in the SVG's box of 100 x 100, y upwards."""
+        """Map coordinates (..., 2), y upwards, to the SVG's box of 100 x 100."""
         return 50 + 50 * (points - self.centre) / self.half * np.array([1, -1])
 
 
 class Drawing(NamedTuple):
-    """How a set of samples is shown."""
+    """Functions and data to draw the samples of a set."""
 
     draw: Callable[[int, bool], Picture]
-    """(index, whole): whole asks for every pixel, otherwise large images are shrunk."""
+    """A function (index, whole) -> picture; whole=False shrinks large images."""
     backdrop: Picture | None
-    """What lies behind every sample."""
+    """Common picture behind all samples."""
 
 
 def drawing(samples: Samples, up: Up = "y") -> Drawing:
-    """The functions below for each kind, with what the samples have in common."""
+    """Return the drawing of the samples' kind, with their common window, bones and backdrop."""
     if samples.kind == "image":
         return Drawing(lambda i, whole: image(samples[i], whole), None)
-    every = np.asarray(samples.source)
+    array = np.asarray(samples.source)
     if samples.kind == "motion":
-        joined = bones(every, samples.parents)
+        joined = bones(array, samples.parents)
         return Drawing(lambda i, whole: motion(samples[i], joined, up), None)
-    window = frame(every)
+    window = frame(array)
     if samples.kind == "point":
-        return Drawing(lambda i, whole: point(samples[i], window), cloud(every, window))
-    return Drawing(lambda i, whole: trajectory(samples[i], window), paths(every, window))
+        return Drawing(lambda i, whole: point(samples[i], window), cloud(array, window))
+    return Drawing(lambda i, whole: trajectory(samples[i], window), paths(array, window))
 
 
 def image(sample: np.ndarray, whole: bool = False) -> Picture:
-    """PNG of (H, W) or (H, W, 1, 3 or 4), uint8 or float in [-1, 1]; of large ones a smaller JPEG, unless `whole`.
+    """Encode (H, W) or (H, W, 1, 3 or 4), uint8 or float in [-1, 1], as PNG; shrink large images unless `whole`.
 
-    Of 16 bits, uint16, the upper byte is shown.
+    Shrunk images are JPEG, or PNG if they are transparent.  Of uint16 the picture shows the upper byte.
     """
     if sample.dtype == np.uint16:
         sample = (sample >> 8).astype(np.uint8)
     elif sample.dtype != np.uint8:
-        sample = sample.astype(np.promote_types(sample.dtype, np.float32))  # float16 would round once more
+        sample = sample.astype(np.promote_types(sample.dtype, np.float32))  # because float16 would round again
         sample = np.floor((np.clip(sample, -1, 1) + 1) * 127.5 + 0.5).astype(np.uint8)
     picture = pillow().Image.fromarray(sample[..., 0] if sample.shape[2:] == (1,) else sample)
     copy = not whole and max(picture.size) > EXACT
@@ -83,20 +83,20 @@ def image(sample: np.ndarray, whole: bool = False) -> Picture:
 
 
 def point(sample: np.ndarray, window: Frame) -> Picture:
-    """A point (2,), to lie on the `cloud` of all."""
+    """Draw a point (2,), in front of the `cloud` of all points."""
     x, y = window.place(sample)
     ring = f'<circle cx="{x:.2f}" cy="{y:.2f}" r="6" fill="none" stroke="{INK}" stroke-opacity=".5"/>'
     return _svg(ring + f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.6" fill="{INK}"/>')
 
 
-def cloud(every: np.ndarray, window: Frame) -> Picture:
-    """All points (N, 2), or as many as can be told apart, and the axes."""
-    dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in window.place(_some(every, CLOUD)))
+def cloud(points: np.ndarray, window: Frame) -> Picture:
+    """Draw at most CLOUD of the points (N, 2), and the axes."""
+    dots = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in window.place(_some(points, CLOUD)))
     return _svg(_axes(window) + f'<path d="{dots}" stroke="{FAINT}" stroke-width="1.3" stroke-linecap="round"/>')
 
 
 def trajectory(sample: np.ndarray, window: Frame) -> Picture:
-    """A path (T, 2) from a dot to a ring."""
+    """Draw a path (T, 2) from a dot to a ring."""
     placed = window.place(sample)
     (x, y), (u, v) = placed[0], placed[-1]
     line = f'<path d="{_line(placed)}" fill="none" stroke="{INK}" stroke-width="1.8" stroke-linejoin="round"/>'
@@ -105,14 +105,14 @@ def trajectory(sample: np.ndarray, window: Frame) -> Picture:
     return _svg(line + start + end)
 
 
-def paths(every: np.ndarray, window: Frame) -> Picture:
-    """Some of all trajectories (N, T, 2), faint, and the axes."""
-    lines = "".join(_line(window.place(each)) for each in _some(every, PATHS))
+def paths(trajectories: np.ndarray, window: Frame) -> Picture:
+    """Draw at most PATHS of the trajectories (N, T, 2), faint, and the axes."""
+    lines = "".join(_line(window.place(path)) for path in _some(trajectories, PATHS))
     return _svg(_axes(window) + f'<path d="{lines}" fill="none" stroke="{FAINT}" stroke-width=".5" opacity=".35"/>')
 
 
 def motion(sample: np.ndarray, joined: np.ndarray, up: Up = "y") -> Picture:
-    """A stick figure (T, J, 3) that moves, with faint figures of a few moments, seen from a side and a little above.
+    """Draw an animated stick figure (T, J, 3) and five faint stills, seen from the side and slightly above.
 
     Args:
       sample: joint positions in any unit.
@@ -131,32 +131,32 @@ def motion(sample: np.ndarray, joined: np.ndarray, up: Up = "y") -> Picture:
     )
 
 
-def bones(every: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
-    """Pairs of joints (B, 2) of motions (N, T, J, 3): those of `parents`, or a guess.
+def bones(motions: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
+    """Return pairs of connected joints (B, 2) of motions (N, T, J, 3), from `parents` or by a guess.
 
-    The guess is the minimum spanning tree for how much the distance of two joints varies in a few of the motions (bones
-    are stiff), plus a tenth of the mean distance (bones are short).
+    The guess is a minimum spanning tree over a few motions.  The cost of two joints is the standard deviation of their
+    distance plus a tenth of its mean, because bones are stiff and short.
     """
     if parents is not None:
         return np.array([(joint, parent) for joint, parent in enumerate(parents) if parent >= 0]).reshape(-1, 2)
-    some = _some(every, 20).astype(np.float64).reshape(-1, *every.shape[2:])
+    some = _some(motions, 20).astype(np.float64).reshape(-1, *motions.shape[2:])
     apart = np.linalg.norm(some[:, :, None] - some[:, None], axis=-1)
     cost = apart.std(0) + 0.1 * apart.mean(0)
-    tree = csgraph.minimum_spanning_tree(1 + cost / (np.max(cost) or 1))  # SciPy takes zeros for no edge
+    tree = csgraph.minimum_spanning_tree(1 + cost / (np.max(cost) or 1))  # 1 +, because to SciPy 0 is no edge
     return np.stack(tree.nonzero(), axis=1)
 
 
 def frame(points: np.ndarray) -> Frame:
-    """The smallest square around points (..., 2), floats, with a margin; its width exceeds their rounding."""
+    """Return the smallest square around float points (..., 2), with a margin; its width exceeds their rounding."""
     flat = points.reshape(-1, 2).astype(np.float64)
     low, high = flat.min(0), flat.max(0)
-    # Points that only differ by rounding fill no window.
+    # A lower bound of the width, so that points which differ only by rounding look equal.
     rounding = 8 * float(np.finfo(points.dtype).eps) * max(np.abs(low).max(), np.abs(high).max())
     return Frame((low + high) / 2, max(0.56 * float(np.max(high - low)), rounding) or 1.0)
 
 
 def _projected(sample: np.ndarray, up: Up) -> np.ndarray:
-    """(T, J, 3) to (T, J, 2): turned by 35 degrees, seen from 12 degrees above."""
+    """Project (T, J, 3) to (T, J, 2): turn by 35 degrees, look from 12 degrees above."""
     turn, above = np.deg2rad(35), np.deg2rad(12)
     first, vertical, second = (0, 1, 2) if up == "y" else (1, 2, 0)
     across = np.cos(turn) * sample[..., first] + np.sin(turn) * sample[..., second]
@@ -164,8 +164,8 @@ def _projected(sample: np.ndarray, up: Up) -> np.ndarray:
     return np.stack([across, np.cos(above) * sample[..., vertical] + np.sin(above) * away], axis=-1)
 
 
-def _some(every: np.ndarray, most: int) -> np.ndarray:
-    return every[:: max(1, -(-len(every) // most))]
+def _some(rows: np.ndarray, most: int) -> np.ndarray:
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def _axes(window: Frame) -> str:

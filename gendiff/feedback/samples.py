@@ -1,4 +1,4 @@
-"""What is to be labelled: images, 2-D points, trajectories or short motions, each known by the hash of its content."""
+"""Samples for labelling: images, 2-D points, trajectories or short motions, identified by their content hash."""
 
 import collections
 import dataclasses
@@ -13,20 +13,21 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from gendiff.feedback import pictures, regular
+from gendiff.data import files
+from gendiff.feedback import pictures
 from gendiff.feedback.regular import shown
 
 Kind: TypeAlias = Literal["image", "point", "trajectory", "motion"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ARRAYS = ("samples.npz", "samples.npy")
 LABELS = "labels.jsonl"
-"""The file of labels lies beside the samples by default."""
+"""Default file of labels, beside the samples."""
 OVERSHOOT = 1.5
-"""Generated images leave [-1, 1] a little and are clipped when shown; beyond this they are in other units."""
+"""Largest absolute value of a float image; values outside of [-1, 1] are clipped when shown."""
 LARGEST = 1e100
-"""Coordinates beyond this have no finite squares."""
+"""Largest coordinate, because the squares of larger ones overflow."""
 NARROW = 4
-"""Up to this width, rows of a grey image may as well be coordinates or channels."""
+"""Up to this width, the rows of a grey image could also be coordinates or channels."""
 SHAPES = {
     "image": "uint8 or float in [-1, 1], (N, H, W) or (N, H, W, 1, 3 or 4)",
     "point": "float, (N, 2)",
@@ -36,100 +37,100 @@ SHAPES = {
 
 
 class SampleError(ValueError):
-    """Samples that are missing, cannot be read, or are not what was expected."""
+    """Samples are missing, cannot be read, or are of another kind."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """N samples of one kind; `samples[i]` is the array of one."""
+    """N samples of the same kind; `samples[i]` is the array of sample i."""
 
     place: Path
-    """The folder or file that they came from."""
+    """Source folder or file."""
     kind: Kind
     ids: tuple[str, ...]
     """Relative paths of image files, as `regular.shown`, or the numbers of an array's rows."""
     hashes: tuple[str, ...]
-    """`content_hash` of each.  Labels hang on these: they survive renamed files, and equal samples share one."""
+    """`content_hash` of the samples.  Labels refer to it, so they survive renaming, and equal samples share a label."""
     source: np.ndarray | tuple[Path, ...] = dataclasses.field(repr=False)
     parents: np.ndarray | None = None
-    """Of motions: (J,), the joint that each joint hangs on, negative for the root."""
+    """Parents of a motion's joints, (J,), negative for the root."""
     left_out: str = ""
-    """What lies beside the samples and is not read, such as "2 .gif, 1 linked folder"."""
+    """Summary of files that were not read, such as "2 .gif, 1 linked folder"."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """One sample; a file that has changed since it was loaded raises."""
+        """Return a sample.
+
+        Raises:
+          SampleError: the file has changed since it was loaded.
+        """
         if isinstance(self.source, np.ndarray):
             return self.source[index]
         sample = _image(self.place, self.source[index])
         if content_hash(sample) != self.hashes[index]:
-            raise SampleError(f"sample {self.ids[index]}: expected the content it was loaded with, given another")
+            raise SampleError(f"sample {self.ids[index]} must keep the content it was loaded with, got another")
         return sample
 
     @property
     def folder(self) -> Path:
-        """Where the labels go by default."""
+        """Default folder of the labels."""
         return self.place if self.place.is_dir() else self.place.parent
 
 
 def content_hash(sample: np.ndarray) -> str:
-    """SHA-256, in hexadecimal, of the sample's type, shape and bytes in C order."""
+    """Return the SHA-256, in hexadecimal, of the sample's type, shape and bytes in C order."""
     head = f"{sample.dtype.str} {sample.shape} ".encode()
     return hashlib.sha256(head + np.ascontiguousarray(sample).tobytes()).hexdigest()
 
 
 def load(place: Path, kind: Kind | None = None) -> Samples:
-    """Reads a folder with `samples.npz` or `samples.npy`, or else its images; or such an array file itself.
+    """Read a folder with `samples.npz` or `samples.npy`, or else its images; or read such an array file.
 
-    Images are PNG, JPEG, WebP and BMP files, also in folders of the folder; greys of 16 bits keep them all.  An .npz
-    holds its samples as `samples`, as `arr_0`, or as its only array; motions may come with `parents` (J,).  Nothing is
-    ever unpickled.  Links to files inside the folder are read, links out of it are refused, linked folders left out.
+    Images are PNG, JPEG, WebP and BMP files, also in subfolders; greys of 16 bits keep all bits.  An .npz holds its
+    samples as `samples`, as `arr_0`, or as its only array; `parents` (J,) may accompany motions.  Pickled data is
+    refused.  Links to files inside the folder are read, links out of it are refused, linked folders are left out.
 
     Args:
       place: the folder or file.
-      kind: what the samples are; by default inferred from type, shape and range.
+      kind: kind of the samples; default: inferred from type, shape and range.
 
     Raises:
-      SampleError: names the file or sample, what was expected, and what was found.
-      ModuleNotFoundError: they are images, and Pillow is not installed.
+      SampleError: the samples are missing, damaged, not finite or of another kind; the message names the file.
+      ModuleNotFoundError: the samples are images, and Pillow is not installed.
     """
     place = Path(place)
     try:
         mode = place.stat().st_mode
     except (OSError, ValueError) as error:
         found = "nothing" if isinstance(error, FileNotFoundError) else _first_line(error)
-        raise SampleError(
-            f"samples {shown(place)}: expected a folder, or an .npz or .npy file, given {found}"
-        ) from None
+        raise SampleError(f"samples {shown(place)} must be a folder, or an .npz or .npy file, got {found}") from None
     if not stat.S_ISDIR(mode):
         return _load_array(place, place, kind)
     arrays = [place / name for name in ARRAYS if os.path.lexists(place / name)]
     if len(arrays) > 1:
-        raise SampleError(
-            f"samples {shown(place)}: expected one of {' and '.join(ARRAYS)}, given both: name the file itself"
-        )
+        raise SampleError(f"samples {shown(place)} must hold {' or '.join(ARRAYS)}, got both: name the file itself")
     return _load_array(place, arrays[0], kind) if arrays else _load_images(place, kind)
 
 
 def of(
     array: np.ndarray, kind: Kind | None = None, place: Path = Path("samples"), parents: np.ndarray | None = None
 ) -> Samples:
-    """Samples of an array whose first axis counts them; the types and shapes of each kind are `SHAPES`.
+    """Return the samples of an array; `SHAPES` has the types and shapes of the kinds.
 
     Args:
       array: (N, ..).
-      kind: what the samples are; by default inferred from type, shape and range.
-      place: where they came from, for errors.
-      parents: see `Samples`; they tell motions from images.
+      kind: kind of the samples; default: inferred from type, shape and range.
+      place: source of the samples, for errors.
+      parents: see `Samples`; with parents, the kind is inferred as motion.
 
     Raises:
-      SampleError: there is no sample, one is not finite, or the kind does not fit or is not certain.
+      SampleError: the array is empty or not finite, or the kind does not fit or is uncertain.
     """
     array = np.asarray(array)
     if not array.ndim or not array.size:
-        raise SampleError(f"samples {shown(place)}: expected at least one, given shape {array.shape}")
+        raise SampleError(f"samples {shown(place)} must hold at least one, got shape {array.shape}")
     _check_finite(place, array)
     if kind is None and parents is not None and _fits(array, "motion"):
         kind = "motion"
@@ -142,7 +143,7 @@ def of(
 def _load_array(place: Path, file: Path, kind: Kind | None) -> Samples:
     if file.suffix.lower() not in (".npz", ".npy"):
         raise SampleError(
-            f"samples {shown(file)}: expected a folder, or an .npz or .npy file, given {file.suffix or 'a file'}"
+            f"samples {shown(file)} must be a folder, or an .npz or .npy file, got {file.suffix or 'a file'}"
         )
     _inside(place if place.is_dir() else place.parent, file)
     left_out: collections.Counter[str] = collections.Counter()
@@ -150,7 +151,7 @@ def _load_array(place: Path, file: Path, kind: Kind | None) -> Samples:
         left_out[f"image files beside {file.name}"] = sum(_is_image(found.name) for found in place.iterdir())
     parents = None
     try:
-        with os.fdopen(regular.descriptor(file, links=True), "rb") as opened:
+        with os.fdopen(files.descriptor(file, links=True), "rb") as opened:
             loaded = np.load(opened, allow_pickle=False)
             array = loaded
             if not isinstance(loaded, np.ndarray):
@@ -160,10 +161,9 @@ def _load_array(place: Path, file: Path, kind: Kind | None) -> Samples:
             samples = of(array, kind, place, parents)
     except SampleError:
         raise
-    except Exception as error:  # a damaged archive has many ways to say so
+    except Exception as error:  # damaged archives raise many types
         raise SampleError(
-            f"samples {shown(file)}: expected plain arrays (nothing pickled), given what cannot be read as such "
-            f"({_first_line(error)})"
+            f"samples {shown(file)} must be plain arrays (nothing pickled), got another content ({_first_line(error)})"
         ) from error
     left_out["array parents"] += parents is not None and samples.parents is None
     return dataclasses.replace(samples, left_out=_counts(left_out))
@@ -174,9 +174,7 @@ def _key(file: Path, names: list[str]) -> str:
         if name in names:
             return name
     if len(rest := [name for name in names if name != "parents"]) != 1:
-        raise SampleError(
-            f"samples {shown(file)}: expected an array called samples, given {', '.join(names) or 'none'}"
-        )
+        raise SampleError(f"samples {shown(file)} must have an array called samples, got {', '.join(names) or 'none'}")
     return rest[0]
 
 
@@ -185,8 +183,7 @@ def _parents(place: Path, array: np.ndarray, parents: np.ndarray) -> np.ndarray:
     fits = np.issubdtype(parents.dtype, np.integer) and parents.shape == (joints,) and parents.max() < joints
     if not fits:
         raise SampleError(
-            f"parents in {shown(place)}: expected integers below {joints} of shape ({joints},), "
-            f"given {_describe(parents)}"
+            f"parents in {shown(place)} must be integers below {joints} of shape ({joints},), got {_describe(parents)}"
         )
     return parents
 
@@ -194,25 +191,25 @@ def _parents(place: Path, array: np.ndarray, parents: np.ndarray) -> np.ndarray:
 def _load_images(folder: Path, kind: Kind | None) -> Samples:
     left_out: collections.Counter[str] = collections.Counter()
     found = {file: shown(file.relative_to(folder).as_posix()) for file in _image_files(folder, left_out)}
-    files = sorted(found, key=lambda file: _natural(found[file]))
+    images = sorted(found, key=lambda file: _natural(found[file]))
     counts = _counts(left_out)
-    if not files:
+    if not images:
         rest = f" (left out: {counts})" if counts else ""
         raise SampleError(
-            f"samples {shown(folder)}: expected {', '.join(ARRAYS)} or {pictures.NAMES} files, given none of them{rest}"
+            f"samples {shown(folder)} must hold {', '.join(ARRAYS)} or {pictures.NAMES} files, got none of them{rest}"
         )
     if kind not in (None, "image"):
-        raise SampleError(f"samples {shown(folder)}: expected an array file for kind {kind}, given images")
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        hashes = tuple(pool.map(lambda file: content_hash(_image(folder, file)), files))
-    _check_rounded(files, hashes)
-    return Samples(folder, "image", tuple(found[file] for file in files), hashes, tuple(files), left_out=counts)
+        raise SampleError(f"samples {shown(folder)} must hold an array file for kind {kind}, got images")
+    with ThreadPoolExecutor() as pool:  # threads, because Pillow releases the interpreter's lock while it decodes
+        hashes = tuple(pool.map(lambda file: content_hash(_image(folder, file)), images))
+    _check_rounded(images, hashes)
+    return Samples(folder, "image", tuple(found[file] for file in images), hashes, tuple(images), left_out=counts)
 
 
 def _image_files(folder: Path, left_out: collections.Counter[str]) -> Iterator[Path]:
-    """Image files of a folder and of its folders; `left_out` counts what else there is."""
+    """Yield the image files below a folder; count all other entries in `left_out`."""
     waiting = [folder]
-    while waiting:  # no recursion: folders can be nested deeper than calls
+    while waiting:  # a loop, because folders can be nested deeper than the recursion limit
         here = waiting.pop()
         try:
             with os.scandir(here) as entries:
@@ -240,11 +237,11 @@ def _is_image(name: str) -> bool:
 
 
 def _counts(left_out: collections.Counter[str]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in sorted(left_out.items()) if count)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()) if count)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """img2 comes before img10."""
+    """Return a sorting key that puts img2 before img10."""
     return [(int(part), "") if part.isascii() and part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
@@ -254,38 +251,35 @@ def _image(folder: Path, file: Path) -> np.ndarray:
         return pictures.read(file)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # a damaged picture has many ways to say so
+    except Exception as error:  # damaged pictures raise many types
         raise SampleError(
-            f"sample {shown(file)}: expected a {pictures.NAMES} image, given what cannot be read as one "
-            f"({_first_line(error)})"
+            f"sample {shown(file)} must be a {pictures.NAMES} image, got another content ({_first_line(error)})"
         ) from error
 
 
-def _check_rounded(files: Iterable[Path], hashes: Iterable[str]) -> None:
-    """Refuse pictures that only differ in what Pillow drops: the lower bytes of colours of 16 bits.
+def _check_rounded(images: Iterable[Path], hashes: Iterable[str]) -> None:
+    """Refuse pictures that differ only in the bits that Pillow drops (the lower bytes of 16-bit colours).
 
-    A mark on the first of them would label the others.
+    They have one hash, so a mark on the first picture would also label the others.
     """
-    first: dict[str, Path] = {}
-    for file, content in zip(files, hashes, strict=True):
-        other = first.setdefault(content, file)
-        if other is not file and any(map(pictures.rounded, (file, other))) and file.read_bytes() != other.read_bytes():
+    known: dict[str, Path] = {}
+    for file, content in zip(images, hashes, strict=True):
+        first = known.setdefault(content, file)
+        if first is not file and any(map(pictures.rounded, (file, first))) and file.read_bytes() != first.read_bytes():
             raise SampleError(
-                f"samples {shown(other)} and {shown(file)}: colours must have 8 bits where pictures differ by less "
+                f"samples {shown(first)} and {shown(file)}: colours must have 8 bits where pictures differ by less "
                 "than that, got 16 bits: save them as 8 bits, or leave a picture out"
             )
 
 
 def _inside(folder: Path, file: Path) -> None:
-    target = Path(os.path.realpath(file))  # `Path.resolve` fails for a link to itself, in some versions
+    target = Path(os.path.realpath(file))  # because `Path.resolve` fails for a link to itself in some versions
     if not target.is_relative_to(os.path.realpath(folder)):
-        raise SampleError(
-            f"sample {shown(file)}: expected a file inside {shown(folder)}, given a link to {shown(target)}"
-        )
+        raise SampleError(f"sample {shown(file)} must be a file inside {shown(folder)}, got a link to {shown(target)}")
 
 
 def _infer(place: Path, array: np.ndarray) -> Kind:
-    """The kind that an array is for certain; finite numbers, or none at all."""
+    """Return the certain kind of an array of finite numbers, or raise SampleError."""
     floating, shape = np.issubdtype(array.dtype, np.floating), array.shape
     if floating and shape[1:] == (2,):
         return "point"
@@ -299,14 +293,16 @@ def _infer(place: Path, array: np.ndarray) -> Kind:
     if shape[1] == shape[2]:
         if max(-low, high) <= OVERSHOOT:
             return "image"
-    elif max(-low, high) > OVERSHOOT and not (low >= 0 and high <= 255):  # that may be an image's range
+    elif max(-low, high) > OVERSHOOT and not (low >= 0 and high <= 255):  # 0..255 can be an image
         return "motion"
     raise _uncertain(place, array, "image", "motion")
 
 
 def _uncertain(place: Path, array: np.ndarray, *kinds: Kind) -> SampleError:
     options = " or ".join(f"--kind {kind} ({SHAPES[kind]})" for kind in kinds)
-    return SampleError(f"samples {shown(place)}: expected {options}, since {_describe(array)} may be something else")
+    return SampleError(
+        f"samples {shown(place)} must come with {options}, because {_describe(array)} may be something else"
+    )
 
 
 def _fits(array: np.ndarray, kind: Kind) -> bool:
@@ -323,10 +319,10 @@ def _fits(array: np.ndarray, kind: Kind) -> bool:
 def _checked(place: Path, array: np.ndarray, kind: Kind) -> Kind:
     if not _fits(array, kind):
         wanted = "; or ".join(f"{name}s: {shape}" for name, shape in SHAPES.items())
-        raise SampleError(f"samples {shown(place)} as {kind}s: expected {wanted}; given {_describe(array)}")
+        raise SampleError(f"samples {shown(place)} as {kind}s must be {wanted}; got {_describe(array)}")
     if kind == "image" and array.dtype != np.uint8 and np.abs(array).max() > OVERSHOOT:
         raise SampleError(
-            f"samples {shown(place)} as images: expected floats in [-1, 1], given up to {np.abs(array).max():.4g}: "
+            f"samples {shown(place)} as images must be floats in [-1, 1], got up to {np.abs(array).max():.4g}: "
             "scale them, or save 0 to 255 as uint8"
         )
     return kind
@@ -339,7 +335,7 @@ def _check_finite(place: Path, array: np.ndarray) -> None:
     broken = np.flatnonzero(~(np.abs(array) <= largest).reshape(len(array), -1).all(1))
     if len(broken):
         raise SampleError(
-            f"sample {broken[0]} of {shown(place)}: expected finite numbers, given others (in {len(broken)} samples)"
+            f"sample {broken[0]} of {shown(place)} must have finite numbers, got others (in {len(broken)} samples)"
         )
 
 

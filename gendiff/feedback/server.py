@@ -1,8 +1,8 @@
-"""The labelling page's server: three static files, the samples' pictures, and one way to add lines to the labels.
+"""Server of the labelling page: three static files, the samples' pictures, and a route that appends labels.
 
-No URL holds a path: samples are asked for by content hash, so nothing outside their folder can be named.  Every request
-needs the token that was printed at the start, and on a loopback address a loopback Host header (against DNS rebinding).
-Connections whose request does not come whole within `PATIENCE` are closed.
+URLs name samples by content hash instead of a path, so they cannot reach files outside of the samples' folder.  A
+request needs the token printed at the start, and on a loopback address a loopback Host header, against DNS rebinding.
+The server closes a connection without a complete request within `PATIENCE`.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ FILES = {
     "/page.js": ("page.js", "text/javascript"),
 }
 LARGEST = 2**20
-"""Bytes of a request."""
+"""Largest request, in bytes."""
 PATIENCE = 30.0
-"""Seconds that a request may take to come whole."""
+"""Largest duration of receiving a request, in seconds."""
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -55,7 +55,7 @@ HEADERS = {
 
 
 class Prompt(H11Protocol):
-    """HTTP that closes a connection which is open for `PATIENCE` without a request at work."""
+    """HTTP that closes a connection after `PATIENCE` seconds without a request in progress."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -72,12 +72,12 @@ class Prompt(H11Protocol):
         self.app = timed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
+        """Start the timer until the first request."""
         super().connection_made(transport)
         self._start()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Stop the timer."""
         self._stop()
         super().connection_lost(exc)
 
@@ -91,7 +91,7 @@ class Prompt(H11Protocol):
 
 
 def runner(board: Board, token: str, loopback: bool) -> uvicorn.Server:
-    """A server for `runner(...).run(sockets=[...])`; it logs no addresses, since they hold the token."""
+    """Return a server for `runner(...).run(sockets=[...])`; it logs no addresses, because they hold the token."""
     page = app(board, token, loopback)
     config = uvicorn.Config(
         page,
@@ -108,7 +108,7 @@ def runner(board: Board, token: str, loopback: bool) -> uvicorn.Server:
 
 
 def app(board: Board, token: str, loopback: bool = True) -> ASGIApp:
-    """The page of a board as an ASGI application, for who knows the token."""
+    """Return the page of a board as an ASGI application that requires the token."""
     drawing = render.drawing(board.samples, board.up)
     rows = {content: i for i, content in enumerate(board.samples.hashes)}
 
@@ -119,7 +119,7 @@ def app(board: Board, token: str, loopback: bool = True) -> ASGIApp:
     def sample(request: Request) -> Response:
         row = rows.get(request.path_params["content"])
         if row is None:
-            return _refusal(404, "expected the content hash of a sample, given another")
+            return _refusal(404, "the address must end with the content hash of a sample, got another")
         return _picture(drawing.draw(row, "whole" in request.query_params))
 
     def backdrop(request: Request) -> Response:
@@ -153,34 +153,35 @@ def app(board: Board, token: str, loopback: bool = True) -> ASGIApp:
         SampleError: lambda request, error: _refusal(500, str(error)),
         LabelError: lambda request, error: _refusal(409, str(error)),
         ValueError: lambda request, error: _refusal(400, str(error)),
-        TimeoutError: lambda request, error: _refusal(408, f"the request must come whole within {PATIENCE:g} s"),
-        ClientDisconnect: lambda request, error: _refusal(400, "the request must come whole, got a part"),
+        TimeoutError: lambda request, error: _refusal(408, f"the request must be complete within {PATIENCE:g} s"),
+        ClientDisconnect: lambda request, error: _refusal(400, "the request must be complete, got a part"),
         OSError: lambda request, error: _refusal(507, str(error)),
     }
     return guard(Starlette(routes=routes, exception_handlers=handlers), token, loopback)
 
 
 def guard(inner: ASGIApp, token: str, loopback: bool) -> ASGIApp:
-    """`inner` for requests with the token (as a cookie or a bearer's) and without a foreign Host or Origin.
+    """Restrict `inner` to requests with the token (cookie or bearer) and without a foreign Host or Origin.
 
-    `/?token=...` exchanges the token for a cookie, so that it does not stay in the address bar.
+    `/?token=...` exchanges the token for a cookie, so that the address bar does not keep it.
     """
-    cookie = "gendiff-" + hashlib.sha256(token.encode()).hexdigest()[:12]  # of this server: cookies know no ports
+    # A name per server, because browsers share cookies between the ports of a host.
+    cookie = "gendiff-" + hashlib.sha256(token.encode()).hexdigest()[:12]
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"expected an http request, given {scope['type']}")
+            raise RuntimeError(f"the request must be http, got {scope['type']}")
         headers = Headers(scope=scope)
         refusal = _foreign(headers, loopback)
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        query = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         answer: ASGIApp = inner
         if refusal:
             answer = _refusal(403, refusal)
-        elif scope["path"] == "/" and _equal(given, token):
+        elif scope["path"] == "/" and _equal(query, token):
             answer = RedirectResponse("/", status_code=303)
             answer.set_cookie(cookie, token, httponly=True, samesite="lax", path="/")
-        elif not any(_equal(each, token) for each in (_cookie(headers, cookie), _bearer(headers))):
-            answer = _refusal(401, "expected the token: open the whole address that was printed when the page started")
+        elif not any(_equal(text, token) for text in (_cookie(headers, cookie), _bearer(headers))):
+            answer = _refusal(401, "the request must have the token: open the full address printed at the start")
         await answer(scope, receive, _with_headers(send))
 
     return guarded
@@ -198,12 +199,12 @@ def _with_headers(send: Send) -> Callable[[Message], Awaitable[None]]:
 
 
 def _foreign(headers: Headers, loopback: bool) -> str:
-    """What is wrong with the Host or Origin header, "" if nothing."""
+    """Return the error of the Host or Origin header, or ""."""
     host, origin = headers.get("host", ""), headers.get("origin")
     if loopback and _name(f"//{host}") not in LOOPBACK:
-        return f"Host: expected localhost, 127.0.0.1 or [::1], given {host!r}"
+        return f"Host must be localhost, 127.0.0.1 or [::1], got {host!r}"
     if origin is not None and origin.partition("//")[2] != host:
-        return f"Origin: expected this page ({host}), given {origin!r}"
+        return f"Origin must be this page ({host}), got {origin!r}"
     return ""
 
 
@@ -215,17 +216,17 @@ def _name(address: str) -> str | None:
 
 
 def _cookie(headers: Headers, name: str) -> str:
-    pairs = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
+    pairs = (pair.strip().partition("=") for pair in headers.get("cookie", "").split(";"))
     return next((value for key, _, value in pairs if key == name), "")
 
 
 def _bearer(headers: Headers) -> str:
-    scheme, _, given = headers.get("authorization", "").partition(" ")
-    return given if scheme.lower() == "bearer" else ""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    return credentials if scheme.lower() == "bearer" else ""
 
 
-def _equal(given: str, token: str) -> bool:
-    return hmac.compare_digest(given.encode(), token.encode())
+def _equal(text: str, token: str) -> bool:
+    return hmac.compare_digest(text.encode(), token.encode())
 
 
 def _refusal(status: int, text: str) -> PlainTextResponse:
@@ -233,32 +234,32 @@ def _refusal(status: int, text: str) -> PlainTextResponse:
 
 
 def _picture(picture: Picture) -> Response:
-    # The address holds the content's hash, so the browser may keep it.
+    # The browser may cache the picture, because its address holds the content's hash.
     return Response(picture.body, media_type=picture.media, headers={"Cache-Control": "private, max-age=3600"})
 
 
 def _who(board: Board, request: Request) -> str:
     rater = request.query_params.get("rater") or board.rater
-    labels.parse(labels.as_json(labels.Meaning("", rater)))  # before marks are made that cannot be stored
+    labels.parse(labels.as_json(labels.Meaning("", rater)))  # check now, because a bad name cannot be stored later
     return rater
 
 
 def _since(request: Request) -> int:
-    given = request.query_params.get("since", "0")
-    if not given.isascii() or not given.isdigit():
-        raise ValueError(f"since: expected a number, given {given!r}")
-    return int(given)
+    text = request.query_params.get("since", "0")
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"since must be a number, got {text!r}")
+    return int(text)
 
 
 async def _json(request: Request) -> Any:
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-        raise ValueError("expected application/json")
+        raise ValueError("content-type must be application/json")
     body = bytearray()
     async with asyncio.timeout(PATIENCE):
         async for chunk in request.stream():
             body += chunk
             if len(body) > LARGEST:
-                raise ValueError(f"expected at most {LARGEST} bytes, given more")
+                raise ValueError(f"lines must be at most {LARGEST} bytes, got more")
     try:
         return json.loads(body)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Is a time-dependent classifier calibrated at every noise level?"""
+"""Calibration of a time-dependent classifier, by noise level."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
 
 class Calibration(NamedTuple):
-    """Calibration of C at each of L noise levels, on samples weighted so that their share of positives is alpha."""
+    """Calibration of C at L noise levels; sample weights make the share of positives alpha."""
 
     times: Float[Array, " L"]
     mean: Float[Array, " L"]
@@ -24,9 +24,11 @@ class Calibration(NamedTuple):
     error: Float[Array, " L"]
     """Expected calibration error: mean over samples of | observed - predicted | of the sample's bin."""
     predicted: Float[Array, "L bins"]
+    """Mean C of a bin; NaN for an empty bin."""
     observed: Float[Array, "L bins"]
+    """Share of positives of a bin; NaN for an empty bin."""
     share: Float[Array, "L bins"]
-    """Reliability: mean C, share of positives and share of samples of each bin of C (NaN where a bin is empty)."""
+    """Share of samples in a bin."""
 
 
 def calibrate(
@@ -40,16 +42,20 @@ def calibrate(
     times: Float[Array, " L"],
     bins: int = 10,
 ) -> Calibration:
-    """Noises held-out samples to each time and compares C = probability(params, x_t, t) with their labels.
+    """Noise held-out samples to the times, and compare C = probability(params, x_t, t) with their labels.
 
     Args:
-      positives, negatives: samples that C was not trained on; weighted alpha and 1 - alpha in all.
+      process: the diffusion process.
+      probability: C, of one noisy sample.
+      params: parameters of C.
+      positives, negatives: held-out samples (n, *shape); their total weights are alpha and 1 - alpha.
       alpha: share of positives among the model's samples, in (0, 1).
-      times: in the units of the process, one or more.
-      bins: of C, one or more.
+      key: key of the noise.
+      times: one or more times, in the units of the process.
+      bins: number of bins of C, 1 or more.
 
     Raises:
-      ValueError: a class has no samples, shapes or numbers are out of range, or C is no probability of each sample.
+      ValueError: a class has no samples, shapes or numbers are out of range, or C is not one number in [0, 1] a sample.
     """
     check.number("calibrate: positives", len(positives), at_least=1)
     check.number("calibrate: negatives", len(negatives), at_least=1)
@@ -59,7 +65,7 @@ def calibrate(
     check.number("calibrate: times", len(times), at_least=1)
     check.number("calibrate: times", times)
     n = len(positives) + len(negatives)
-    # Padded, so that reports on other numbers of samples share the compiled program.
+    # Pad, so that other numbers of samples share the compiled program.
     samples = jnp.asarray(padded(np.concatenate([positives, negatives]), capacity(n)))
     labels = np.repeat([1.0, 0.0], [len(positives), len(negatives)])
     weights = np.repeat([alpha / len(positives), (1 - alpha) / len(negatives)], [len(positives), len(negatives)])
@@ -68,7 +74,7 @@ def calibrate(
     for i, t in enumerate(times):
         c = np.asarray(_predict(process, probability, params, samples, t, jax.random.fold_in(key, i))[:n], np.float64)
         check.shape("calibrate: probability of the samples", c, (n,))
-        # Rounding may leave [0, 1] by a little.
+        # Round, because C may leave [0, 1] by a rounding error.
         check.number("calibrate: probability", c.round(3), at_least=0, at_most=1)
         index = np.minimum((c * bins).astype(int), bins - 1)
         share, predicted, positive = (np.bincount(index, weights * v, bins) for v in (np.ones_like(c), c, labels))
@@ -81,7 +87,7 @@ def calibrate(
 def _predict(
     process: Process, probability: Callable, params: Params, samples: Samples, t: Time, key: PRNGKey
 ) -> Float[Array, " n"]:
-    # In the samples' type, but no narrower than float32: in float64 mode JAX would draw float64.
+    # Name the type, at least float32, because JAX's default in float64 mode is float64.
     noise = jax.random.normal(key, samples.shape, jnp.promote_types(samples.dtype, jnp.float32))
     noisy = lambda x, e: (process.alpha(t) * x + process.sigma(t) * e).astype(e.dtype)
     return jax.vmap(lambda x, e: probability(params, noisy(x, e), t))(samples, noise)

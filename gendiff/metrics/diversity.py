@@ -1,13 +1,13 @@
 """Precision and recall of samples in a feature space (Kynkäänniemi et al. 2019, "Improved precision and recall metric
 for assessing generative models", section 2).
 
-A set of features stands for its manifold: the union of balls around its points, each as wide as the distance to the
-point's k-th nearest neighbour in the set.  Precision is the share of generated points on the manifold of the real ones,
-recall the share of real points on the manifold of the generated ones.
+The manifold of a set of features is a union of balls around its points.  A ball's radius is the distance to the point's
+k-th nearest neighbour in the set.  Precision is the share of generated points on the manifold of the real points;
+recall is the share of real points on the manifold of the generated points.
 
-Both depend on the sizes of the sets, as smaller sets have wider balls: compare numbers of equal sizes only, and of at
-least a few thousand points where modes are rare (the paper takes 50,000 and k = 3).  With fewer, a reference row helps:
-the same metric between two disjoint halves of the real data is the best that a model could reach.
+Both depend on the sizes of the sets, because smaller sets have wider balls: compare only equal sizes.  Rare modes need
+at least a few thousand points (the paper takes 50,000 and k = 3).  With fewer points, add a reference row: the metric
+between two disjoint halves of the real data is the best that a model can reach.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -24,35 +24,34 @@ Features: TypeAlias = Float[np.ndarray, "n d"]
 Squares: TypeAlias = Float[np.ndarray, " n"]
 
 CHUNK = 1024
-"""Rows whose distances are held at a time."""
+"""Rows of distances in memory at a time."""
 SLACK = 1e-14
-"""Relative error of a squared distance, and more."""
+"""Upper bound of the relative error of a squared distance."""
 LARGEST = 1e150
-"""Of a feature: squares of larger ones overflow."""
+"""Largest absolute feature, because squares of larger ones overflow."""
 
 
 class Diversity(NamedTuple):
-    """Both are in [0, 1]."""
+    """Precision and recall, in [0, 1]."""
 
     precision: Estimate
-    """Share of generated samples that lie where real ones do."""
+    """Share of generated samples on the manifold of the real ones."""
     recall: Estimate
-    """Share of real samples that lie where generated ones do."""
+    """Share of real samples on the manifold of the generated ones."""
 
 
 def precision_recall(real: Features, generated: Features, k: int = 3) -> Diversity:
-    """Improved precision and recall with Wilson's intervals.
+    """Return improved precision and recall with Wilson's intervals.
 
-    The intervals are those of the points that are tested, with the other set's manifold as given; `by_splits` has the
-    manifold's variance too.
+    The intervals cover the variance of the tested points, but treat the manifold as fixed; `by_splits` covers both.
 
     Args:
       real: features (n, d) of real samples.
-      generated: features (m, d).
-      k: neighbour that sets a ball's radius; 3 in the paper, up to 5 for less variance.
+      generated: features (m, d) of generated samples.
+      k: rank of the neighbour that sets a ball's radius; 3 in the paper, up to 5 for less variance.
 
     Raises:
-      ValueError: shapes do not fit, a feature is not finite or above LARGEST, or a set has less than k + 1 points.
+      ValueError: widths differ, a feature is not finite or above LARGEST, or a set has less than k + 1 points.
     """
     real, generated = _checked("real", real, k), _checked("generated", generated, k)
     check.shape("diversity: generated", generated, (None, real.shape[1]))
@@ -62,51 +61,51 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Diversi
 
 
 def by_splits(real: Features, generated: Features, k: int = 3, splits: int = 5, seed: int = 0) -> Diversity:
-    """The mean over random disjoint splits of both sets, with Student's interval over the splits.
+    """Average over random disjoint splits of both sets, with Student's interval over the splits.
 
-    The interval holds the variance of the manifolds too.  Each split is smaller, so the value is another one than that
-    of the whole sets (see above): compare it with equal splits of equal sizes.
+    The interval also covers the variance of the manifolds.  The value differs from that of the full sets, because a
+    split is smaller: compare it only with equal splits of equal sizes.
 
     Args:
-      real: features (n, d).
-      generated: features (m, d).
-      k: as in `precision_recall`.
-      splits: 2 or more.
-      seed: of the splits, 0 or more.
+      real: features (n, d) of real samples.
+      generated: features (m, d) of generated samples.
+      k: see `precision_recall`.
+      splits: number of splits, 2 or more.
+      seed: seed of the splits, 0 or more.
 
     Raises:
-      ValueError: as `precision_recall`, of a split.
+      ValueError: see `precision_recall`, for a split.
     """
     check.number("diversity: splits", splits, at_least=2, whole=True)
     check.number("diversity: seed", seed, at_least=0, whole=True)
     rng = np.random.default_rng(seed)
     parts = lambda a: (a[rows] for rows in np.array_split(rng.permutation(len(a)), splits))
     pairs = zip(parts(np.asarray(real)), parts(np.asarray(generated)), strict=True)
-    each = [precision_recall(*pair, k) for pair in pairs]
-    return Diversity(*(rates.over_seeds(estimates) for estimates in zip(*each, strict=True)))
+    found = [precision_recall(*pair, k) for pair in pairs]
+    return Diversity(*(rates.over_seeds(estimates) for estimates in zip(*found, strict=True)))
 
 
 def radii(points: Features, k: int) -> Squares:
-    """Squared distance from each point to its k-th nearest other one; 0 where k others have the same place."""
-    # Each point is its own nearest.
+    """Return squared distances from points to their k-th nearest neighbours; 0 if k neighbours coincide."""
+    # Index k and not k - 1, because a point is its own nearest neighbour.
     kth = [np.partition(squared_distances(rows, points), k, 1)[:, k] for rows in _chunks(points)]
     return np.concatenate(kth)
 
 
 def inside(points: Features, centres: Features, squared_radii: Squares) -> Bool[np.ndarray, " n"]:
-    """Which points (n, d) lie in a ball around any of the centres (m, d); its border belongs to it."""
+    """Return True for points (n, d) in a closed ball around any of the centres (m, d)."""
     hits = []
     for rows in _chunks(points):
-        # The slack is the error of a squared distance: the border belongs to a ball however it was rounded.
+        # The slack keeps the border inside in spite of rounding.
         hits.append(np.any(squared_distances(rows, centres) <= squared_radii * (1 + SLACK), 1))
     return np.concatenate(hits)
 
 
 def squared_distances(rows: Float[np.ndarray, "r d"], points: Features) -> Float[np.ndarray, "r n"]:
-    """|x - y|^2 by differences in float64, each to a few digits of rounding.
+    """Return |x - y|^2 from differences in float64.
 
-    |x|^2 + |y|^2 - 2 x y, a matrix product, loses all digits of a distance that is small beside |x|: one outlier, or
-    an offset that all features share, is enough.
+    The faster |x|^2 + |y|^2 - 2 x y loses all digits of distances that are small beside |x|, such as after a common
+    offset of all features.
     """
     return cdist(rows, points, "sqeuclidean")
 

@@ -1,4 +1,4 @@
-"""Where a reward is high: its mean over the cells of a plane, and whether the highest place is the goal."""
+"""Heat maps of a reward in a plane: its mean by bin, its maximum, and whether that is the goal."""
 
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ from gendiff import check
 
 
 class Heat(NamedTuple):
-    """A mean by bin; bin (i, j) covers [i, i + 1) x [j, j + 1) in units of `size`, from `origin` on."""
+    """Means by bin; bin (i, j) covers [i, i + 1) x [j, j + 1) in units of `size`, from `origin` on."""
 
     mean: Float[np.ndarray, "rows columns"]
-    """0 where too few values fell."""
+    """0 in bins with too few values."""
     counts: Int[np.ndarray, "rows columns"]
     origin: tuple[float, float]
     size: float
@@ -27,13 +27,14 @@ def heat(
     least: int = 5,
     tails: float = 0.005,
 ) -> Heat:
-    """The mean of values by place; they are winsorised and scaled to [0, 1] first (relative reward's released code).
+    """Average values by bin, after winsorising and scaling them to [0, 1] (relative reward's released code).
 
     Args:
-      points: (x, y) in cells, of a maze whose cell (0, 0) has its middle at the origin.
-      extent: cells along x and y, 1 or more.
-      bins: along a cell's side, 1 or more.
-      least: values that a bin needs, 1 or more.
+      points: (x, y) in cells; the middle of the maze's cell (0, 0) is the origin.
+      values: the rewards at the points.
+      extent: numbers of cells along x and y, 1 or more.
+      bins: bins along a cell's side, 1 or more.
+      least: least number of values of a bin, 1 or more.
       tails: share that is cut at either end, in [0, 0.5).
 
     Raises:
@@ -60,39 +61,39 @@ def heat(
     return Heat(mean, np.where(count >= least, count, 0).astype(int), (-0.5, -0.5), 1 / bins)
 
 
-def smoothed(each: Heat, width: float = 2.0) -> Float[np.ndarray, "rows columns"]:
-    """Gaussian smoothing by `width` bins of the bins that have values: empty ones neither draw down nor are filled.
+def smoothed(field: Heat, width: float = 2.0) -> Float[np.ndarray, "rows columns"]:
+    """Smooth the means by a Gaussian of `width` bins, over bins with values only; empty bins are -inf.
 
     Raises:
       ValueError: `width` is negative.
     """
     check.number("heat: width", width, at_least=0)
-    there = (each.counts > 0).astype(np.float64)
+    filled = (field.counts > 0).astype(np.float64)
     blur = lambda a: ndimage.gaussian_filter(a, width, mode="constant")
-    mass = blur(there)
-    return np.where(there > 0, blur(each.mean * there) / np.maximum(mass, np.finfo(np.float64).tiny), -np.inf)
+    mass = blur(filled)
+    return np.where(filled > 0, blur(field.mean * filled) / np.maximum(mass, np.finfo(np.float64).tiny), -np.inf)
 
 
-def highest(each: Heat, width: float = 2.0) -> tuple[float, float]:
-    """The middle of the bin with the largest smoothed mean, in the units of the points.
+def highest(field: Heat, width: float = 2.0) -> tuple[float, float]:
+    """Return the middle of the bin with the largest smoothed mean, in the units of the points.
 
     Raises:
       ValueError: no bin has enough values, or `width` is negative.
     """
-    smooth = smoothed(each, width)
+    smooth = smoothed(field, width)
     if not np.isfinite(smooth).any():
         raise ValueError("heat: a bin must have enough values, got none; take fewer bins, or more points")
     i, j = np.unravel_index(int(np.argmax(smooth)), smooth.shape)
-    return tuple(o + (k + 0.5) * each.size for o, k in zip(each.origin, (i, j), strict=True))  # type: ignore[return-value]
+    return tuple(o + (k + 0.5) * field.size for o, k in zip(field.origin, (i, j), strict=True))  # type: ignore[return-value]
 
 
-def recovered(each: Heat, goal: tuple[float, float], within: float = 1.0, width: float = 2.0) -> bool:
-    """Whether the highest place lies within `within` cells of the goal: one in 2306.01804, section 5.1.
+def recovered(field: Heat, goal: tuple[float, float], within: float = 1.0, width: float = 2.0) -> bool:
+    """Return True if the maximum lies within `within` cells of the goal; 1 in arXiv 2306.01804, section 5.1.
 
     Raises:
-      ValueError: as `highest`, or the goal is no point (x, y).
+      ValueError: see `highest`; or the goal is not a finite point (x, y).
     """
     check.shape("heat: goal", goal, (2,))
     check.number("heat: goal", goal)
     check.number("heat: within", within, at_least=0)
-    return bool(np.hypot(*np.subtract(highest(each, width), goal)) <= within)
+    return bool(np.hypot(*np.subtract(highest(field, width), goal)) <= within)

@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
-    """A number with its interval and the number of samples behind it; an exact number has low = value = high."""
+    """A number, its interval and its number of samples; an exact number has low = value = high."""
 
     value: float
     low: float
@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 def rate(events: int, n: int) -> Estimate:
-    """Share of `events` in `n` trials, in [0, 1], with Wilson's score interval (Wilson 1927).
+    """Return the share of `events` in `n` trials, in [0, 1], with Wilson's score interval (Wilson 1927).
 
     Raises:
       ValueError: `n` is below 1, or `events` is outside of 0..n.
@@ -35,12 +35,10 @@ def rate(events: int, n: int) -> Estimate:
 
 
 def mean(values: ArrayLike) -> Estimate:
-    """Mean of independent values, with the normal interval; with few of them (< 30) Student's.
-
-    One value says nothing of the spread: its interval has no bounds.
+    """Return the mean of independent values with Student's interval; a single value has no bounds.
 
     Raises:
-      ValueError: there is no value, or one is not finite.
+      ValueError: `values` is empty, or a value is not finite.
     """
     values = _finite("mean", np.ravel(values))
     n = len(values)
@@ -52,8 +50,9 @@ def mean(values: ArrayLike) -> Estimate:
 
 
 def change(after: ArrayLike, before: ArrayLike) -> Estimate:
-    """Relative change of paired positive values: the geometric mean of their ratios less 1, with Student's interval of
-    its logarithm.  The mean of the ratios themselves is above 0 where both are equally noisy.
+    """Return the relative change of paired positive values: the geometric mean of their ratios, less 1.
+
+    The interval is Student's, of the logarithm.  The arithmetic mean of ratios is biased upwards by noise.
 
     Raises:
       ValueError: the shapes differ, or a value is not positive.
@@ -63,22 +62,22 @@ def change(after: ArrayLike, before: ArrayLike) -> Estimate:
     for name, values in (("after", after), ("before", before)):
         check.number(f"change: {name}", values, above=0)
     logarithm = mean(np.log(after) - np.log(before))
-    value, low, high = (float(np.expm1(each)) for each in logarithm[:3])
+    value, low, high = (float(np.expm1(number)) for number in logarithm[:3])
     return Estimate(value, low, high, logarithm.n)
 
 
 def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Mean of values that come in groups (samples of one scene), with the percentile bootstrap over the groups.
+    """Return the mean of grouped values (samples of one scene), with the percentile bootstrap over the groups.
 
-    Where all groups have the same mean the bootstrap knows nothing.  Then it is Wilson's interval: of one value a group
-    where all values are the same, of all values where they are 0 and 1.  One group says nothing of the spread between
-    groups: its interval has no bounds.
+    If values are 0 or 1 and all groups have the same mean, the bootstrap has no spread.  The interval is then Wilson's:
+    with one trial per group if all values are equal, else with one trial per value.  A single group has no bounds,
+    because it has no spread between groups.
 
     Args:
       values: finite numbers (n,), n >= 1.
-      groups: the group of each value (n,).
-      resamples: 1 or more.
-      seed: of the bootstrap, 0 or more.
+      groups: groups of the values (n,).
+      resamples: number of resamples, 1 or more.
+      seed: seed of the bootstrap, 0 or more.
 
     Raises:
       ValueError: shapes differ, a value is not finite, a group is NaN, or a number is out of range.
@@ -103,18 +102,18 @@ def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed:
     return Estimate(value, float(low), float(high), len(values))
 
 
-def paired(one: ArrayLike, two: ArrayLike, groups: ArrayLike) -> Estimate:
-    """Share of the trials of which `one` holds minus that of `two`, in [-1, 1]; the trials come in groups, as above.
+def paired(first: ArrayLike, second: ArrayLike, groups: ArrayLike) -> Estimate:
+    """Return the share of trials with `first` minus the share with `second`, in [-1, 1], for grouped trials.
 
-    Where they agree in every trial, no group is known to differ: the interval is Wilson's bound of that, to both sides.
-    One group's interval has no bounds.
+    If they agree in all trials, the interval is Wilson's bound for 0 differing groups, to both sides.  A single group
+    has no bounds.
 
     Raises:
-      ValueError: as `clustered`.
+      ValueError: see `clustered`.
     """
-    one, two = np.asarray(one, np.float64), np.asarray(two, np.float64)
-    check.shape("paired: two", two, one.shape)
-    difference = one - two
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    check.shape("paired: second", second, first.shape)
+    difference = first - second
     if not difference.any():
         same = clustered(difference, groups)
         return same._replace(low=-same.high)
@@ -125,28 +124,28 @@ def paired(one: ArrayLike, two: ArrayLike, groups: ArrayLike) -> Estimate:
 
 
 def exact(value: float, n: int = 1) -> Estimate:
-    """A count or a measured time: no interval."""
+    """Return a count or a measured time, without an interval."""
     return Estimate(float(value), float(value), float(value), n)
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
-    """The estimate of factor > 0 times the quantity."""
+    """Multiply an estimate by factor > 0."""
     check.number("scaled: factor", factor, above=0)
     return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor, estimate.n)
 
 
 def shifted(estimate: Estimate, offset: float) -> Estimate:
-    """The estimate of the quantity plus a constant."""
+    """Add a constant to an estimate."""
     return Estimate(estimate.value + offset, estimate.low + offset, estimate.high + offset, estimate.n)
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean over independent runs with Student's interval of the runs' own values; n is the sum of theirs.
+    """Return the mean over independent runs with Student's interval of the runs' values; n is the sum.
 
-    The interval is that of the spread between runs, which holds the error within each run.  One run keeps its own.
+    The spread between runs includes the error within a run.  A single run keeps its own interval.
 
     Raises:
-      ValueError: there is no estimate, or a value of several is not finite.
+      ValueError: `estimates` is empty, or a value of several is not finite.
     """
     check.number("over_seeds: estimates", len(estimates), at_least=1)
     if len(estimates) == 1:
@@ -156,13 +155,13 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def over_trials(estimates: Sequence[Estimate], least: int = 5) -> Estimate:
-    """Mean of a share, in [0, 1], over trials: `over_seeds` from `least` trials on, within the range.
+    """Return the mean of a share over trials: from `least` trials on `over_seeds`, with the interval cut to [0, 1].
 
-    Fewer trials say next to nothing of their spread, and trials that agree by chance nothing at all: then the interval
-    is the mean of the trials' own, which is wide enough also if their errors are one and the same.
+    With fewer trials, or trials that agree by chance, the spread is unknown.  The interval is then the mean of the
+    trials' intervals, which is wide enough even if their errors are identical.
 
     Raises:
-      ValueError: as `over_seeds`.
+      ValueError: see `over_seeds`.
     """
     spread = over_seeds(estimates)
     if len(estimates) >= least and spread.high > spread.low:
@@ -176,7 +175,7 @@ def _unbounded(value: float, n: int) -> Estimate:
 
 
 def _finite(name: str, values: ArrayLike) -> np.ndarray:
-    """The values in float64; narrow types would lose digits in their sum."""
+    """Check values, and return them in float64, because narrow types lose digits in a sum."""
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name}: values must have shape (n,) with n >= 1, got {array.shape}")

@@ -1,4 +1,4 @@
-"""How real scenes of traffic look: marginals of speed, heading and gaps, and their distances to those of real ones."""
+"""Realism of traffic scenes: marginals of speed, heading and gaps, and their distances to real marginals."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from gendiff.oracles import boxes
 from gendiff.oracles.drivable import distance_at
 
 LANE = 1.5
-"""Metres to the side within which another vehicle is ahead."""
+"""Largest lateral offset of a vehicle that counts as ahead, in metres."""
 PROBE = 1.0
-"""Metres over which the direction of the road's edge is read from the map."""
+"""Step of the finite differences that give the direction of the road's edge, in metres."""
 
 Marginals = dict[str, Float[np.ndarray, " n"]]
 
@@ -24,16 +24,19 @@ def marginals(
     distance: Float[np.ndarray, "s c c"],
     half: float,
 ) -> Marginals:
-    """Speed in m/s; degrees, 0 to 90, between a vehicle and the nearest edge of the drivable area; metres of road to
-    the next vehicle ahead, negative where they overlap, of those that have one.  Each of all vehicles of all scenes.
+    """Return the marginals "speed", "heading" and "gap" over all present vehicles of all scenes.
+
+    "speed" is in m/s.  "heading" is the angle in degrees, 0 to 90, to the nearest edge of the drivable area.  "gap" is
+    the distance in metres to the next vehicle ahead, negative for an overlap, of vehicles with a vehicle ahead.
 
     Args:
-      vehicles: as `gendiff.data.traffic.Scenes` has them; finite where they are present.
-      present: vehicles that count.
-      distance: signed distances to the edge of the drivable area, over `half` metres in each direction.
+      vehicles: see `gendiff.data.traffic.Scenes`; present vehicles are finite.
+      present: True for rows with a vehicle.
+      distance: signed distances to the edge of the drivable area, for x and y in [-half, half].
+      half: half the width of the map, in metres.
 
     Raises:
-      ValueError: shapes differ, a vehicle that is present is not finite, or `half` is not positive.
+      ValueError: shapes differ, a present vehicle is not finite, or `half` is not positive.
     """
     vehicles, present, distance = np.asarray(vehicles), np.asarray(present, bool), np.asarray(distance)
     check.shape("marginals: vehicles", vehicles, (None, None, 7))
@@ -75,19 +78,19 @@ def _gaps(shapes: Float[Array, "s k 6"], present: Bool[Array, "s k"]) -> Float[A
     ahead = way[..., 0] * cos + way[..., 1] * sin
     aside = way[..., 1] * cos - way[..., 0] * sin
     length = shapes[..., 2]
-    there = (ahead > 0) & (jnp.abs(aside) < LANE) & present[:, :, None] & present[:, None, :]
-    return jnp.min(jnp.where(there, ahead - (length[:, :, None] + length[:, None, :]) / 2, jnp.inf), -1)
+    follows = (ahead > 0) & (jnp.abs(aside) < LANE) & present[:, :, None] & present[:, None, :]
+    return jnp.min(jnp.where(follows, ahead - (length[:, :, None] + length[:, None, :]) / 2, jnp.inf), -1)
 
 
-def differences(given: Marginals, real: Marginals) -> dict[str, float]:
-    """Wasserstein's distance of each marginal to the real one, in its unit; infinite where there is nothing.
+def differences(generated: Marginals, real: Marginals) -> dict[str, float]:
+    """Return Wasserstein's distances of the marginals to the real ones, in their units; infinite for an empty one.
 
     Raises:
       ValueError: a marginal is missing, or a value is not finite.
     """
-    if missing := sorted(real.keys() - given.keys()):
+    if missing := sorted(real.keys() - generated.keys()):
         raise ValueError(f"differences: marginals must hold {', '.join(real)}, got none of {', '.join(missing)}")
-    both = {name: (given[name], real[name]) for name in real}
+    both = {name: (generated[name], real[name]) for name in real}
     for name, pair in both.items():
         check.number(f"differences: {name}", np.concatenate(pair))
     return {name: float(wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf for name, pair in both.items()}

@@ -1,4 +1,4 @@
-"""Flax modules, one architecture a file; the only folder that imports Flax."""
+"""Flax modules, one architecture per file; only this folder imports Flax."""
 
 from functools import partial
 from typing import Any
@@ -10,5 +10,5 @@ from gendiff.types import Params, PRNGKey
 
 @partial(jax.jit, static_argnums=0)
 def fresh(network: Any, key: PRNGKey, *inputs: Any) -> Params:
-    """Draw a network's initial parameters for inputs of these shapes; equal networks share the compiled program."""
+    """Draw a network's initial parameters for inputs of these shapes; equal networks share a compiled program."""
     return network.init(key, *inputs)

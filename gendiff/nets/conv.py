@@ -1,19 +1,18 @@
-"""Convolutions, and every derivative of them, that are fast on each backend.
+"""Convolutions with derivatives of all orders, fast on CPUs and on accelerators.
 
-A convolution with kernel w, stride s and padding p is one of three partial derivatives of one trilinear form,
+A convolution with kernel w, stride s and padding p is a partial derivative of a trilinear form,
 
     T(x, w, y) = sum_{n,q,k,i,o} x[n, s q + k - p, i] w[k, i, o] y[n, q, o]:
 
 `correlate(x, w)` = dT/dy is the convolution of deep learning, `spread(y, w)` = dT/dx the transposed convolution, and
-`gather(x, y)` = dT/dw the gradient of the kernel.  Each is bilinear and its transposes are the other two, so
-derivatives of all orders, forwards and backwards, stay among them.
+`gather(x, y)` = dT/dw the gradient of the kernel.  All three are bilinear, and the transposes of any are the other two.
+So derivatives of all orders, forward and reverse, consist of these three.
 
-They are primitives, so that how they are computed is chosen when a program is lowered for its platform, here and
-nowhere else: accelerators get XLA's convolutions, a CPU those of `gendiff.nets.conv_cpu`.
+They are JAX primitives, because lowering then chooses the algorithm by platform: accelerators get XLA's convolutions,
+CPUs get those of `gendiff.nets.conv_cpu`.
 
-A leading axis m is of members: kernels and examples of different members do not meet.  `vmap` adds to it where both
-operands are mapped; an ensemble on a CPU takes one member after the other, where grouped convolutions are ten times
-slower.
+The leading axis m counts members; member j's kernels see only member j's examples.  `vmap` extends this axis if it maps
+both operands.  On CPUs the members run in a loop, because grouped convolutions are ten times slower.
 """
 
 import math
@@ -38,17 +37,17 @@ Maps = Float[Array, "m n *positions o"]
 
 
 def correlate(x: Images, w: Kernels, stride: Sizes, padding: Sides) -> Maps:
-    """y[q, o] = sum_{k,i} x[s q + k - p, i] w[k, i, o], zero outside of x."""
+    """Return y[q, o] = sum_{k,i} x[s q + k - p, i] w[k, i, o], with zeros outside of x."""
     return correlate_p.bind(x, w, stride=stride, padding=padding)
 
 
 def spread(y: Maps, w: Kernels, stride: Sizes, padding: Sides, space: Sizes) -> Images:
-    """x[j, i] = sum of w[k, i, o] y[q, o] over s q + k - p = j, of extents `space`: `correlate` transposed in x."""
+    """Return x[j, i] = sum of w[k, i, o] y[q, o] over s q + k - p = j, with extents `space`: `correlate`^T in x."""
     return spread_p.bind(y, w, stride=stride, padding=padding, space=space)
 
 
 def gather(x: Images, y: Maps, stride: Sizes, padding: Sides, window: Sizes) -> Kernels:
-    """w[k, i, o] = sum_{n,q} x[s q + k - p, i] y[q, o]: the transpose of `correlate` in w, of extents `window`."""
+    """Return w[k, i, o] = sum_{n,q} x[s q + k - p, i] y[q, o], with extents `window`: `correlate`^T in w."""
     return gather_p.bind(x, y, stride=stride, padding=padding, window=window)
 
 
@@ -66,10 +65,15 @@ def _positions(space: Sizes, window: Sizes, stride: Sizes, padding: Sides) -> Si
 @correlate_p.def_abstract_eval
 def _(x: Any, w: Any, *, stride: Sizes, padding: Sides) -> Any:
     if x.shape[-1] != w.shape[-2] or x.shape[0] != w.shape[0] or x.ndim != w.ndim:
-        raise ValueError(f"convolution: kernels {w.shape} do not fit {x.shape} (members, examples, *space, channels)")
+        raise ValueError(
+            "convolution: kernels (members, *window, channels, features) must fit x (members, examples, *space, "
+            f"channels), got {w.shape} and {x.shape}"
+        )
     positions = _positions(x.shape[2:-1], w.shape[1:-2], stride, padding)
     if min(positions, default=1) < 1:
-        raise ValueError(f"convolution: a window {w.shape[1:-2]} with padding {padding} exceeds {x.shape[2:-1]}")
+        raise ValueError(
+            f"convolution: window must fit into {x.shape[2:-1]} with padding {padding}, got {w.shape[1:-2]}"
+        )
     return x.update(shape=(*x.shape[:2], *positions, w.shape[-1]))
 
 
@@ -77,7 +81,7 @@ def _(x: Any, w: Any, *, stride: Sizes, padding: Sides) -> Any:
 def _(y: Any, w: Any, *, stride: Sizes, padding: Sides, space: Sizes) -> Any:
     positions = _positions(space, w.shape[1:-2], stride, padding)
     if y.shape[-1] != w.shape[-1] or y.shape[0] != w.shape[0] or y.shape[2:-1] != positions:
-        raise ValueError(f"transposed convolution: kernels {w.shape} to {space} do not fit {y.shape}")
+        raise ValueError(f"transposed convolution: kernels to {space} must fit {y.shape}, got {w.shape}")
     return y.update(shape=(*y.shape[:2], *space, w.shape[-2]))
 
 
@@ -86,7 +90,7 @@ def _(x: Any, y: Any, *, stride: Sizes, padding: Sides, window: Sizes) -> Any:
     return x.update(shape=(x.shape[0], *window, x.shape[-1], y.shape[-1]))
 
 
-# Derivatives: bilinear, each the transpose of the others.
+# Derivatives: the primitives are bilinear and transposes of one another.
 
 
 def _space(x: Any) -> Sizes:
@@ -114,7 +118,7 @@ ad.defbilinear(
 )
 
 
-# `vmap`: examples of one kernel join n, everything else joins m.
+# `vmap`: examples of a common kernel extend n, all other mapped axes extend m.
 
 
 def _mapped(primitive: Primitive, shared: bool, operands: Any, axes: Any, **how: Any) -> tuple[Array, int]:
@@ -129,7 +133,7 @@ def _mapped(primitive: Primitive, shared: bool, operands: Any, axes: Any, **how:
 
 
 def _joined(array: Array, axis: int | None, size: int) -> Array:
-    """The mapped axis and m as one; the array repeated where it is not mapped."""
+    """Merge the mapped axis into m; repeat an array that is not mapped."""
     moved = jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
     return moved.reshape(-1, *moved.shape[2:])
 
@@ -165,7 +169,7 @@ def _lax_gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Si
     return jax.vmap(of_member)(x, y)
 
 
-def _one_by_one(function: Callable[..., Array]) -> Callable[..., Array]:
+def _by_member(function: Callable[..., Array]) -> Callable[..., Array]:
     def of_members(a: Array, b: Array, **how: Any) -> Array:
         if a.shape[0] == 1:
             return function(a[0], b[0], **how)[None]
@@ -180,28 +184,28 @@ for primitive, everywhere, cpu in (
     (gather_p, _lax_gather, conv_cpu.gather),
 ):
     mlir.register_lowering(primitive, mlir.lower_fun(everywhere, multiple_results=False))
-    mlir.register_lowering(primitive, mlir.lower_fun(_one_by_one(cpu), multiple_results=False), platform="cpu")
+    mlir.register_lowering(primitive, mlir.lower_fun(_by_member(cpu), multiple_results=False), platform="cpu")
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=("stride", "padding", "space", "window")))
 
 
-# Layers, for one example.
+# Layers, for a single example.
 
 
 Initializer = Callable[..., Array]
-"""(key, shape, dtype) -> array."""
+"""A function (key, shape, dtype) -> array."""
 
 
 def uniform(fan_in: int) -> Initializer:
-    """PyTorch's initial values of kernels and biases alike, uniform within 1 / sqrt(fan_in)."""
+    """Return PyTorch's initialiser of kernels and biases, uniform in +-1 / sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 class Conv(nn.Module):
-    """A convolution of one example, (*space, i) -> (*positions, features), in one or two dimensions or more.
+    """A convolution of an example, (*space, i) -> (*positions, features), in any number of dimensions.
 
-    The padding is PyTorch's `window // 2` on both sides unless given: the extents stay at stride 1 and are halved,
-    rounding up, at stride 2 (for odd windows).  Kernels are (*window, i, features).
+    The default padding is PyTorch's `window // 2` on both sides.  For odd windows stride 1 then keeps the extents, and
+    stride 2 halves them, rounding up.  Kernels are (*window, i, features).
     """
 
     features: int
@@ -210,13 +214,17 @@ class Conv(nn.Module):
     padding: int | None = None
     bias: bool = True
     initial: Initializer | None = None
-    """Of kernel and bias; PyTorch's unless given, and `zeros` for the last convolution of a residual branch."""
+    """Initialiser of kernel and bias; default: PyTorch's.  Use `zeros` for the last layer of a residual branch."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*space i"]) -> Float[Array, "*positions features"]:
-        """The convolution of x; raises ValueError where it has not one extent for each of the window."""
+        """Convolve x.
+
+        Raises:
+          ValueError: x does not have as many extents as the window.
+        """
         if x.ndim != len(self.window) + 1:
-            raise ValueError(f"Conv: x: expected {len(self.window)} extents and channels, given shape {x.shape}")
+            raise ValueError(f"Conv: x must have {len(self.window)} extents and channels, got shape {x.shape}")
         initial = self.initial or uniform(math.prod(self.window) * x.shape[-1])
         kernel = self.param("kernel", initial, (*self.window, x.shape[-1], self.features))
         stride = (self.stride,) * len(self.window)
@@ -226,10 +234,10 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """A transposed convolution of one example, (*positions, o) -> (*space, features), PyTorch's `ConvTranspose`.
+    """A transposed convolution of an example, (*positions, o) -> (*space, features), PyTorch's `ConvTranspose`.
 
-    space = (positions - 1) stride - 2 padding + window: twice the extent for a window of 4, stride 2 and padding 1.
-    Kernels are (*window, features, o), those of the convolution that it transposes.
+    space = (positions - 1) stride - 2 padding + window; a window of 4 with stride 2 and padding 1 doubles the extents.
+    Kernels are (*window, features, o), like those of the convolution that it transposes.
     """
 
     features: int
@@ -240,7 +248,7 @@ class ConvTranspose(nn.Module):
 
     @nn.compact
     def __call__(self, y: Float[Array, "*positions o"]) -> Float[Array, "*space features"]:
-        """The transposed convolution of y."""
+        """Apply the transposed convolution to y."""
         initial = uniform(math.prod(self.window) * self.features)
         kernel = self.param("kernel", initial, (*self.window, self.features, y.shape[-1]))
         lengths = zip(y.shape[:-1], self.window, strict=True)
@@ -258,7 +266,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*space i"]) -> Float[Array, "*space features"]:
-        """The product."""
+        """Multiply x by the kernel, and add the bias."""
         initial = self.initial or uniform(x.shape[-1])
         y = x @ self.param("kernel", initial, (x.shape[-1], self.features))
         return y + _bias(self, initial, y)

@@ -1,8 +1,9 @@
-"""The convolutions of `gendiff.nets.conv` on a CPU, for one member: x (n, *space, i), w (*window, i, o),
-y (n, *positions, o).
+"""The convolutions of `gendiff.nets.conv` on a CPU, for a single member.
 
-XLA on a CPU has one fast convolution: forwards, without dilation, with channels last.  It computes the others in scalar
-loops, among them every gradient of a convolution in the body of a `scan`.  Here all are that one, or matrix products.
+Shapes are x (n, *space, i), w (*window, i, o) and y (n, *positions, o).
+XLA on a CPU has a single fast convolution: forward, without dilation, with channels last.  It computes other ones in
+scalar loops, such as gradients of convolutions inside `scan`.  This module reduces all of them to the fast one, or to
+matrix products.
 """
 
 import itertools
@@ -20,25 +21,28 @@ from jax import lax
 from jaxtyping import Array
 
 Sizes = tuple[int, ...]
-"""One integer for each spatial axis."""
+"""An integer per spatial axis."""
 Sides = tuple[tuple[int, int], ...]
-"""Padding before and after each spatial axis."""
+"""Padding before and after an axis, per spatial axis."""
 
 
 def labels(rank: int) -> tuple[str, str, str]:
-    """XLA's names of the axes of x, w and y."""
+    """Return XLA's names of the axes of x, w and y."""
     space = "DHW"[3 - rank :]
     return f"N{space}C", f"{space}IO", f"N{space}C"
 
 
 def correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
-    """The convolution."""
+    """Compute `gendiff.nets.conv.correlate`."""
     return _canonical(x, w, padding, stride)
 
 
 def spread(y: Array, w: Array, *, stride: Sizes, padding: Sides, space: Sizes) -> Array:
-    """The phases x[s m + f] of x are convolutions of stride 1 of y with the phases of the flipped kernel: with
-    f + p = s c + r and k = s a + r, x[s m + f] = sum_a y[m + c - a] w[s a + r].  They are interleaved."""
+    """Compute `gendiff.nets.conv.spread` by interleaving the phases x[s m + f] of x.
+
+    With f + p = s c + r and k = s a + r, x[s m + f] = sum_a y[m + c - a] w[s a + r].  This is a convolution of stride 1
+    of y with a phase of the flipped kernel.
+    """
     axes, window = range(len(stride)), w.shape[:-2]
     counts = [-(-length // s) for length, s in zip(space, stride, strict=True)]
 
@@ -54,7 +58,10 @@ def spread(y: Array, w: Array, *, stride: Sizes, padding: Sides, space: Sizes) -
 
 
 def gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Sizes) -> Array:
-    """With k = s a + r, w[s a + r] = sum_q x[s (q + a) + r - p] y[q]: of stride 1 for each phase r of x."""
+    """Compute `gendiff.nets.conv.gather` by phases r of x, which have stride 1.
+
+    With k = s a + r, w[s a + r] = sum_q x[s (q + a) + r - p] y[q].
+    """
     axes, positions = range(len(window)), y.shape[1:-1]
     if max(stride) == 1:
         return _of_stride_one(x, y, tuple(low for low, _ in padding), window)
@@ -70,7 +77,7 @@ def gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Sizes) 
 
 
 def _canonical(x: Array, w: Array, sides: Sides, stride: Sizes | None = None) -> Array:
-    """The convolution that XLA has a fast one of; where the window exceeds the image, its patches times the kernel."""
+    """Use XLA's fast convolution, or a faster form for special shapes; im2col if the window exceeds the image."""
     window, stride = w.shape[:-2], stride or (1,) * (w.ndim - 2)
     if all(size == 1 for size in window):
         return _strided(_padded(x, sides), stride) @ w.reshape(w.shape[-2:])
@@ -90,21 +97,23 @@ def _canonical(x: Array, w: Array, sides: Sides, stride: Sizes | None = None) ->
 
 
 def _of_few_features(x: Array, w: Array, sides: Sides) -> Array:
-    """All products of pixels and kernels at once, with pixels last, added up where they belong: 2 to 5 times faster for
-    up to three features, which would leave most of a vector register empty."""
+    """Multiply all pixels by all kernels, with pixels last, and add the shifted products.
+
+    It is 2 to 5 times faster for up to three features, because features last would leave vector registers mostly empty.
+    """
     window, features = w.shape[:-2], w.shape[-1]
     kernels = w.swapaxes(-1, -2).reshape(-1, w.shape[-2])
     products = lax.dot_general(kernels, x, (((1,), (x.ndim - 1,)), ((), ())))
     products = products.reshape(-1, features, *x.shape[:-1])
     total: Array | float = 0.0
-    for each, offset in zip(products, itertools.product(*map(range, window)), strict=True):
+    for product, offset in zip(products, itertools.product(*map(range, window)), strict=True):
         shift = [(low - a, high - k + 1 + a, 0) for a, k, (low, high) in zip(offset, window, sides, strict=True)]
-        total = total + lax.pad(each, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + shift)
+        total = total + lax.pad(product, jnp.zeros((), x.dtype), [(0, 0, 0)] * 2 + shift)
     return jnp.moveaxis(jnp.asarray(total), 0, -1)
 
 
 def _together(x: Array, w: Array, sides: Sides) -> int:
-    """How many neighbours in a row make 32 features of few; 1 where it does not pay or they do not divide the row."""
+    """Return the number of neighbours in a row to fold into features, up to 32; 1 if folding does not pay or fit."""
     width, window, features = x.shape[-2], w.shape[-3], w.shape[-1]
     if w.ndim != 4 or max(w.shape[-2:]) > 16 or window > 5:
         return 1
@@ -114,20 +123,20 @@ def _together(x: Array, w: Array, sides: Sides) -> int:
 
 
 def _folded(x: Array, w: Array, sides: Sides, together: int) -> Array:
-    """`together` neighbours in a row as the features of one position, by a kernel that is as much wider.
+    """Convolve with `together` neighbours in a row as features of one position, by a wider kernel.
 
-    With 16 features or fewer, XLA's convolution runs at half the speed; this takes 4/3 of the multiplications for two
-    neighbours and a window of 3, and is 1.5 times faster.
+    With 16 features or fewer, XLA's convolution runs at half speed.  For two neighbours and a window of 3, folding
+    takes 4/3 of the multiplications and is 1.5 times faster.
     """
     shifted = [[(0, 0)] * (w.ndim - 3) + [(a, together - 1 - a), (0, 0), (0, 0)] for a in range(together)]
-    wide = jnp.concatenate([jnp.pad(w, each) for each in shifted], -1)
+    wide = jnp.concatenate([jnp.pad(w, widths) for widths in shifted], -1)
     stride = (1,) * (w.ndim - 3) + (together,)
     y = lax.conv_general_dilated(x, wide, stride, sides, dimension_numbers=labels(w.ndim - 2))
     return y.reshape(*y.shape[:-2], y.shape[-2] * together, w.shape[-1])
 
 
 def _padded(x: Array, sides: Sequence[tuple[int, int]]) -> Array:
-    """Zeros before and after each spatial axis; a negative number takes away."""
+    """Pad spatial axes with zeros; a negative number crops."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in sides), (0, 0, 0)])
 
 
@@ -144,7 +153,7 @@ def _phases(stride: Sizes) -> list[Sizes]:
 
 
 def _interleaved(phases: list[Array], stride: Sizes, space: Sizes) -> Array:
-    """x with x[s m + f] = phases[f][m], the phases in the order of `_phases`, cut to the extents `space`."""
+    """Return x with x[s m + f] = phases[f][m], cropped to the extents `space`; phases are ordered as in `_phases`."""
     for d in reversed(range(len(stride))):
         rows = [jnp.stack(phases[i : i + stride[d]], 2 + d) for i in range(0, len(phases), stride[d])]
         phases = [row.reshape(*row.shape[: 1 + d], -1, *row.shape[3 + d :]) for row in rows]
@@ -152,10 +161,10 @@ def _interleaved(phases: list[Array], stride: Sizes, space: Sizes) -> Array:
 
 
 def _transposed(y: Array, w: Array, sides: Sides) -> Array:
-    """The convolution of y with the kernel flipped in space and with its channels exchanged.
+    """Convolve y with the kernel flipped in space and with its channels exchanged.
 
-    To exchange them costs a pass over the kernel.  Where there are fewer positions than channels, it is less to make
-    all products with the kernel as it lies, and to add them up where they belong.
+    The exchange costs a pass over the kernel.  With fewer positions than channels, multiplying by the kernel in its
+    layout and adding the shifted products is cheaper.
     """
     axes, window = tuple(range(w.ndim - 2)), w.shape[:-2]
     if _tiles_pay(y, w, sides):
@@ -173,10 +182,10 @@ def _transposed(y: Array, w: Array, sides: Sides) -> Array:
 
 
 def _of_stride_one(x: Array, y: Array, before: Sizes, window: Sizes) -> Array:
-    """w[k] = sum_q x[q + k - before] y[q], as the fast convolution of one with the other, examples for channels.
+    """Return w[k] = sum_q x[q + k - before] y[q], as a fast convolution of x and y with examples as channels.
 
-    The kernel is the one with more channels, since the other is read once for each position of the window: y, or x and
-    the result is flipped.
+    The operand with more channels is the kernel, because the image is read once per position of the window.  If x is
+    the kernel, the result is flipped.
     """
     axes = tuple(range(len(window)))
     if all(k == 1 for k in window) and not any(before):
@@ -185,38 +194,38 @@ def _of_stride_one(x: Array, y: Array, before: Sizes, window: Sizes) -> Array:
     image, kernel = (x, y) if x.shape[-1] <= y.shape[-1] else (y, x)
     low = before if image is x else tuple(k - 1 - b for k, b in zip(window, before, strict=True))
     sides = tuple((low[d], kernel.shape[1 + d] + window[d] - 1 - image.shape[1 + d] - low[d]) for d in axes)
-    w = _canonical(_examples_last(image), jnp.moveaxis(kernel, 0, -2), sides)  # image channels, *window, the others
+    w = _canonical(_examples_last(image), jnp.moveaxis(kernel, 0, -2), sides)  # image channels, *window, features
     if image is x:
         return jnp.moveaxis(w, 0, -2)
     return jnp.moveaxis(jnp.flip(w, tuple(d + 1 for d in axes)), 0, -1)
 
 
 def _examples_last(x: Array) -> Array:
-    """x with the first axis and the last exchanged.
+    """Exchange the first and the last axis of x.
 
-    What computes x would be fused into the exchange and read with strides of whole examples, which all fall into the
-    same lines of the cache.  A product with the identity reads x as it lies, and what is left to move are whole rows.
+    XLA would fuse the computation of x into a plain transpose.  Its reads would have strides of full examples, which
+    share cache lines.  A product with the identity reads x in its layout and leaves only full rows to move.
     """
     n = x.shape[0]
-    if n > 256:  # as many multiplications for each number
+    if n > 256:  # the product takes n multiplications per number
         return x.swapaxes(0, -1)
     rows = lax.dot_general(x.reshape(n, -1), jnp.eye(n, dtype=x.dtype), (((0,), (0,)), ((), ())), lax.Precision.HIGHEST)
     return jnp.moveaxis(rows.reshape(*x.shape[1:], n), -2, 0)
 
 
-# Convolutions by tiles, F(m, k): m neighbouring outputs of a window of k from m + k - 1 products and not m k, in each
-# axis (Winograd 1980; Lavin and Gray 2016, "Fast algorithms for convolutional neural networks").  Tiles of the image
-# and the kernel become the values of polynomials at m + k - 1 points, one of them infinity, and are multiplied there.
+# Winograd convolutions F(m, k) compute m neighbouring outputs of a window of k from m + k - 1 instead of m k products
+# per axis (Winograd 1980; Lavin and Gray 2016, "Fast algorithms for convolutional neural networks").  They evaluate
+# tiles of the image and the kernel as polynomials at m + k - 1 points, one of them infinity, and multiply the values.
 #
-# F(2 x 2, 3 x 3) takes 16 products instead of 36, and its rounding errors are at most twice as large as those of the
-# plain convolution; F(4, 5) takes 8 instead of 20, and they are two to four times as large.
+# F(2 x 2, 3 x 3) takes 16 products instead of 36; its rounding errors are at most twice those of the plain
+# convolution.  F(4, 5) takes 8 products instead of 20; its rounding errors are two to four times as large.
 
 Grid = Any
-"""Arrays in lists, nested as deep as there are axes."""
+"""Nested lists of arrays, one level per axis."""
 
 
 class Tiles(NamedTuple):
-    """The three matrices of F(m, k)."""
+    """The three matrices of F(m, k), for image, kernel and output."""
 
     image: np.ndarray
     """(m + k - 1, m + k - 1)."""
@@ -227,7 +236,7 @@ class Tiles(NamedTuple):
 
 
 def _toom_cook(m: int, k: int, points: Sequence[Fraction | int]) -> Tiles:
-    """F(m, k) at m + k - 2 points and infinity (Toom 1963; Cook 1966)."""
+    """Construct F(m, k) from m + k - 2 points and infinity (Toom 1963; Cook 1966)."""
     one = np.array([Fraction(1)])
     polynomial = lambda roots: reduce(np.polymul, [[Fraction(1), -root] for root in roots], one)[::-1]
     powers = lambda point, count: [Fraction(point) ** i for i in range(count)]
@@ -241,13 +250,13 @@ def _toom_cook(m: int, k: int, points: Sequence[Fraction | int]) -> Tiles:
 
 
 TILES = {3: _toom_cook(2, 3, (0, 1, -1)), 5: _toom_cook(4, 5, (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2)))}
-"""By the window's extent."""
+"""Matrices by the window's extent."""
 
 
 def _tiles_pay(x: Any, w: Any, sides: Sides) -> bool:
-    """Whether the tiles fit, and are enough to be worth the transformation of the kernel."""
+    """Return True if the tiles fit, and are enough to pay for the transformation of the kernel."""
     window = w.shape[:-2]
-    if window not in ((3, 3), (5,)) or x.dtype != jnp.float32:  # rounding errors are too large in lower precisions
+    if window not in ((3, 3), (5,)) or x.dtype != jnp.float32:  # lower precisions have too large rounding errors
         return False
     space = [length + sum(side) - k + 1 for length, side, k in zip(x.shape[1:-1], sides, window, strict=True)]
     fits = all(length > 0 and length % len(TILES[window[0]].output) == 0 for length in space)
@@ -255,7 +264,7 @@ def _tiles_pay(x: Any, w: Any, sides: Sides) -> bool:
 
 
 def _by_tiles(x: Array, w: Array, sides: Sides, exchanged: bool = False) -> Array:
-    """The convolution; with `exchanged` channels the kernels are (*window, features, i)."""
+    """Convolve by tiles; with `exchanged` the kernels are (*window, features, i)."""
     x, window = _padded(x, sides), w.shape[:-2]
     tiles, rank = TILES[window[0]], len(window)
     size = len(tiles.output)
@@ -269,17 +278,17 @@ def _by_tiles(x: Array, w: Array, sides: Sides, exchanged: bool = False) -> Arra
 
 
 def _grid(of: Callable[[Sizes], Array], extents: Sizes, first: Sizes = ()) -> Grid:
-    """of((i, j, ..)) for all i, j, .. below the extents."""
+    """Return nested lists of of((i, j, ..)) for all i, j, .. below the extents."""
     if not extents:
         return of(first)
     return [_grid(of, extents[1:], (*first, i)) for i in range(extents[0])]
 
 
 def _transformed(matrix: np.ndarray, grid: Grid, rank: int) -> Grid:
-    """The matrix, of few numbers, times a grid along each of its axes."""
+    """Multiply a grid by a small matrix along all of its axes."""
     if rank == 0:
         return grid
-    inner = [_transformed(matrix, each, rank - 1) for each in grid]
+    inner = [_transformed(matrix, part, rank - 1) for part in grid]
     times = lambda c, a: a if c == 1 else -a if c == -1 else c * a
     by = lambda row: jax.tree.map(
         lambda *arrays: reduce(operator.add, [times(c, a) for c, a in zip(row, arrays, strict=True) if c]), *inner

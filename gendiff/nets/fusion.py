@@ -1,4 +1,4 @@
-"""What the compiler shall not fuse into the loops that read it."""
+"""A barrier against XLA's loop fusion on CPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 
 
 def apart(x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-    """x, for the vectors of which a loop over pixels reads one entry for each channel.
+    """Return x, computed before the loops over pixels that read it.
 
-    XLA on a CPU would compute the entry anew for each pixel and, where that takes several operands, give up vector
-    instructions: a factor of ten.  An optimisation barrier is gone before it fuses, but a matrix product stays what it
-    is: there x is multiplied by the identity.
+    Otherwise XLA on a CPU fuses x into the loop and computes an entry again for every pixel.  With several operands it
+    also gives up vector instructions, a factor of ten.  An optimisation barrier does not help, because XLA removes it
+    before fusion.  On CPUs x is multiplied by the identity, because XLA does not fuse matrix products.
     """
     return apart_p.bind(x)
 

@@ -1,5 +1,4 @@
-"""Residual MLPs for vectors: a denoiser's network and a classifier, with Fourier features that blur as the noise
-grows."""
+"""Residual MLPs for vectors, as denoisers and classifiers; Fourier features are blurred with the noise level."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,11 @@ from gendiff.types import Sample, Scalar
 
 @jax.custom_jvp
 def sine_cosine(angle: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """sin and cos of angles below 8192 in size, each to 1e-7.
+    """Return sin and cos of angles in (-8192, 8192), with errors up to 1e-7.
 
-    The library's sin and cos take a quarter of a guided sampler's time on a CPU.  Here one reduction to [-pi/4, pi/4]
-    serves both (in three parts, exact in float32), and then the polynomials of Cephes (Moshier 1992, sinf and cosf).
+    The function exists because XLA's sin and cos take a quarter of a guided sampler's time on a CPU.  Both share a
+    reduction to [-pi/4, pi/4], in three parts, exact in float32.  The polynomials are those of Cephes (Moshier 1992,
+    sinf and cosf).
     """
     quarter = jnp.round(angle * (2 / jnp.pi))
     rest = ((angle - quarter * 1.5703125) - quarter * 4.837512969970703e-4) - quarter * 7.549789948768648e-8
@@ -34,16 +34,16 @@ def _sine_cosine_change(primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
 
 
 def sinusoidal(t: Scalar, features: int, low: float = 1.0, high: float = 200.0) -> Float[Array, " features"]:
-    """sin and cos of t at `features / 2` log-spaced angular frequencies in [low, high]."""
+    """Return sin and cos of t at `features / 2` log-spaced angular frequencies in [low, high]."""
     return jnp.concatenate(sine_cosine(jnp.geomspace(low, high, features // 2) * t))
 
 
 class BlurredFourier(nn.Module):
-    """Random Fourier features of a noisy point, sin(w u) exp(-|w|^2 s^2 / 2) and the same with cos.
+    """Random Fourier features of a noisy point: sin(w u) exp(-|w|^2 s^2 / 2), and the same with cos.
 
     u = c_in x is a variance-preserving mixture of signal and noise of level s = sigma / sqrt(sigma^2 + sd^2).  The
-    factor is the mean of the noise's own Fourier phase, so every feature obeys the heat equation that the marginals
-    of a diffusion obey: sharp edges at low noise, and no spurious gradient from high frequencies at high noise.
+    factor is the expectation of the noise's Fourier phase.  So the features obey the heat equation, like the marginals
+    of a diffusion: edges are sharp at low noise, and high frequencies give no spurious gradient at high noise.
     """
 
     count: int
@@ -53,7 +53,7 @@ class BlurredFourier(nn.Module):
 
     @nn.compact
     def __call__(self, u: Sample, c_noise: Scalar) -> Float[Array, " features"]:
-        """2 count features of the point u at c_noise = ln(sigma) / 4."""
+        """Return 2 count features of the point u at c_noise = ln(sigma) / 4."""
 
         def initial(key: jax.Array) -> Array:
             direction_key, size_key = jax.random.split(key)
@@ -71,9 +71,9 @@ class BlurredFourier(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """(u, c_noise) -> (features,): residual blocks h + W2 silu(W1 silu(h) + Wt silu(e)) with e an embedding of c_noise.
+    """A residual MLP (u, c_noise) -> (features,) of blocks h + W2 silu(W1 silu(h) + Wt silu(e)); e embeds c_noise.
 
-    This is EDM's F for data that are vectors: u = c_in x, c_noise = ln(sigma) / 4.
+    It is EDM's F for vectors: u = c_in x, c_noise = ln(sigma) / 4.
     """
 
     features: int
@@ -82,13 +82,13 @@ class ResidualMLP(nn.Module):
     fourier: int = 32
     """Number of Fourier frequencies beside the plain input; 0 for none."""
     high: float = 8.0
-    """The highest of them, in radians a standard deviation of the data."""
+    """Highest Fourier frequency, in radians per unit of u."""
     data_std: float = 0.5
 
     @nn.compact
     def __call__(self, u: Sample, c_noise: Scalar) -> Float[Array, " features"]:
-        """F(u, c_noise), of shape (features,)."""
-        # In training the noise level differs between examples, so a wide embedding would cost as much as the blocks.
+        """Return F(u, c_noise), of shape (features,)."""
+        # The embedding is narrow, because in training every example has its own and pays for it.
         embedding = nn.silu(nn.Dense(self.width // 2, name="time")(sinusoidal(c_noise, 32)))
         inputs = u
         if self.fourier:
@@ -104,10 +104,10 @@ class ResidualMLP(nn.Module):
 
 
 class MLPClassifier(nn.Module):
-    """(u, c_noise) -> scalar logit, f(u, c_noise) sqrt(1 + (sharpness sd / sigma)^2) with f a `ResidualMLP`.
+    """A classifier (u, c_noise) -> logit = f(u, c_noise) sqrt(1 + (sharpness sd / sigma)^2), with f a `ResidualMLP`.
 
-    Near an edge the Bayes log-odds are a function of distance over sigma: with that factor f may stay smooth while the
-    logit turns within sigma of the edge.
+    Near an edge, the Bayes log-odds are a function of distance / sigma.  The factor lets f stay smooth while the logit
+    changes within sigma of the edge.
     """
 
     width: int = 64
@@ -119,7 +119,7 @@ class MLPClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, u: Sample, c_noise: Scalar) -> Scalar:
-        """The logit of a point u at c_noise = ln(sigma) / 4."""
+        """Return the logit of a point u at c_noise = ln(sigma) / 4."""
         net = ResidualMLP(1, self.width, self.depth, self.fourier, self.high, self.data_std, name="trunk")
         sigma = jnp.exp(4 * c_noise)
         return net(u, c_noise)[0] * jnp.sqrt(1 + (self.sharpness * self.data_std / sigma) ** 2)

@@ -1,6 +1,6 @@
-"""ResNet-18 (He et al. 2016, "Deep residual learning for image recognition") with one logit, for clean images.
+"""ResNet-18 (He et al. 2016, "Deep residual learning for image recognition") with a logit, for clean images.
 
-Structure and initial values are torchvision's, whose ImageNet weights `gendiff.convert` reads.
+Structure and initial values are torchvision's; `gendiff.convert` reads its ImageNet weights.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BatchNorm(nn.Module):
-    """Normalisation of channels by the moments of a batch in training, and by their running averages otherwise.
+    """Batch normalisation of channels: by the batch's moments in training, else by their running averages.
 
-    As PyTorch's: the batch is normalised by its biased variance, and the running variance averages the unbiased one.
-    In training the examples are mapped by `vmap(..., axis_name=BATCH)`.
+    As in PyTorch, the batch is normalised by its biased variance, and the running average takes the unbiased variance.
+    In training, map the examples by `vmap(..., axis_name=BATCH)`.
     """
 
     momentum: float = 0.1
@@ -32,9 +32,12 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image, train: bool = False) -> Image:
-        """The normalised image; in training the collection `batch_stats` is updated and must be mutable.
+        """Normalise an image; in training, update the collection `batch_stats`, which must be mutable.
 
-        The mean and the biased variance of the batch itself are sown in the collection `moments`.
+        In training, the collection `moments` gets the batch's mean and biased variance.
+
+        Raises:
+          ValueError: the training batch has a single value per channel.
         """
         shape = (x.shape[-1],)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
@@ -46,7 +49,7 @@ class BatchNorm(nn.Module):
         spread = lax.pmean(jnp.mean((x - now[None, None]) ** 2, (0, 1)), BATCH)
         count = lax.psum(x.shape[0] * x.shape[1], BATCH)
         if count < 2:
-            raise ValueError("BatchNorm: x: expected 2 or more values of a channel in a training batch, given 1")
+            raise ValueError("BatchNorm: x must have 2 or more values of a channel in a training batch, got 1")
         self.sow("moments", "mean", now, reduce_fn=_newest)
         self.sow("moments", "var", spread, reduce_fn=_newest)
         keep = 1 - self.momentum
@@ -65,7 +68,7 @@ def _affine(x: Image, mean: Array, variance: Array, scale: Array, bias: Array) -
 
 
 def max_pool(x: Image) -> Image:
-    """The largest of 3 x 3 pixels around every other pixel, as a maximum of slices: fast with all its derivatives."""
+    """Pool by a 3 x 3 maximum with stride 2, written as a maximum of slices because their derivatives are fast."""
     h, w, _ = x.shape
     x = jnp.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     y = x[:h:2, :w:2]
@@ -75,14 +78,14 @@ def max_pool(x: Image) -> Image:
 
 
 class Block(nn.Module):
-    """relu(skip(x) + norm(conv(relu(norm(conv(x))))))."""
+    """A residual block, relu(skip(x) + norm(conv(relu(norm(conv(x))))))."""
 
     features: int
     stride: int = 1
 
     @nn.compact
     def __call__(self, x: Image, train: bool) -> Image:
-        """The block's output."""
+        """Apply the block."""
         conv = lambda name, window, stride: Conv(self.features, window, stride, bias=False, initial=kaiming, name=name)
         h = nn.relu(BatchNorm(name="bn1")(conv("conv1", (3, 3), self.stride)(x), train))
         h = BatchNorm(name="bn2")(conv("conv2", (3, 3), 1)(h), train)
@@ -92,10 +95,10 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """x -> logit: ResNet-18 for one image, of 11,177,025 parameters with one output and three channels.
+    """ResNet-18 of an image, x -> logit; it has 11,177,025 parameters with one output and three channels.
 
-    Variables are `params` and `batch_stats`.  For guidance `apply(variables, x)` is a pure function of one image; in
-    training a batch is needed, see `in_batch`.
+    Variables are `params` and `batch_stats`.  For guidance, `apply(variables, x)` is a pure function of an image.  For
+    training, which needs a batch, see `in_batch`.
     """
 
     outputs: int | None = None
@@ -105,7 +108,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image, train: bool = False) -> Scalar | Float[Array, " outputs"]:
-        """The logit of an image of any extents, or the logits (outputs,)."""
+        """Return the logit of an image of any extents, or the logits (outputs,)."""
         h = Conv(self.widths[0], (7, 7), 2, bias=False, initial=kaiming, name="conv1")(x)
         h = max_pool(nn.relu(BatchNorm(name="bn1")(h, train)))
         for level, (width, count) in enumerate(zip(self.widths, self.blocks, strict=True)):
@@ -117,17 +120,17 @@ class ResNet(nn.Module):
 
 
 def in_batch(net: ResNet, variables: Params, x: Image) -> tuple[Scalar | Float[Array, " outputs"], Params]:
-    """The logit of one image of a training batch, and the variables with the batch's own moments.
+    """Return the logit of an image of a training batch, and the variables with the batch's own moments.
 
-    Below `vmap(..., axis_name=BATCH)`.  Of a whole training set those are the exact moments of the input of every norm
-    ("precise BN", Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3), where PyTorch has running averages.
+    Call it below `vmap(..., axis_name=BATCH)`.  With the full training set as the batch, the moments are exact instead
+    of running averages ("precise BN", Wu and Johnson 2021, "Rethinking Batch in BatchNorm", section 3).
     """
     logit, updated = net.apply(variables, x, train=True, mutable=["batch_stats", "moments"])
     return logit, {**variables, "batch_stats": updated["moments"]}
 
 
 def train_logits(net: ResNet, variables: Any, images: Float[Array, "n h w c"]) -> tuple[Float[Array, " n"], Any]:
-    """Logits (n,) of a batch, normalised by its own moments, and the running averages after it, PyTorch's."""
-    one = lambda x: net.apply(variables, x, train=True, mutable=["batch_stats"])
-    logits, updated = jax.vmap(one, axis_name=BATCH, out_axes=(0, None))(images)
+    """Return logits (n,) of a batch, normalised by its own moments, and the updated running averages, as in PyTorch."""
+    of_image = lambda x: net.apply(variables, x, train=True, mutable=["batch_stats"])
+    logits, updated = jax.vmap(of_image, axis_name=BATCH, out_axes=(0, None))(images)
     return logits, updated["batch_stats"]

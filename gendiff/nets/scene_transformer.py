@@ -1,10 +1,9 @@
 """A transformer over the vehicles of a traffic scene, for denoisers and for classifiers.
 
-Vehicles are a set: nothing tells their order, so that the network is equivariant to permutations.  What one vehicle is
-to another (where it stands, how much room is between them) enters self-attention as a relative positional encoding in
-queries, keys and values (Wu et al. 2021, "Rethinking and improving relative position encoding", eq. 16, with a network
-in place of their table); the map enters by cross-attention, and by the distances to the edge of the drivable area that
-each vehicle reads from it at its own, noisy, outline.
+Vehicles are a set, and the network is equivariant to permutations.  Relations of two vehicles (relative position, gaps)
+enter self-attention as a relative positional encoding in queries, keys and values (Wu et al. 2021, "Rethinking and
+improving relative position encoding", eq. 16, with a network in place of their table).  The map enters by
+cross-attention, and by its distances to the edge of the drivable area at a vehicle's noisy outline.
 """
 
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -22,48 +21,49 @@ from gendiff.types import Params, Scalar
 
 Head: TypeAlias = Literal["denoise", "scene", "agent", "pair"]
 ABSENT = 1e4
-"""Logit of what is not there: its log C and the gradient of it are 0 in float32."""
+"""Logit of absent vehicles and pairs; its log C and their gradient are 0 in float32."""
 
 
 class Place(NamedTuple):
-    """What a scene is conditioned on."""
+    """The condition of a scene."""
 
     distance: Float[Array, "c c"]
     """Signed distance to the edge of the drivable area in metres; see `gendiff.oracles.drivable`."""
     present: Bool[Array, " k"]
+    """True for rows with a vehicle."""
 
 
 class Units(NamedTuple):
-    """Metres of the network's coordinates, x = scale u + shift, for (x, y, length, width, cos, sin, speed)."""
+    """The network's coordinates u of (x, y, length, width, cos, sin, speed): metres = scale u + shift."""
 
     shift: tuple[float, ...]
     scale: tuple[float, ...]
     half: float
-    """Half the width of the map."""
+    """Half the width of the map, in metres."""
 
     def metres(self, u: Float[Array, "*s k 7"]) -> Float[Array, "*s k 7"]:
-        """Vehicles in metres, radians' cosines and sines, and m/s."""
+        """Return vehicles with lengths in metres and speeds in m/s."""
         shift, scale = self._arrays(u)
         return u * scale + shift
 
     def normalised(self, vehicles: Float[Array, "*s k 7"], present: Bool[Array, "*s k"]) -> Float[Array, "*s k 7"]:
-        """The network's coordinates; zeros for what is not present."""
+        """Return the network's coordinates; zeros for absent vehicles."""
         shift, scale = self._arrays(vehicles)
         return jnp.where(present[..., None], (vehicles - shift) / scale, 0.0)
 
     def _arrays(self, like: Array) -> tuple[Array, Array]:
-        one = (1,) * (like.ndim - 1) + (7,)
-        return jnp.asarray(self.shift, jnp.float32).reshape(one), jnp.asarray(self.scale, jnp.float32).reshape(one)
+        shape = (1,) * (like.ndim - 1) + (7,)
+        return jnp.asarray(self.shift, jnp.float32).reshape(shape), jnp.asarray(self.scale, jnp.float32).reshape(shape)
 
 
-Memory: TypeAlias = tuple[Float[Array, "heads tokens each"], Float[Array, "heads tokens each"]]
-"""Keys and values of the attention to a map, the same for all layers."""
+Memory: TypeAlias = tuple[Float[Array, "heads tokens e"], Float[Array, "heads tokens e"]]
+"""Keys and values of the attention to a map, common to all layers."""
 
 
 class MapEncoder(nn.Module):
-    """A map -> the keys and values of the attention to it, a token for each square.
+    """An encoder of a map to the keys and values of the attention to it, a token per square.
 
-    They depend on neither the vehicles nor the noise: a sampler computes them once.
+    They do not depend on vehicles or noise, so a sampler computes them once.
     """
 
     width: int
@@ -71,16 +71,19 @@ class MapEncoder(nn.Module):
     square: int = 16
     """Cells along a square's side."""
     every: int = 4
-    """Of these one in so many is looked at, in both directions: from one to the next, a distance changes by no more
-    than there is between them.  What matters to the metre, vehicles read at their own places (`roadside`)."""
+    """Stride at which the encoder reads cells, in both directions.  A coarse stride suffices, because distances change
+    slowly; vehicles read the precise distances at their own places (`roadside`)."""
 
     @nn.compact
     def __call__(self, distance: Float[Array, "c c"]) -> Memory:
-        """Keys and values; raises ValueError for a map that is not square, or not a multiple of the squares."""
+        """Encode a map.
+
+        Raises:
+          ValueError: the map is not square, or its side is not a multiple of `square`.
+        """
         if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or distance.shape[0] % self.square:
             raise ValueError(
-                f"MapEncoder: distance: expected square maps of a multiple of {self.square} cells, "
-                f"given {distance.shape}"
+                f"MapEncoder: distance must be a square map of a multiple of {self.square} cells, got {distance.shape}"
             )
         seen = distance[self.every // 2 :: self.every, self.every // 2 :: self.every].astype(jnp.float32)
         near = squares(seen, self.square // self.every)
@@ -88,7 +91,7 @@ class MapEncoder(nn.Module):
         h = nn.silu(nn.Dense(self.width, name="squares")(h))
         h = h + nn.silu(nn.Dense(self.width, name="mix")(h))
         centre = (np.arange(len(h)) + 0.5) / len(h) * 2 - 1
-        y, x = (each.ravel() for each in np.meshgrid(centre, centre, indexing="ij"))
+        y, x = (grid.ravel() for grid in np.meshgrid(centre, centre, indexing="ij"))
         where = waves(jnp.asarray(np.stack([x, y], -1), jnp.float32))
         tokens = h.reshape(-1, self.width) + nn.Dense(self.width, use_bias=False, name="where")(where)
         tokens = nn.LayerNorm(name="norm")(tokens)
@@ -96,46 +99,46 @@ class MapEncoder(nn.Module):
             nn.Dense(self.width, use_bias=False, name=name)(tokens).reshape(-1, self.heads, self.width // self.heads)
             for name in ("keys", "values")
         )
-        # In the order in which the products of an attention read them.
+        # Heads first, the order in which attention reads them.
         return jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)
 
 
 def squares(x: Float[Array, "h w"], side: int) -> Float[Array, "h/side w/side side*side"]:
-    """Squares that do not overlap, each flattened: with a matrix they are a convolution whose window is its stride."""
+    """Cut x into flattened squares; times a matrix, this is a convolution whose stride equals its window."""
     h, w = x.shape
     parts = x.reshape(h // side, side, w // side, side)
     return jnp.moveaxis(parts, 2, 1).reshape(h // side, w // side, side * side)
 
 
 def waves(at: Float[Array, "*n i"], octaves: int = 6) -> Float[Array, "*n 2*octaves*i"]:
-    """Sines and cosines of each coordinate; the longest wave has a length of 2, the shortest 2^(2 - octaves)."""
-    # Bounded before the octaves: far from the data a wave says nothing.
+    """Return sines and cosines of the coordinates; wavelengths are 2 to 2^(2 - octaves)."""
+    # Clip first, because waves carry no information far from the data.
     phase = jnp.clip(at, -1.5, 1.5)[..., None] * (jnp.pi * 2.0 ** jnp.arange(octaves)).reshape((1,) * at.ndim + (-1,))
     return jnp.concatenate(sine_cosine(phase), -1).reshape(*at.shape[:-1], -1)
 
 
 def turned(way: Float[Array, "*n 2"], ahead: Float[Array, "*n 2"]) -> Float[Array, "*n 2"]:
-    """What is `way` for one that looks along x, for one that looks along `ahead`; times its length."""
+    """Rotate `way` from the x axis to `ahead`, and scale it by the length of `ahead`."""
     (x, y), (cos, sin) = jnp.moveaxis(way, -1, 0), jnp.moveaxis(ahead, -1, 0)
     return jnp.stack([x * cos - y * sin, x * sin + y * cos], -1)
 
 
 def heading(vehicles: Float[Array, "k 7"]) -> Float[Array, "k 2"]:
-    """The direction of (cos, sin), shorter where noise leaves hardly any: smooth everywhere."""
-    given = vehicles[:, 4:6]
-    return given / jnp.sqrt(jnp.sum(given**2, -1, keepdims=True) + 0.01)
+    """Return the direction of (cos, sin), smooth everywhere; it is shorter than 1 for a small (cos, sin)."""
+    raw = vehicles[:, 4:6]
+    return raw / jnp.sqrt(jnp.sum(raw**2, -1, keepdims=True) + 0.01)
 
 
 def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k f"]:
-    """What vehicle j (axis 1) is to vehicle i (axis 0).
+    """Return features of vehicle j (axis 1) relative to vehicle i (axis 0).
 
-    The way to it, in the window's frame and in i's, also as waves; its heading in i's frame; the gaps between the two
-    boxes along i's two axes, and the largest of the four gaps along both boxes' axes, positive if and only if the boxes
-    are apart (the separating axis theorem); whether i is j.
+    They are j's relative position in the window's and in i's frame, also as waves; its heading in i's frame; the gaps
+    between the boxes along i's two axes; the largest of the four gaps along both boxes' axes; and 1 if i = j.  The
+    largest gap is positive if and only if the boxes are apart (the separating axis theorem).
 
     Args:
-      vehicles: in metres, noisy.
-      noise: standard deviation of the noise of x and y in metres, which sets how sharply gaps are seen.
+      vehicles: noisy vehicles, in metres.
+      noise: standard deviation of the noise of x and y in metres; it sets the resolution of gaps.
     """
     ahead = heading(vehicles)
     way = vehicles[None, :, :2] - vehicles[:, None, :2]
@@ -166,10 +169,10 @@ def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k
 
 
 def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half: float) -> Float[Array, "k 41"]:
-    """The signed distance to the edge of the drivable area, in metres, where each vehicle is.
+    """Return the signed distance to the edge of the drivable area, in metres, at places around a vehicle.
 
-    At its outline (8, see `gendiff.geometry.outline`), at its centre, and on rings around that (AROUND), which turn
-    with it.  Beyond the map it is that of the map's edge, and a metre more for each metre.
+    The places are 8 of its outline (`gendiff.geometry.outline`), its centre, and rings around it (AROUND), in the
+    vehicle's frame.  Outside of the map, the distance to the map is added to the value at the map's edge.
     """
     ahead = heading(vehicles)
     shapes = jnp.concatenate([vehicles[:, :4], ahead], -1)
@@ -182,21 +185,21 @@ def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half:
 
 
 RINGS = (2.0, 5.0, 10.0, 20.0)
-"""Metres."""
+"""Radii in metres."""
 _ANGLES = np.arange(8) * np.pi / 4
 AROUND = np.concatenate(
     [np.zeros((1, 2)), *(radius * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1) for radius in RINGS)]
 )
-"""The centre and eight places on each ring."""
+"""The centre, and eight places per ring."""
 
 
 class SceneTransformer(nn.Module):
-    """(u, c_noise, place, keys and values of the map) -> what the head gives.
+    """The transformer (u, c_noise, place, keys and values of the map) -> output of the head.
 
-    u = x_t / sqrt(alpha^2 + sigma^2) and c_noise = ln(sigma / alpha) / 4 are the same numbers for DDPM and for EDM with
-    sigma_data 1.  Heads: "denoise" gives (k, 7); "scene" a logit; "agent" (k,); "pair" (k (k - 1) / 2 + k,): logits
-    of each pair i < j, that it does not overlap, in the order of `numpy.triu_indices`, then of each vehicle, that it
-    is on the drivable area.  Logits of what is not present are ABSENT.
+    u = x_t / sqrt(alpha^2 + sigma^2) and c_noise = ln(sigma / alpha) / 4 are the same for DDPM and for EDM with
+    sigma_data 1.  The head "denoise" returns (k, 7), "scene" a logit, and "agent" logits (k,).  The head "pair" returns
+    logits (k (k - 1) / 2 + k,): first that a pair i < j does not overlap, in the order of `numpy.triu_indices`, then
+    that a vehicle is on the drivable area.  Logits of absent vehicles are ABSENT.
     """
 
     units: Units
@@ -205,20 +208,20 @@ class SceneTransformer(nn.Module):
     layers: int = 4
     heads: int = 8
     expansion: int = 2
-    """Width of the feed-forward layers in units of the width."""
+    """Width of the feed-forward layers in units of `width`."""
     hidden: int = 32
     """Width of the network of the relative encodings."""
 
     @nn.compact
     def __call__(self, u: Float[Array, "k 7"], c_noise: Scalar, place: Place, memory: Memory) -> Array:
-        """The head's output."""
+        """Return the head's output."""
         present = place.present
         vehicles = self.units.metres(u)
         noise = self.units.scale[0] * jnp.sqrt(jax.nn.sigmoid(8 * c_noise))  # sigma^2 / (alpha^2 + sigma^2)
         related = relations(vehicles, noise)
         beside = roadside(vehicles, place.distance, self.units.half)
         time = nn.silu(nn.Dense(64, name="time")(sinusoidal(c_noise, 32)))
-        # How fast the road's edge comes nearer along and across a vehicle: its heading relative to the road.
+        # Slopes of the distance along and across a vehicle, because they give its heading relative to the road.
         sides = jnp.stack([beside[:, 1] - beside[:, 5], beside[:, 7] - beside[:, 3]], -1)
         slopes = sides / jnp.maximum(vehicles[:, 2:4], 1.0)
         sigma = noise / self.units.scale[0]
@@ -235,7 +238,7 @@ class SceneTransformer(nn.Module):
             ],
             -1,
         )
-        # The hidden layers of all encodings in one product: it has few columns as it is.
+        # The hidden layers of all encodings in one product, because a single layer has few columns.
         encoded = nn.Dense(self.layers * self.hidden, name="relation")(related)
         encoded += nn.Dense(self.layers * self.hidden, use_bias=False, name="related_when")(time)[None, None]
         encoded = jnp.split(nn.silu(encoded), self.layers, -1)
@@ -249,8 +252,8 @@ class SceneTransformer(nn.Module):
                 CrossAttention(self.heads, name=f"map{i}"),
                 FeedForward(self.expansion, name=f"after_map{i}"),
             )
-            given: tuple[tuple[Any, ...], ...] = ((encoded[i], present), (), (memory,), ())
-            for part, arguments, (gain, offset, gate) in zip(parts, given, film, strict=True):
+            inputs: tuple[tuple[Any, ...], ...] = ((encoded[i], present), (), (memory,), ())
+            for part, arguments, (gain, offset, gate) in zip(parts, inputs, film, strict=True):
                 inner = nn.LayerNorm(use_bias=False, use_scale=False)(h) * (1 + gain) + offset
                 h = h + (1 + gate) * part(inner, *arguments)
         h = nn.LayerNorm(name="norm")(h)
@@ -259,9 +262,9 @@ class SceneTransformer(nn.Module):
         return self._read(h, related, present)
 
     def _answer(self, h: Array, ahead: Array) -> Array:
-        """Seven numbers, and for place and heading what is said in the vehicle's own frame, turned into the window's.
+        """Return seven numbers; add a position and a heading from the vehicle's own frame, turned to the window's.
 
-        What noise did to a vehicle on its lane, ahead or aside, is the same for all directions of the lane.
+        The own frame helps, because noise along and across a lane looks the same for all directions of the lane.
         """
         zeros = nn.initializers.zeros
         out = nn.Dense(7, kernel_init=zeros, name="output")(h)
@@ -279,8 +282,8 @@ class SceneTransformer(nn.Module):
         agents = jnp.where(present, last(1, "output")(h)[:, 0], ABSENT)
         if self.head == "agent":
             return agents
-        one, other = (nn.Dense(self.width // 2, name=name)(h) for name in ("one", "other"))
-        inner = one[:, None] + other[None] + nn.Dense(self.width // 2, use_bias=False, name="related")(related)
+        first, second = (nn.Dense(self.width // 2, name=name)(h) for name in ("one", "other"))
+        inner = first[:, None] + second[None] + nn.Dense(self.width // 2, use_bias=False, name="related")(related)
         logits = last(1, "pairs")(nn.silu(inner))[..., 0]
         rows, columns = np.triu_indices(k, 1)
         both = present[rows] & present[columns]
@@ -288,26 +291,26 @@ class SceneTransformer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W2 gelu(W1 h), the second matrix 0 at first."""
+    """A feed-forward layer, W2 gelu(W1 h); W2 starts small."""
 
     expansion: int
 
     @nn.compact
     def __call__(self, h: Float[Array, "k d"]) -> Float[Array, "k d"]:
-        """The layer."""
+        """Apply the layer."""
         d = h.shape[-1]
         small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         return nn.Dense(d, kernel_init=small)(nn.gelu(nn.Dense(self.expansion * d)(h)))
 
 
 class CrossAttention(nn.Module):
-    """Attention from vehicles to keys and values of a map."""
+    """Attention from vehicles to the keys and values of a map."""
 
     heads: int
 
     @nn.compact
     def __call__(self, h: Float[Array, "k d"], memory: Memory) -> Float[Array, "k d"]:
-        """The layer."""
+        """Apply the layer."""
         k, d = h.shape
         q = nn.Dense(d, use_bias=False, name="q")(h).reshape(k, self.heads, -1)
         keys, values = memory
@@ -322,8 +325,8 @@ class RelativeAttention(nn.Module):
 
         logit_ij = (q_i . k_j + q_i . R^k_ij + k_j . R^q_ji) / sqrt(e),   out_i = sum_j a_ij (v_j + R^v_ij)
 
-    R_ij = W r_ij with r = silu(U relation + V time), one hidden layer for the three and one W for each.  W is linear:
-    q_i . W r = (W^T q_i) . r, so that the encodings themselves, k^2 vectors of the full width, are never made.
+    R_ij = W r_ij with r = silu(U relation + V time); q, k and v share r and have their own W.  The layer computes
+    q_i . W r as (W^T q_i) . r, so it does not need the k^2 encodings of the full width.
     """
 
     heads: int
@@ -332,15 +335,15 @@ class RelativeAttention(nn.Module):
     def __call__(
         self, h: Float[Array, "k d"], r: Float[Array, "k k f"], present: Bool[Array, " k"]
     ) -> Float[Array, "k d"]:
-        """The layer; what is not present is not attended to."""
+        """Apply the layer; absent vehicles get no attention."""
         k, d = h.shape
-        each = d // self.heads
-        q, key, v = (nn.Dense(d, use_bias=False, name=name)(h).reshape(k, self.heads, each) for name in ("q", "k", "v"))
-        read = [self.param(f"read_{name}", nn.initializers.zeros, (self.heads, each, r.shape[-1])) for name in "qkv"]
+        size = d // self.heads
+        q, key, v = (nn.Dense(d, use_bias=False, name=name)(h).reshape(k, self.heads, size) for name in ("q", "k", "v"))
+        read = [self.param(f"read_{name}", nn.initializers.zeros, (self.heads, size, r.shape[-1])) for name in "qkv"]
         asked, offered = (jnp.einsum("ihe,hef->ihf", *pair) for pair in ((q, read[0]), (key, read[1])))
         logits = jnp.einsum("ihe,jhe->hij", q, key)
         logits += jnp.einsum("ihf,ijf->hij", asked, r) + jnp.einsum("jhf,jif->hij", offered, r)
-        logits = jnp.where(present[None, None], logits / each**0.5, -1e9)
+        logits = jnp.where(present[None, None], logits / size**0.5, -1e9)
         share = jax.nn.softmax(logits, -1)
         mixed = jnp.einsum("hij,jhe->ihe", share, v)
         mixed += jnp.einsum("ihf,hef->ihe", jnp.einsum("hij,ijf->ihf", share, r), read[2])
@@ -349,7 +352,7 @@ class RelativeAttention(nn.Module):
 
 
 class SceneNetwork(NamedTuple):
-    """The two modules as one network: `init`, `bind` a place to its parameters, `apply`."""
+    """Map encoder and transformer as a network: `init`, `bind` the parameters to a place, `apply`."""
 
     units: Units
     head: Head = "denoise"
@@ -361,23 +364,23 @@ class SceneNetwork(NamedTuple):
 
     @property
     def encoder(self) -> MapEncoder:
-        """The map's part."""
+        """Module for the map."""
         return MapEncoder(self.width, self.heads)
 
     @property
     def trunk(self) -> SceneTransformer:
-        """The vehicles' part."""
+        """Module for the vehicles."""
         return SceneTransformer(self.units, self.head, self.width, self.layers, self.heads, self.expansion, self.hidden)
 
     def init(self, key: Array, place: Place) -> Params:
-        """Fresh parameters {"map": .., "scene": ..}."""
+        """Draw initial parameters {"map": .., "scene": ..}."""
         map_key, scene_key = jax.random.split(key)
         memory, encoder = self.encoder.init_with_output(map_key, place.distance)
         u = jnp.zeros((len(place.present), 7))
         return {"map": encoder, "scene": self.trunk.init(scene_key, u, jnp.zeros(()), place, memory)}
 
     def bind(self, params: Params, place: Place) -> Params:
-        """The parameters for one place: what depends on neither vehicles nor noise is computed here, once."""
+        """Return parameters for a place, with the encoded map, which does not depend on vehicles or noise."""
         return {
             "scene": params["scene"],
             "place": place,
@@ -385,6 +388,6 @@ class SceneNetwork(NamedTuple):
         }
 
     def apply(self, bound: Params, u: Float[Array, "k 7"], c_noise: Scalar) -> Array:
-        """The head's output, for parameters that are bound to a place."""
+        """Return the head's output, for parameters bound to a place."""
         out: Any = self.trunk.apply(bound["scene"], u, c_noise, bound["place"], bound["memory"])
         return out

@@ -1,8 +1,8 @@
-"""Diffuser's temporal U-Net, a network for denoisers of trajectories (Janner et al. 2022, "Planning with diffusion for
-flexible behavior synthesis").
+"""Diffuser's temporal U-Net, a network for denoisers of trajectories.
 
-A function of one trajectory (horizon, transition_dim) and one time; the structure, the initial values and the order of
-the channels are those of the public checkpoints, which `gendiff.convert` reads.
+From Janner et al. 2022, "Planning with diffusion for flexible behavior synthesis".  It is a function of a trajectory
+(horizon, transition_dim) and a time.  Structure, initial values and the order of channels are those of the public
+checkpoints, which `gendiff.convert` reads.
 """
 
 import math
@@ -27,14 +27,14 @@ Elementwise = Callable[[Float[Array, "*shape"]], Float[Array, "*shape"]]
 
 
 def with_slope(function: Elementwise, slope: Elementwise) -> Elementwise:
-    """The function with a given derivative, which is all that its differentiation keeps."""
+    """Return the function with `slope` as its derivative, so that differentiation stores only x."""
     differentiable = jax.custom_jvp(function)
     differentiable.defjvps(lambda change, value, x: slope(x) * change)
     return differentiable
 
 
 def _gate(x: Array) -> tuple[Array, Array, Array]:
-    """tanh(softplus(x)) and its first two derivatives, with one exponential, and no differences of equal numbers."""
+    """Return tanh(softplus(x)) and its first two derivatives, with one exponential and without cancellation."""
     u = jnp.exp(jnp.minimum(x, 20))
     rest, rise = 2 / (u * (u + 2) + 2), u * (u + 1)
     return u * (u + 2) * rest / 2, rest**2 * rise, rest**2 * (rise + u**2 - 2 * rest * rise**2)
@@ -59,7 +59,7 @@ mish = with_slope(_mish, with_slope(_mish_slope, _mish_curvature))
 
 
 def embedding(t: Time, features: int) -> Embedding:
-    """sin, then cos, of t exp(-ln(10000) k / (n - 1)) for k < n = features / 2, with t in steps 0 .. T - 1."""
+    """Return sin, then cos, of t exp(-ln(10000) k / (n - 1)) for k < n = features / 2, with t in steps 0 .. T - 1."""
     n = features // 2
     frequencies = np.exp(-math.log(10_000) * np.arange(n) / (n - 1)).astype(np.float32)
     angles = jnp.asarray(t, jnp.float32) * frequencies
@@ -67,58 +67,62 @@ def embedding(t: Time, features: int) -> Embedding:
 
 
 class TimeMLP(nn.Module):
-    """t -> (width,): the embedding of t through Linear(4 width), the activation and Linear(width)."""
+    """An MLP t -> (width,): the embedding of t, Linear(4 width), the activation, Linear(width)."""
 
     width: int = 32
     activation: Callable[[Array], Array] = mish
 
     @nn.compact
     def __call__(self, t: Time) -> Embedding:
-        """The embedding at time t, a scalar in the network's own steps from 0."""
+        """Return the embedding at time t, a scalar in the network's own steps from 0."""
         e = Linear(4 * self.width, name="layers_1")(embedding(t, self.width))
         return Linear(self.width, name="layers_3")(self.activation(e))
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of one sequence, over its length and the channels of each of 8 groups, in float32."""
+    """Group normalisation of a sequence, in float32, over its length and the channels of a group; 8 groups."""
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
-        """The normalised sequence; raises ValueError where the channels do not divide into groups."""
+        """Normalise a sequence.
+
+        Raises:
+          ValueError: the number of channels is not a multiple of 8.
+        """
         channels = x.shape[-1]
         if channels % GROUPS:
-            raise ValueError(f"TemporalUnet: channels: expected a multiple of {GROUPS}, given {channels}")
+            raise ValueError(f"TemporalUnet: channels must be a multiple of {GROUPS}, got {channels}")
         scale = self.param("scale", ones, (channels,)).astype(jnp.float32)
         bias = self.param("bias", zeros, (channels,)).astype(jnp.float32)
         values = x.astype(jnp.float32)
         grouped = values.reshape(-1, GROUPS, channels // GROUPS)
-        each = lambda statistic: jnp.repeat(statistic, channels // GROUPS)
-        # One multiplication and one addition for each value.
-        factor = each(jax.lax.rsqrt(jnp.var(grouped, (0, 2)) + 1e-5)) * scale
-        offset = bias - each(jnp.mean(grouped, (0, 2))) * factor
+        by_channel = lambda statistic: jnp.repeat(statistic, channels // GROUPS)
+        # Combine all factors per channel, so that a value takes one multiplication and one addition.
+        factor = by_channel(jax.lax.rsqrt(jnp.var(grouped, (0, 2)) + 1e-5)) * scale
+        offset = bias - by_channel(jnp.mean(grouped, (0, 2))) * factor
         factor, offset = apart(factor), apart(offset)
         return (values * factor[None] + offset[None]).astype(x.dtype)
 
 
 class ConvBlock(nn.Module):
-    """mish(norm(Conv(x))), with a window of 5."""
+    """A convolution block, mish(norm(Conv(x))), with a window of 5."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
-        """The block's output."""
+        """Apply the block."""
         return mish(GroupNorm(name="norm")(Conv(self.features, (5,), name="conv")(x)))
 
 
 class ResidualBlock(nn.Module):
-    """x + block(block(x) + Linear(mish(e))), with x through a Linear where the channels change."""
+    """A residual block, x + block(block(x) + Linear(mish(e))); if the channels change, x passes a Linear."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: Features, e: Embedding) -> Features:
-        """The block's output."""
+        """Apply the block."""
         shift = Linear(self.features, name="time")(mish(e))
         h = ConvBlock(self.features, name="blocks_0")(x) + shift[None]
         h = ConvBlock(self.features, name="blocks_1")(h)
@@ -126,26 +130,26 @@ class ResidualBlock(nn.Module):
 
 
 class TemporalUnet(nn.Module):
-    """(x, t) -> (horizon, transition_dim): Diffuser's U-Net without attention, for one trajectory.
+    """Diffuser's U-Net without attention, (x, t) -> (horizon, transition_dim), for a single trajectory.
 
-    Any horizon will do that is a multiple of 2 to the number of levels less one.
+    The horizon must be a multiple of 2^(levels - 1).
     """
 
     width: int = 32
     multipliers: tuple[int, ...] = (1, 4, 8)
-    """Channels of each level in units of `width`; the length is halved from level to level."""
+    """Channels of the levels in units of `width`; the length halves from level to level."""
 
     @nn.compact
     def __call__(self, x: Trajectory, t: Time) -> Trajectory:
-        """The prediction at time t, a scalar in the network's own steps (0 .. T - 1 for public checkpoints).
+        """Predict at time t, a scalar in the network's own steps (0 .. T - 1 for public checkpoints).
 
         Raises:
-          ValueError: the length cannot be halved often enough, or the channels do not divide into 8 groups.
+          ValueError: the horizon is not a multiple of 2^(levels - 1), or a number of channels is not a multiple of 8.
         """
         factor = 2 ** (len(self.multipliers) - 1)
         if x.ndim != 2 or x.shape[0] % factor or not x.size:
             raise ValueError(
-                f"TemporalUnet: x: expected (horizon, transition_dim), horizon a multiple of {factor}, given {x.shape}"
+                f"TemporalUnet: x must be (horizon, transition_dim), horizon a multiple of {factor}, got {x.shape}"
             )
         e = TimeMLP(self.width, name="time_mlp")(t).astype(x.dtype)
         two = lambda h, name, features: ResidualBlock(features, name=f"{name}1")(
@@ -159,7 +163,7 @@ class TemporalUnet(nn.Module):
                 h = Conv(features, (3,), stride=2, name=f"downs_{i}_3")(h)
         h = ResidualBlock(widths[-1], name="mid_block1")(h, e)
         h = ResidualBlock(widths[-1], name="mid_block2")(h, e)
-        for i, features in enumerate(reversed(widths[:-1])):  # the map of the first level is never read
+        for i, features in enumerate(reversed(widths[:-1])):  # the network does not use the first level's map
             h = two(jnp.concatenate([h, maps.pop()], -1), f"ups_{i}_", features)
             h = ConvTranspose(features, name=f"ups_{i}_3")(h)
         h = ConvBlock(self.width, name="final_conv_0")(h)

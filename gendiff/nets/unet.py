@@ -1,9 +1,9 @@
-"""ADM's U-Net, a network for denoisers of images, and its encoder, a classifier of noisy images (Dhariwal and Nichol
-2021, "Diffusion models beat GANs on image synthesis", section 3 and appendix H).
+"""ADM's U-Net, a network for denoisers of images, and its encoder, a classifier of noisy images.
 
-Both are functions of one image (h, w, c) and one time; the structure, the initial values and the order of the channels
-are those of the public checkpoints, which `gendiff.convert` reads.  The arithmetic follows the type of image and
-parameters, except for norms, softmax and embedding, which are in float32.
+From Dhariwal and Nichol 2021, "Diffusion models beat GANs on image synthesis", section 3 and appendix H.  Both are
+functions of an image (h, w, c) and a time.  Structure, initial values and the order of channels are those of the public
+checkpoints, which `gendiff.convert` reads.  Image and parameters set the type of the arithmetic, except for norms,
+softmax and embedding, which use float32.
 """
 
 import math
@@ -24,17 +24,17 @@ Embedding = Float[Array, " e"]
 
 
 def embedding(t: Time, features: int) -> Embedding:
-    """cos, then sin, of t exp(-ln(10000) i / n) for i < n = features / 2, with t in steps 0 .. T - 1."""
+    """Return cos, then sin, of t exp(-ln(10000) i / n) for i < n = features / 2, with t in steps 0 .. T - 1."""
     frequencies = jnp.exp(-math.log(10_000) * jnp.arange(features // 2, dtype=jnp.float32) / (features // 2))
     angles = jnp.asarray(t, jnp.float32) * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation of one image, in float32, and a modulation (FiLM) of the result: y (1 + scale) + shift.
+    """Group normalisation of an image, in float32, with optional modulation (FiLM): y (1 + scale) + shift.
 
-    The channels form 32 groups, or the largest divisor below that leaves `least` channels in each: public checkpoints
-    have at least 4 if their width is 128 or more.
+    The number of groups is the largest divisor of the channels up to 32 that leaves `least` channels in a group.
+    Public checkpoints of width 128 or more have at least 4 channels in a group.
     """
 
     least: int = 4
@@ -42,21 +42,21 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image, film: tuple[Array, Array] | None = None) -> Image:
-        """The normalised image, modulated by scale and shift (c,)."""
+        """Normalise an image, and modulate it by `film` = scale and shift (c,)."""
         channels = x.shape[-1]
         count = groups(channels, self.least)
         scale = self.param("scale", ones, (channels,)).astype(jnp.float32)
         bias = self.param("bias", zeros, (channels,)).astype(jnp.float32)
         values = x.astype(jnp.float32)
-        # Sums over pixels first; between channels and groups by a matrix of zeros and ones, for XLA on a CPU would look
-        # up the group of every pixel anew and lose a factor of two in all that follows.
+        # Sum over pixels, then map channels to groups by a matrix of zeros and ones.  An index would be twice as slow,
+        # because XLA on a CPU would look up the group again for every pixel.
         member = (jnp.arange(channels)[:, None] // (channels // count) == jnp.arange(count)[None]).astype(jnp.float32)
         times = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
         pixels = x.size // count
         mean = times(jnp.sum(values, (0, 1)), member) / pixels
         square = times(jnp.sum(values**2, (0, 1)), member) / pixels
         size = jax.lax.rsqrt(jnp.maximum(square - mean**2, 0) + self.eps)
-        # One multiplication and one addition for each pixel, whatever is behind them.
+        # Combine all factors per channel, so that a pixel takes one multiplication and one addition.
         factor = times(size, member.T) * scale
         offset = bias - times(mean, member.T) * factor
         if film is not None:
@@ -66,36 +66,39 @@ class GroupNorm(nn.Module):
 
 
 def groups(channels: int, least: int) -> int:
-    """The largest divisor of `channels` up to 32 that leaves `least` channels or more in a group; 1 if none does."""
+    """Return the largest divisor of `channels` up to 32 that leaves `least` channels in a group; 1 if none does."""
     most = max(1, min(32, channels // least))
     return next(count for count in range(most, 0, -1) if channels % count == 0)
 
 
 def halved(x: Image) -> Image:
-    """Means over 2 x 2 pixels."""
+    """Halve the extents by means over 2 x 2 pixels."""
     h, w, c = x.shape
     return jnp.mean(x.reshape(h // 2, 2, w // 2, 2, c), (1, 3))
 
 
 def doubled(x: Image) -> Image:
-    """Every pixel 2 x 2 times."""
+    """Double the extents by repeating pixels 2 x 2 times."""
     h, w, c = x.shape
     return jnp.broadcast_to(x[:, None, :, None], (h, 2, w, 2, c)).reshape(2 * h, 2 * w, c)
 
 
 class Residual(nn.Module):
-    """x + Conv(silu(norm(h))), h = Conv(silu(norm(x))), with the embedding in the second norm (FiLM) or added to h."""
+    """A residual block, x + Conv(silu(norm(h))) with h = Conv(silu(norm(x))).
+
+    The embedding modulates the second norm (FiLM), or is added to h.
+    """
 
     features: int
     resample: str = ""
-    """ "down" or "up": halves or doubles h before its first convolution, and x."""
+    """ "down" or "up": halve or double the extents of x, and of h before its first convolution."""
     film: bool = True
     dropout: float = 0.0
     least: int = 4
 
     @nn.compact
     def __call__(self, x: Image, e: Embedding, train: bool = False) -> Image:
-        """The block's output; `train` switches dropout on."""
+        """Apply the block; `train` turns dropout on."""
         resample = {"": lambda x: x, "down": halved, "up": doubled}[self.resample]
         h = nn.silu(GroupNorm(self.least, name="norm_in")(x))
         h = Conv(self.features, name="conv_in")(resample(h))
@@ -112,14 +115,14 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention between the pixels of norm(x); channels are laid out head by head, q, k and v within each."""
+    """Self-attention between pixels, x + attention(norm(x)); channels are ordered by head, then by q, k, v."""
 
     heads: int
     least: int = 4
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
-        """The block's output."""
+        """Apply the block."""
         h, w, c = x.shape
         qkv = Linear(3 * c, name="qkv")(GroupNorm(self.least, name="norm")(x))
         q, k, v = jnp.moveaxis(qkv.reshape(h * w, self.heads, 3, -1), 2, 0)
@@ -130,7 +133,7 @@ class Attention(nn.Module):
 def attend(
     q: Float[Array, "t heads d"], k: Float[Array, "s heads d"], v: Float[Array, "s heads d"]
 ) -> Float[Array, "t heads d"]:
-    """softmax(q k^T / sqrt(d)) v; q and k each take half of the factor, which keeps low precisions in range."""
+    """Return softmax(q k^T / sqrt(d)) v; q and k share the factor, so that low precisions do not overflow."""
     scale = q.shape[-1] ** -0.25
     logits = jnp.einsum("thd,shd->hts", q * scale, k * scale)
     weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(v.dtype)
@@ -138,9 +141,9 @@ def attend(
 
 
 class AttentionPool(nn.Module):
-    """Pools an image by attention: the mean pixel asks, the mean and all pixels answer.
+    """Attention pooling of an image: the query is the mean pixel; keys and values are the mean and all pixels.
 
-    With learned positions; here all q come first, then all k and all v, unlike in `Attention`.
+    Positions are learned.  Channels are ordered by q, k, v, then by head, unlike in `Attention`.
     """
 
     features: int
@@ -148,7 +151,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Float[Array, " features"]:
-        """The pooled features."""
+        """Pool an image."""
         channels = x.shape[-1]
         pixels = x.reshape(-1, channels)
         tokens = jnp.concatenate([jnp.mean(pixels, 0, keepdims=True), pixels])
@@ -160,58 +163,74 @@ class AttentionPool(nn.Module):
 
 
 class Trunk(nn.Module):
-    """What the U-Net and the half U-Net have in common: sizes, the embedding, and the way down."""
+    """Common part of the U-Net and the half U-Net: sizes, the embedding, and the encoder."""
 
     width: int = 32
     multipliers: tuple[int, ...] = (1, 2, 2)
-    """Channels of each level in units of `width`; the extents are halved from level to level."""
+    """Channels of the levels in units of `width`; the extents halve from level to level."""
     blocks: int = 2
-    """Residual blocks of a level."""
+    """Residual blocks per level."""
     attention: tuple[int, ...] = (8,)
-    """Heights of the feature maps that have attention, besides the innermost."""
+    """Heights of feature maps with attention, besides the innermost map."""
     head_channels: int | None = 64
-    """Channels of an attention head; None for `heads` of them whatever the channels."""
+    """Channels of an attention head; None: use `heads` heads."""
     heads: int = 4
+    """Number of attention heads, if `head_channels` is None."""
     resample_blocks: bool = False
-    """Extents change by residual blocks and not by a plain convolution."""
+    """True: residual blocks change the extents.  False: plain convolutions do."""
     film: bool = True
     dropout: float = 0.0
     classes: int | None = None
     """Number of classes of a class-conditional network."""
     least: int = 4
-    """Channels of a group of the norms at least; 1 for public checkpoints of a width below 128."""
+    """Least number of channels in a group of the norms; 1 for public checkpoints of a width below 128."""
 
     def embed(self, x: Image, t: Time, label: Int[Array, ""] | None) -> Embedding:
-        """The embedding of time, and of the class where there are classes."""
+        """Embed the time and the class, if the network has classes.
+
+        Raises:
+          ValueError: a label is missing, or is passed to a network without classes.
+        """
         if (label is None) != (self.classes is None):
-            raise ValueError(f"{type(self).__name__}: label: given {label} to a network of {self.classes} classes")
+            wanted = "None without classes" if self.classes is None else f"one of {self.classes} classes"
+            raise ValueError(f"{type(self).__name__}: label must be {wanted}, got {label}")
         e = embedding(t, self.width).astype(x.dtype)
         e = Linear(4 * self.width, name="time_2")(nn.silu(Linear(4 * self.width, name="time_0")(e)))
         if self.classes is not None:
             table = self.param("label", normal(1.0), (self.classes, 4 * self.width))
-            e = e + jnp.take(table, jnp.asarray(label), axis=0).astype(x.dtype)  # NaN outside of the classes
+            e = e + jnp.take(table, jnp.asarray(label), axis=0).astype(x.dtype)  # a label out of range gives NaN
         return e
 
     def residual(self, channels: int, name: str, resample: str = "") -> Residual:
-        """A residual block."""
+        """Return a residual block."""
         return Residual(channels, resample, self.film, self.dropout, self.least, name=name)
 
     def attend(self, channels: int, name: str) -> Attention:
-        """A block of attention."""
+        """Return an attention block."""
         return Attention(self.heads_of(channels), self.least, name=name)
 
     def heads_of(self, channels: int) -> int:
-        """Number of attention heads; one where the channels do not fill a head."""
+        """Return the number of attention heads, at least 1.
+
+        Raises:
+          ValueError: the number of channels is not a multiple of it.
+        """
         heads = self.heads if self.head_channels is None else max(1, channels // self.head_channels)
         if channels % heads:
-            raise ValueError(f"{type(self).__name__}: {channels} channels do not divide into {heads} heads")
+            raise ValueError(f"{type(self).__name__}: channels must be a multiple of the {heads} heads, got {channels}")
         return heads
 
     def descend(self, x: Image, e: Embedding, train: bool) -> list[Image]:
-        """The feature maps on the way down; the last has been through the innermost blocks."""
+        """Return the encoder's feature maps; the last one has passed the innermost blocks.
+
+        Raises:
+          ValueError: the extents are not multiples of 2^(levels - 1).
+        """
         factor = 2 ** (len(self.multipliers) - 1)
         if x.ndim != 3 or x.shape[0] % factor or x.shape[1] % factor:
-            raise ValueError(f"{type(self).__name__}: x: expected (h, w, c), h, w multiples of {factor}: {x.shape}")
+            raise ValueError(
+                f"{type(self).__name__}: x must be (h, w, c), h and w multiples of {factor}, got {x.shape}"
+            )
         maps = [Conv(self.multipliers[0] * self.width, name="input_0_0")(x)]
         for level, multiplier in enumerate(self.multipliers):
             for _ in range(self.blocks):
@@ -225,36 +244,38 @@ class Trunk(nn.Module):
         return [*maps, self.residual(h.shape[-1], "middle_2")(h, e, train)]
 
     def down(self, h: Image, e: Embedding, train: bool, name: str) -> Image:
-        """Half the extents."""
+        """Halve the extents."""
         if self.resample_blocks:
             return self.residual(h.shape[-1], name, "down")(h, e, train)
         return Conv(h.shape[-1], stride=2, name=name)(h)
 
     def up(self, h: Image, e: Embedding, train: bool, name: str) -> Image:
-        """Twice the extents."""
+        """Double the extents."""
         if self.resample_blocks:
             return self.residual(h.shape[-1], name, "up")(h, e, train)
         return Conv(h.shape[-1], name=name)(doubled(h))
 
 
 class UNet(Trunk):
-    """(x, t) -> (h, w, channels): ADM's U-Net for one image.
+    """ADM's U-Net of an image, (x, t) -> (h, w, channels).
 
-    A network with a learned variance has 2 c channels of output, of which `eps` reads the first c.
+    A network with a learned variance has 2 c output channels; `eps` reads the first c.
     """
 
     channels: int = 1
 
     @nn.compact
     def __call__(self, x: Image, t: Time, label: Int[Array, ""] | None = None, train: bool = False) -> Image:
-        """The prediction at time t, a scalar in the network's own steps (0 .. T - 1 for public checkpoints).
+        """Predict at time t, a scalar in the network's own steps (0 .. T - 1 for public checkpoints).
 
         Args:
-          label: class, an integer; given if and only if the network has classes.
-          train: dropout, with the key `rngs={"dropout": key}`.
+          x: image (h, w, c).
+          t: time.
+          label: class, an integer, if and only if the network has classes.
+          train: turn dropout on, with the key `rngs={"dropout": key}`.
 
         Raises:
-          ValueError: the extents cannot be halved often enough, or the label does not fit the network.
+          ValueError: the extents are not multiples of 2^(levels - 1), or the label does not fit the network.
         """
         e = self.embed(x, t, label)
         *maps, h = self.descend(x, e, train)
@@ -274,7 +295,7 @@ class UNet(Trunk):
 
 
 class HalfUNet(Trunk):
-    """(x, t) -> logit: the encoder of ADM's U-Net with a pooling by attention, a classifier of one noisy image."""
+    """A classifier of a noisy image, (x, t) -> logit: the encoder of ADM's U-Net with attention pooling."""
 
     outputs: int | None = None
     """Number of logits; None for one, as a scalar."""
@@ -284,7 +305,7 @@ class HalfUNet(Trunk):
     def __call__(
         self, x: Image, t: Time, label: Int[Array, ""] | None = None, train: bool = False
     ) -> Scalar | Float[Array, " outputs"]:
-        """The logit, or the logits (outputs,); arguments and errors are those of `UNet`."""
+        """Return the logit, or the logits (outputs,); arguments and errors are those of `UNet`."""
         h = self.descend(x, self.embed(x, t, label), train)[-1]
         h = nn.silu(GroupNorm(self.least, name="out_0")(h))
         logits = AttentionPool(self.outputs or 1, self.heads_of(h.shape[-1]), name="out_2")(h)
@@ -292,5 +313,5 @@ class HalfUNet(Trunk):
 
 
 def eps(prediction: Float[Array, "h w two_c"], x: Image) -> Image:
-    """The first c channels of a prediction of 2 c (eps and the learned variance); all of one of c."""
+    """Return the first c channels of a prediction with c or 2 c channels (eps and the learned variance)."""
     return prediction[..., : x.shape[-1]]

@@ -1,1 +1,1 @@
-"""What is valid.  An oracle takes a batch and gives one Boolean a sample; it may be any black box on the host."""
+"""Oracles of validity: functions of a batch that return a Boolean per sample; any black box on the host will do."""

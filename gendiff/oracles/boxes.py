@@ -1,8 +1,8 @@
-"""Oriented boxes: which of them overlap, by the separating axis theorem.
+"""Overlaps of oriented boxes, by the separating axis theorem.
 
 A box is (x, y, length, width, cos yaw, sin yaw): its centre, its extents along and across its heading, and the heading.
-Two convex shapes are apart if and only if their shadows on some axis are, and of two rectangles the four directions of
-their edges are enough (Gottschalk, Lin and Manocha 1996, "OBBTree", section 5).
+Two convex shapes are apart if and only if their projections on some axis are apart.  For two rectangles the four
+directions of their edges suffice (Gottschalk, Lin and Manocha 1996, "OBBTree", section 5).
 """
 
 import jax.numpy as jnp
@@ -13,9 +13,9 @@ from gendiff.geometry import Boxes
 from gendiff.types import wide
 
 LEAST = 0.1
-"""Metres: what a sampled length or width below it counts as."""
+"""Least length and width of a mended box, in metres."""
 HEADING = 0.5
-"""How far |(cos, sin)| of a sample may be from 1 before the box counts as degenerate."""
+"""Largest deviation of |(cos, sin)| from 1; boxes beyond it are degenerate."""
 
 
 def _boxes(name: str, boxes: Boxes) -> Boxes:
@@ -24,14 +24,14 @@ def _boxes(name: str, boxes: Boxes) -> Boxes:
 
 
 def degenerate(boxes: Boxes) -> Bool[Array, "*n"]:
-    """Whether a box has a length or width that is not positive, or hardly a heading; NaN is degenerate."""
+    """Return True for boxes with a length or width <= 0, or with a bad heading (HEADING); NaN is degenerate."""
     boxes = _boxes("degenerate", boxes)
     size = jnp.linalg.norm(boxes[..., 4:6], axis=-1)
     return ~(jnp.all(boxes[..., 2:4] > 0, -1) & (jnp.abs(size - 1) < HEADING))
 
 
 def mended(boxes: Boxes) -> Boxes:
-    """With length and width of LEAST or more, and a heading of norm 1; a heading (0, 0) becomes (1, 0)."""
+    """Raise length and width to LEAST or more, and normalise the heading; a heading (0, 0) becomes (1, 0)."""
     boxes = _boxes("mended", boxes)
     heading = boxes[..., 4:6]
     size = jnp.linalg.norm(heading, axis=-1, keepdims=True)
@@ -41,14 +41,14 @@ def mended(boxes: Boxes) -> Boxes:
 
 
 def overlap(a: Boxes, b: Boxes, margin: float = 0.0) -> Bool[Array, "*n"]:
-    """Whether boxes have a point in common; boxes that touch do.
+    """Return True if boxes overlap or touch.
 
     Args:
-      a, b: with positive extents and headings of norm 1 (see `mended`), of shapes that broadcast.
-      margin: metres; boxes count as apart only if more than this separates them along an axis.
+      a, b: boxes with positive extents and headings of norm 1 (see `mended`), of shapes that broadcast.
+      margin: boxes count as apart only if more than this many metres separate them along an axis.
 
     Raises:
-      ValueError: the last axis has another length than 6, or `margin` is not finite.
+      ValueError: the last axis does not have length 6, or `margin` is not finite.
     """
     a, b = _boxes("overlap", a), _boxes("overlap", b)
     check.number("overlap: margin", margin)
@@ -56,7 +56,7 @@ def overlap(a: Boxes, b: Boxes, margin: float = 0.0) -> Bool[Array, "*n"]:
 
 
 def _apart(a: Boxes, b: Boxes, margin: float) -> Bool[Array, "*n"]:
-    """Whether the shadows on one of the edges' directions of a are apart."""
+    """Return True if the projections on a direction of a's edges are apart."""
     turn = lambda u, v: (u[..., 0] * v[..., 0] + u[..., 1] * v[..., 1], u[..., 0] * v[..., 1] - u[..., 1] * v[..., 0])
     ahead, aside = turn(a[..., 4:6], b[..., :2] - a[..., :2])
     cos, sin = map(jnp.abs, turn(a[..., 4:6], b[..., 4:6]))
@@ -69,10 +69,10 @@ def _apart(a: Boxes, b: Boxes, margin: float) -> Bool[Array, "*n"]:
 def collisions(
     boxes: Float[Array, "*n k 6"], present: Bool[Array, "*n k"] | None = None, margin: float = 0.0
 ) -> Bool[Array, "*n k k"]:
-    """Which pairs of k boxes overlap: symmetric, False for a box and itself and for boxes that are not present.
+    """Return True for pairs of k boxes that overlap; symmetric, False on the diagonal and for absent boxes.
 
     Raises:
-      ValueError: as `overlap`, or `present` has another shape than (*n, k).
+      ValueError: see `overlap`; or the shape of `present` is not (*n, k).
     """
     boxes = _boxes("collisions", boxes)
     if present is not None:

@@ -13,7 +13,7 @@ from gendiff.types import wide
 
 
 def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Array, "*n 2"]:
-    """Coordinates in cells, 0..cells, of points in data units, in float32 or wider.
+    """Return the coordinates in cells, 0..cells, of points in data units, in float32 or wider.
 
     Raises:
       ValueError: `cells` is below 1, `half_width` is not positive, or the points are not (*n, 2).
@@ -26,9 +26,9 @@ def position(x: Float[Array, "*n 2"], cells: int, half_width: float) -> Float[Ar
 
 @partial(jax.jit, static_argnums=(1, 2))
 def on_board(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -> Bool[Array, "*n"]:
-    """True on the filled cells of the cells x cells board on [-half_width, half_width)^2.
+    """Return True on the filled cells of the cells x cells board on [-half_width, half_width)^2.
 
-    Cells are half-open; (column + row) is even on a filled one; outside the board is False, NaN too.
+    Cells are half-open; a cell is filled if column + row is even.  Points outside of the board and NaN are False.
     """
     u = position(x, cells, half_width)
     inside = jnp.all((u >= 0) & (u < cells), -1)
@@ -36,22 +36,22 @@ def on_board(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -
 
 
 BAND = 0.1
-"""Share of a cell's side that its outer band takes, half of it at each edge."""
+"""Width of a cell's outer band as a share of its side; half of it is at either edge."""
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1.0) -> Bool[Array, "*n"]:
-    """True in the frame that takes the outer BAND of a cell's side, 1 - (1 - BAND)^2 of its area."""
+    """Return True in a cell's outer band, a frame of 1 - (1 - BAND)^2 of its area."""
     u = position(x, cells, half_width) % 1
     return jnp.any((u < BAND / 2) | (u > 1 - BAND / 2), -1)
 
 
 @by_value
 def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
-    """The oracle of a board, for a batch of points (n, 2).
+    """Return the oracle of a board, for a batch of points (n, 2).
 
     Raises:
-      ValueError: as `position`; of the points when they are judged.
+      ValueError: see `position`; the oracle itself checks the points.
     """
     _board(cells, half_width)
     return lambda samples: on_board(jnp.asarray(samples), cells, half_width)

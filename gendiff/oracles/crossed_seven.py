@@ -1,9 +1,9 @@
 """Crossed sevens: a seven is good if no stroke crosses its stem.
 
-The oracle is a small convolutional network that has seen hundreds of thousands of drawn strokes, and the strokes of
-MNIST's own writers.  Its parameters, for images of 16 x 16 and of 32 x 32 pixels, lie beside this file;
-`python -m experiments.censoring.oracle --size 16` makes them and measures its errors.  Its last hidden layer gives the
-features for precision and recall (`gendiff.metrics.diversity`).
+The oracle is a small convolutional network.  Its training data are hundreds of thousands of drawn strokes, and the
+strokes of MNIST's writers.  Files beside this one hold its parameters for images of 16 x 16 and of 32 x 32 pixels.
+`python -m experiments.censoring.oracle --size 16` trains them and measures their errors.  The last hidden layer gives
+the features for precision and recall (`gendiff.metrics.diversity`).
 """
 
 import math
@@ -22,17 +22,17 @@ from gendiff.oracles.oracle import Oracle
 from gendiff.types import Params, PRNGKey, Samples, Scalar
 
 Image = Float[Array, "s s 1"]
-"""In [-1, 1], 1 is ink."""
+"""Pixels in [-1, 1], 1 is ink."""
 
 SIZES = (16, 32)
 WIDTHS = (16, 24, 32, 48, 64)
 FEATURES = 64
 CHUNK = 512
-"""Images that are judged at a time."""
+"""Images per call of the program."""
 
 
 class Answer(NamedTuple):
-    """What the network says of one image, or of n."""
+    """Output of the network, for one image or for n."""
 
     logit: Float[Array | np.ndarray, "*n"]
     """Log-odds that the seven is crossed."""
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 def initial(key: PRNGKey) -> Params:
-    """Fresh parameters, for either size: kernels with the variance 2 / fan-in, no offsets."""
+    """Draw parameters for either size: kernels with variance 2 / fan-in, biases 0."""
     convolutions = [(w, w, i, o) for w, i, o in zip((5, 3, 3, 3, 3), (1, *WIDTHS), WIDTHS, strict=False)]
     shapes = [*convolutions, (4 * 4 * WIDTHS[-1], FEATURES), (FEATURES, 1)]
     kernels = []
@@ -53,11 +53,11 @@ def initial(key: PRNGKey) -> Params:
 
 
 def network(params: Params, image: Image) -> Answer:
-    """Five convolutions down to 4 x 4 pixels, a hidden layer, the logit.
+    """Apply the network: five convolutions down to 4 x 4 pixels, a hidden layer, the logit.
 
     Args:
-      params: of `initial` or `load`.
-      image: (16, 16, 1) or (32, 32, 1), and parameters that were trained for this size.
+      params: parameters of `initial` or `load`, trained for the image's size.
+      image: (16, 16, 1) or (32, 32, 1).
 
     Raises:
       ValueError: the image has another shape.
@@ -74,30 +74,30 @@ def network(params: Params, image: Image) -> Answer:
     return Answer((hidden @ layers[-1]["kernel"] + layers[-1]["bias"])[0], hidden)
 
 
-# The kept parameters.
+# Stored parameters.
 
 
 def path(size: int) -> Path:
-    """Where the parameters for size x size pixels are kept."""
+    """Return the file of the parameters for size x size pixels."""
     return Path(__file__).with_name(f"crossed_seven_{size}.npz")
 
 
 @cache
 def load(size: int) -> Params:
-    """The kept parameters for size x size pixels.
+    """Load the stored parameters for size x size pixels.
 
     Raises:
-      ValueError: there are none for this size.
+      ValueError: no parameters are stored for this size.
     """
     check.choice("crossed seven: pixels along a side of the images", size, SIZES)
     return read(path(size))
 
 
 def read(file: Path) -> Params:
-    """Parameters that `save` wrote.
+    """Read parameters that `save` wrote.
 
     Raises:
-      ValueError: the file is missing, damaged or of other things.
+      ValueError: the file is missing or damaged, or holds no parameters.
     """
     params: Params = {}
     try:
@@ -105,13 +105,13 @@ def read(file: Path) -> Params:
             for name in stored.files:
                 layer, part = name.split(".")
                 params.setdefault(layer, {})[part] = stored[name].astype(np.float32)
-    except Exception as error:  # a damaged archive has many ways to say so
+    except Exception as error:  # damaged archives raise many types
         raise ValueError(f"crossed seven: {file} must hold parameters, got a damaged file ({error!r})") from None
     return params
 
 
 def save(file: Path, params: Params) -> None:
-    """Keeps parameters in float16.
+    """Store parameters in float16.
 
     Raises:
       ValueError: a parameter is not finite, or too large for float16.
@@ -128,14 +128,14 @@ def save(file: Path, params: Params) -> None:
 
 
 def judge(samples: Samples, params: Params | None = None) -> Answer:
-    """Logits (n,) and features (n, 64) of images (n, s, s, 1), as NumPy arrays.
+    """Return logits (n,) and features (n, 64) of images (n, s, s, 1), as NumPy arrays.
 
     Args:
-      samples: in [-1, 1]; values beyond are clipped, as they are when an image is shown.
-      params: default: the kept ones for this size.
+      samples: images in [-1, 1]; other values are clipped, because displays clip them too.
+      params: default: the stored parameters for this size.
 
     Raises:
-      ValueError: no such images, a pixel is NaN, or they seem to be 0..255.
+      ValueError: the shape is wrong, a pixel is NaN, or the range seems to be 0..255.
     """
     samples = np.asarray(samples)
     if samples.ndim != 4 or samples.shape[1] != samples.shape[2] or samples.shape[3] != 1:
@@ -160,7 +160,7 @@ def judge(samples: Samples, params: Params | None = None) -> Answer:
 
 
 def _bytes(samples: np.ndarray) -> bool:
-    """Whether images seem to be 0..255: samples that left [-1, 1] go below 0, or are no whole numbers."""
+    """Return True if images seem to be 0..255: none is negative, and pixels are large or whole numbers."""
     if not samples.size or samples.min() < 0 or not 2 < samples.max() <= 255:
         return False
     return bool(samples.max() > 100 or np.mean(samples == np.round(samples)) > 0.25)
@@ -173,23 +173,23 @@ def _judge(params: Params, images: Float[Array, "n s s 1"]) -> Answer:
 
 
 def crossed_seven() -> Oracle:
-    """The oracle, for images (n, 16, 16, 1) or (n, 32, 32, 1) in [-1, 1]: True where no stroke crosses the stem."""
+    """Return the oracle of images (n, 16, 16, 1) or (n, 32, 32, 1) in [-1, 1]: True if no stroke crosses the stem."""
     return lambda samples: judge(samples).logit < 0
 
 
 def features(samples: Samples) -> Float[np.ndarray, "n 64"]:
-    """The oracle's last hidden layer, for precision and recall."""
+    """Return the oracle's last hidden layer, for precision and recall."""
     return np.asarray(judge(samples).features)
 
 
-# Training images that are as imperfect as generated ones.
+# Augmentation of training images, towards the imperfections of generated images.
 
 
 def perturbed(key: PRNGKey, image: Image) -> Image:
-    """The image (s, s, 1) moved, turned, stretched, blurred, with another contrast, and noisy.
+    """Shift, turn, stretch and blur an image (s, s, 1), change its contrast, and add noise.
 
-    Shifts up to a 14th of the side, turns up to 8 degrees, stretches up to 8 %, blur up to 0.5 (of 16 pixels) or 0.8
-    pixels (of 32), noise up to 0.1.
+    Limits: shift 1/14 of the side, turn 8 degrees, shear 0.1, stretch 8 %, blur 0.55 (s = 16) or 0.8 pixels (s = 32),
+    noise 0.1.
     """
     keys = iter(jax.random.split(key, 9))
     uniform = lambda low, high: jax.random.uniform(next(keys), (), minval=low, maxval=high)
@@ -208,7 +208,7 @@ def perturbed(key: PRNGKey, image: Image) -> Image:
 
 
 def affine(image: Float[Array, "s s"], matrix: Float[Array, "2 2"], shift: Float[Array, " 2"]) -> Float[Array, "s s"]:
-    """image[M (p - c) + c + shift] at every pixel p, c the centre, bilinearly; -1 outside."""
+    """Return image[M (p - c) + c + shift] at all pixels p, with c the centre, bilinearly; -1 outside."""
     check.shape("affine: image", image, (image.shape[0], image.shape[0]))
     check.shape("affine: matrix", matrix, (2, 2))
     check.shape("affine: shift", shift, (2,))
@@ -219,7 +219,7 @@ def affine(image: Float[Array, "s s"], matrix: Float[Array, "2 2"], shift: Float
 
 
 def blurred(image: Float[Array, "s s"], width: Scalar) -> Float[Array, "s s"]:
-    """Gaussian blur of a standard deviation in pixels, with -1 outside."""
+    """Blur by a Gaussian; `width` is its standard deviation in pixels; pixels outside are -1."""
     taps = jnp.exp(-0.5 * (jnp.arange(-2, 3) / jnp.maximum(width, 0.05)) ** 2)
     taps = taps / jnp.sum(taps)
 

@@ -1,7 +1,7 @@
-"""The drivable area around a scene: a signed distance in metres on a grid, and which boxes leave it.
+"""The drivable area around a scene: its signed distance in metres on a grid, and the boxes that leave it.
 
-A map (h, w) covers the square of `half` metres in each direction: cell (row, column) has its centre at
-x = (column + 1/2) cell - half and y = (row + 1/2) cell - half.  Distances are negative on the drivable area.
+A map (h, w) covers x and y in [-half, half]: cell (row, column) has its centre at x = (column + 1/2) cell - half and
+y = (row + 1/2) cell - half.  Distances are negative on the drivable area.
 """
 
 import jax.numpy as jnp
@@ -15,25 +15,25 @@ from gendiff.geometry import outline
 from gendiff.types import wide
 
 TOLERANCE = 0.3
-"""Metres that a box may reach beyond the drivable area."""
+"""Metres that a box may stand off the drivable area."""
 
 
 def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.ndarray, "h w"]:
-    """Metres to the edge of the drivable area, negative on it.
+    """Return the distance in metres to the edge of the drivable area, negative on it.
 
-    The distance to the nearest centre of a cell of the other kind, exact, less the half of a cell that lies between the
-    last centre and the edge; where the nearest is askew, up to 0.21 cells more lie between.
+    It is the exact distance to the nearest cell centre of the other kind, less half a cell.  For a diagonal neighbour
+    this errs by up to 0.21 cells.
 
     Args:
-      drivable: True on the drivable area; numbers are taken if each is exactly 0 or 1.
-      cell: metres of a cell's side.
+      drivable: True on the drivable area, or numbers 0 and 1.
+      cell: a cell's side, in metres.
 
     Raises:
       ValueError: no cell is drivable, the map is not (h, w) of true or false, or `cell` is not positive.
     """
     check.number("signed_distance: cell", cell, above=0)
     check.shape("signed_distance: drivable", drivable, (None, None))
-    if not np.isin(drivable, (0, 1)).all():  # also NaN, which NumPy counts as true
+    if not np.isin(drivable, (0, 1)).all():  # refuses NaN too, which NumPy would count as true
         raise ValueError("signed_distance: drivable must be true or false, got other numbers; compare with a threshold")
     drivable = np.asarray(drivable, bool)
     if not drivable.any():
@@ -45,10 +45,10 @@ def signed_distance(drivable: Bool[np.ndarray, "h w"], cell: float) -> Float[np.
 
 
 def distance_at(distance: Float[Array, "h w"], points: Float[Array, "*n 2"], half: float) -> Float[Array, "*n"]:
-    """The signed distance at points (x, y), bilinear between the centres of cells; infinite beyond the map.
+    """Return the signed distance at points (x, y), bilinear between cell centres; infinite outside of the map.
 
     Raises:
-      ValueError: `half` is not positive, or the shapes are others.
+      ValueError: `half` is not positive, or a shape is wrong.
     """
     check.number("distance_at: half", half, above=0)
     distance, points = wide(distance), wide(points)
@@ -68,12 +68,12 @@ def off_road(
     present: Bool[Array, " k"] | None = None,
     tolerance: float = TOLERANCE,
 ) -> Bool[Array, " k"]:
-    """Whether a corner, or the middle of an edge, of a vehicle is farther than `tolerance` from the drivable area.
+    """Return True for vehicles with a corner or edge middle farther than `tolerance` from the drivable area.
 
-    Beyond the map nothing is known to be drivable.
+    Vehicles outside of the map are off the road.
 
     Raises:
-      ValueError: as `distance_at` and `outline`, `tolerance` is not finite, or `present` has another shape than (k,).
+      ValueError: see `distance_at` and `outline`; or `tolerance` is not finite, or the shape of `present` is not (k,).
     """
     check.number("off_road: tolerance", tolerance)
     check.shape("off_road: vehicles", vehicles, (None, 6))

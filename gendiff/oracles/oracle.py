@@ -1,4 +1,4 @@
-"""Oracle: samples (n, *shape) -> Boolean (n,), True where a sample is good."""
+"""The type of oracles, samples (n, *shape) -> Booleans (n,) with True for good, and the check of their verdicts."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -12,27 +12,30 @@ Oracle: TypeAlias = Callable[[Samples], Valid]
 
 
 class OracleError(ValueError):
-    """An oracle gave something else than one Boolean for each sample."""
+    """An oracle did not return a Boolean per sample."""
 
 
 def label(oracle: Callable[..., Valid], samples: Samples, conditions: Any = None) -> np.ndarray:
-    """`oracle(samples)`, checked: one Boolean a sample; numbers are taken if each is exactly 0 or 1.
+    """Call the oracle and check its verdicts (n,): Booleans, or numbers 0 and 1.
 
-    With conditions it is `oracle(samples, conditions)`, which may give m Booleans a sample, (n, m).
+    With conditions, call `oracle(samples, conditions)` and check verdicts (n, m), m per sample.
+
+    Raises:
+      OracleError: the verdicts have another shape or type, or other numbers.
     """
     n = len(samples)
-    given: Any = np.asarray(oracle(samples) if conditions is None else oracle(samples, conditions))
-    if conditions is not None and (given.ndim != 2 or len(given) != n):
-        raise OracleError(f"oracle: expected m Booleans a sample, shape ({n}, m), given shape {given.shape}")
-    if conditions is None and given.shape != (n,):
-        raise OracleError(f"oracle: expected one Boolean a sample, shape ({n},), given shape {given.shape}")
-    if given.dtype == np.bool_:
-        return given
-    if not np.issubdtype(given.dtype, np.number):
-        raise OracleError(f"oracle: expected Booleans, given dtype {given.dtype}")
-    if np.isnan(given.astype(np.float64)).any():
-        raise OracleError(f"oracle: expected Booleans, given NaN for {np.isnan(given).sum()} of {n} samples")
-    other = given[~np.isin(given, (0, 1))]
-    if other.size:
-        raise OracleError(f"oracle: expected Booleans, given numbers other than 0 and 1, such as {other[0]}")
-    return given.astype(bool)
+    verdicts: Any = np.asarray(oracle(samples) if conditions is None else oracle(samples, conditions))
+    if conditions is not None and (verdicts.ndim != 2 or len(verdicts) != n):
+        raise OracleError(f"oracle: verdicts must be m Booleans a sample, shape ({n}, m), got shape {verdicts.shape}")
+    if conditions is None and verdicts.shape != (n,):
+        raise OracleError(f"oracle: verdicts must be one Boolean a sample, shape ({n},), got shape {verdicts.shape}")
+    if verdicts.dtype == np.bool_:
+        return verdicts
+    if not np.issubdtype(verdicts.dtype, np.number):
+        raise OracleError(f"oracle: verdicts must be Booleans, got dtype {verdicts.dtype}")
+    if np.isnan(verdicts.astype(np.float64)).any():
+        raise OracleError(f"oracle: verdicts must be Booleans, got NaN for {np.isnan(verdicts).sum()} of {n} samples")
+    wrong = verdicts[~np.isin(verdicts, (0, 1))]
+    if wrong.size:
+        raise OracleError(f"oracle: verdicts must be Booleans, got numbers other than 0 and 1, such as {wrong[0]}")
+    return verdicts.astype(bool)

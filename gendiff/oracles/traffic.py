@@ -1,4 +1,4 @@
-"""What is wrong with a scene of traffic: overlapping vehicles, and vehicles off the drivable area."""
+"""Infractions in a scene of traffic: overlapping vehicles, and vehicles off the drivable area."""
 
 from typing import NamedTuple
 
@@ -12,15 +12,16 @@ from gendiff.types import wide
 
 
 class Infractions(NamedTuple):
-    """Of one scene, or of many with leading axes."""
+    """Infractions of a scene, or of many scenes along leading axes."""
 
     pairs: Bool[Array, "*s k k"]
-    """Which pairs of vehicles overlap."""
+    """True for pairs of vehicles that overlap."""
     collides: Bool[Array, "*s k"]
-    """Vehicles that overlap another."""
+    """True for vehicles that overlap another vehicle."""
     off_road: Bool[Array, "*s k"]
+    """True for vehicles off the drivable area."""
     degenerate: Bool[Array, "*s k"]
-    """Vehicles without positive extents or a heading, which were mended first."""
+    """True for vehicles without positive extents or a heading; the other oracles see them mended."""
 
 
 def infractions(
@@ -30,15 +31,17 @@ def infractions(
     half: float,
     tolerance: float = drivable.TOLERANCE,
 ) -> Infractions:
-    """All oracles on one scene.
+    """Find all infractions of a scene.
 
     Args:
-      vehicles: x, y, length, width in metres, cos and sin of the yaw, and more that does not matter.
-      present: vehicles that count.
-      distance: signed distance to the edge of the drivable area, over `half` metres in each direction.
+      vehicles: x, y, length, width in metres, cos and sin of the yaw; further columns are ignored.
+      present: True for rows with a vehicle.
+      distance: signed distance to the edge of the drivable area, for x and y in [-half, half].
+      half: half the width of the map, in metres.
+      tolerance: metres that a vehicle may stand off the drivable area.
 
     Raises:
-      ValueError: as `boxes.collisions` and `drivable.off_road`.
+      ValueError: see `boxes.collisions` and `drivable.off_road`.
     """
     vehicles = wide(vehicles)
     shapes = boxes.mended(vehicles[:, :6])
@@ -48,23 +51,26 @@ def infractions(
 
 
 def constraints(found: Infractions) -> Bool[Array, "*s m"]:
-    """Each constraint once, True where it holds: that a pair i < j does not overlap, in the order of
-    `numpy.triu_indices`, then that a vehicle is on the drivable area; m = k (k - 1) / 2 + k."""
+    """Return m = k (k - 1) / 2 + k constraints, True if they hold.
+
+    First come the pairs i < j, in the order of `numpy.triu_indices`: True if they do not overlap.  Then come the
+    vehicles: True if they are on the drivable area.
+    """
     rows, columns = np.triu_indices(found.collides.shape[-1], 1)
     return jnp.concatenate([~found.pairs[..., rows, columns], ~found.off_road], -1)
 
 
 def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
-    """Which vehicles break no constraint; both of an overlapping pair do.
+    """Return True for vehicles that break no constraint; an overlap counts against both vehicles.
 
     Raises:
-      ValueError: the number of constraints is not that of any number of vehicles.
+      ValueError: m is not k (k + 1) / 2 for any k.
     """
     holds = np.asarray(holds)
     k = round((np.sqrt(1 + 8 * holds.shape[-1]) - 1) / 2)
     check.shape("by_agent: holds", holds, (*holds.shape[:-1], k * (k + 1) // 2))
     pairs, good = holds[..., :-k], holds[..., -k:].copy()
-    for each, (i, j) in enumerate(zip(*np.triu_indices(k, 1), strict=True)):
-        good[..., i] &= pairs[..., each]
-        good[..., j] &= pairs[..., each]
+    for pair, (i, j) in enumerate(zip(*np.triu_indices(k, 1), strict=True)):
+        good[..., i] &= pairs[..., pair]
+        good[..., j] &= pairs[..., pair]
     return good

@@ -236,7 +236,7 @@ def test_errors_name_the_keys():
         guided_diffusion.unet(lost, like(net))
     with pytest.raises(ValueError, match=r"out\.7\.weight: unknown"):
         guided_diffusion.unet(state | {"out.7.weight": np.zeros(3)}, like(net))
-    with pytest.raises(ValueError, match=r"time_embed\.0\.weight: expected shape \(32, 128\), given \(32, 100\)"):
+    with pytest.raises(ValueError, match=r"time_embed\.0\.weight: must have shape \(32, 128\), got \(32, 100\)"):
         guided_diffusion.unet(state | {"time_embed.0.weight": np.zeros((100, 32))}, like(net))
 
 

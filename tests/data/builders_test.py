@@ -65,7 +65,7 @@ def test_sevens(name, tmp_path):
 
 
 def test_sevens_that_are_missing_are_told_and_leave_no_data_set(tmp_path):
-    with pytest.raises(mnist.DataError, match="expected MNIST's files in"):
+    with pytest.raises(mnist.DataError, match="must hold MNIST's files, got"):
         builders.Sevens(data_dir=tmp_path, config="own", place=tmp_path).download_and_prepare()
     assert not list(tmp_path.rglob("*.array_record*"))
 

@@ -267,9 +267,7 @@ def test_scenes_that_are_not_valid_are_left_out_and_can_be_counted(folder):
     assert (~valid).sum() == (every.world == 0).sum() == 1
     for a, b in zip(good, traffic.take(every, valid), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(
-        ValueError, match=r"a\.xml: expected valid scenes, given 1 with overlaps or vehicles off the lan"
-    ):
+    with pytest.raises(ValueError, match=r"a\.xml must have valid scenes, got 1 with overlaps or vehicles off the lan"):
         commonroad.scenes(folder / "more" / "a.xml", HOW)
 
 
@@ -284,56 +282,56 @@ CAR = car(state(0, speed=1))
 @pytest.mark.parametrize(
     ("xml", "said"),
     [
-        ("not XML", r"expected CommonRoad's XML, given a file that is not XML \(syntax error: line 1"),
-        ("", r"given a file that is not XML \(no element found"),
-        (commonroad_xml(straight(), CAR)[:-20], "given a file that is not XML"),
-        ("<net><edge/></net>", "expected CommonRoad's XML, given <net>"),
-        (commonroad_xml(straight(), CAR, version="2042z"), "expected CommonRoad's version 2018b or 2020a, given 2042z"),
-        (BOMB, "expected XML without entities, given the entity 'a'"),
-        (commonroad_xml(CAR), "expected lanelets for vehicles, with an area, given none among 0"),
-        (commonroad_xml(straight(left=-6), CAR), "expected lanelets for vehicles, with an area, given none among 1"),
+        ("not XML", r"must be CommonRoad's XML, got a file that is not XML \(syntax error: line 1"),
+        ("", r"got a file that is not XML \(no element found"),
+        (commonroad_xml(straight(), CAR)[:-20], "got a file that is not XML"),
+        ("<net><edge/></net>", "must be CommonRoad's XML, got <net>"),
+        (commonroad_xml(straight(), CAR, version="2042z"), "commonRoadVersion must be 2018b or 2020a, got 2042z"),
+        (BOMB, "must have no entities, got the entity 'a'"),
+        (commonroad_xml(CAR), "lanelets for vehicles must have an area, got none among 0"),
+        (commonroad_xml(straight(left=-6), CAR), "lanelets for vehicles must have an area, got none among 1"),
         (
             commonroad_xml(straight(more="<laneletType>sidewalk</laneletType>"), CAR),
-            "expected lanelets for vehicles, with an area, given none among 1",
+            "lanelets for vehicles must have an area, got none among 1",
         ),
         (
             commonroad_xml(lanelet([(0, 0)], [(0, 1), (1, 1)], name=44), CAR),
-            "lanelet 44: expected bounds of 2 points or more, given 1 and 2",
+            "lanelet 44: bounds must have 2 points or more, got 1 and 2",
         ),
-        (commonroad_xml(straight(high="nan"), CAR), "lanelet 1: expected a number as x, given 'nan'"),
-        (commonroad_xml(straight()), r"expected moving vehicles \(bus, car, .*\), given none"),
-        (commonroad_xml(straight(), car(state(0, speed=1), kind="pedestrian")), "expected moving vehicles"),
-        (commonroad_xml(straight(), CAR, seconds=""), "expected a number as timeStepSize, given ''"),
-        (commonroad_xml(straight(), CAR, seconds="-1"), "expected a positive timeStepSize, given -1"),
+        (commonroad_xml(straight(high="nan"), CAR), "lanelet 1: x must be a number, got 'nan'"),
+        (commonroad_xml(straight()), r"must have moving vehicles \(bus, car, .*\), got none"),
+        (commonroad_xml(straight(), car(state(0, speed=1), kind="pedestrian")), "must have moving vehicles"),
+        (commonroad_xml(straight(), CAR, seconds=""), "timeStepSize must be a number, got ''"),
+        (commonroad_xml(straight(), CAR, seconds="-1"), "timeStepSize must be > 0, got -1"),
         (
             commonroad_xml(straight(), car(state(0, speed=1), state(3, "inf", speed=1))),
-            "obstacle 7: step 3: expected a number as x, given 'inf'",
+            "obstacle 7: step 3: x must be a number, got 'inf'",
         ),
         (
             commonroad_xml(straight(), car(state(0, speed=1), state(2, position="<lanelet ref='1'/>", speed=1))),
-            "obstacle 7: step 2: expected one point or rectangle or circle as position, given lanelet",
+            "obstacle 7: step 2: position must hold one point or rectangle or circle, got lanelet",
         ),
         (
             commonroad_xml(straight(), car(state(0, speed=1, position="<circle><radius>1</radius></circle>"))),
-            "obstacle 7: step 0: expected a centre, given none",
+            "obstacle 7: step 0: a rectangle or circle must have a center, got none",
         ),
         (
             commonroad_xml(straight(), car(state(0, speed="fast"))),
-            "step 0: expected a number as velocity, given 'fast'",
+            "step 0: velocity must be a number, got 'fast'",
         ),
-        (commonroad_xml(straight(), car(state(0))), "obstacle 7: expected a velocity, or two states, given none"),
+        (commonroad_xml(straight(), car(state(0))), "obstacle 7: an obstacle must have a velocity or two states, got"),
         (
             commonroad_xml(straight(), car(state(0, speed=1, orientation="<direction/>"))),
-            "step 0: expected a number as orientation, given none",
+            "step 0: orientation must be a number, got none",
         ),
-        (commonroad_xml(straight(), car(state(0.5, speed=1))), "expected a whole number of steps as time, given 0.5"),
+        (commonroad_xml(straight(), car(state(0.5, speed=1))), "time must be a whole number of steps, got 0.5"),
         (
             commonroad_xml(straight(), car(state(0, speed=1), shape="<circle><radius>1</radius></circle>")),
-            "obstacle 7: expected one rectangle as shape, given circle",
+            "obstacle 7: shape must hold one rectangle, got circle",
         ),
         (
             commonroad_xml(straight(), car(state(0, speed=1), shape=rectangle(width=0))),
-            "obstacle 7: expected a positive length and width, given 4 and 0",
+            "obstacle 7: length and width must be > 0, got 4 and 0",
         ),
     ],
 )
@@ -359,7 +357,7 @@ def test_missing_files_and_empty_folders_are_told(tmp_path):
     with pytest.raises(DataError, match=r"loop\.xml must be a file, got none"):
         commonroad.scenes(tmp_path)
     (tmp_path / "loop.xml").unlink()
-    with pytest.raises(ValueError, match=r"expected files \*\.xml, given a folder without"):
+    with pytest.raises(ValueError, match=r"must hold files \*\.xml, got a folder without"):
         commonroad.scenes(str(tmp_path))
 
 
@@ -376,10 +374,10 @@ def test_linked_folders_are_read_once(folder, tmp_path_factory):
 
 def test_too_few_vehicles_are_told(folder):
     with pytest.raises(
-        ValueError, match="expected 4 or more vehicles in a window of 100 m, given 3 at most at one moment"
+        ValueError, match="must have 4 or more vehicles in a window of 100 m, got at most 3 at one moment"
     ):
         commonroad.scenes(folder / "c.xml", Cut(least=4))
-    with pytest.raises(ValueError, match=r"expected 12 or more vehicles .* given 0"):
+    with pytest.raises(ValueError, match=r"must have 12 or more vehicles .* got at most 0"):
         commonroad.scenes(folder / "map.xml")
     for every in (0, -1, np.nan, np.inf):
         with pytest.raises(ValueError, match="every must be > 0, got"):
@@ -390,7 +388,7 @@ def test_without_shapely_the_error_names_the_extra(folder, monkeypatch):
     before = builtins.__import__
     without = lambda name, *rest: before("no.shapely" if name == "shapely" else name, *rest)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"expected shapely, given none: pip install 'gendiff\[traffic\]'"):
+    with pytest.raises(ImportError, match=r"shapely must be installed, got none: pip install 'gendiff\[traffic\]'"):
         commonroad.read_world(folder / "b.xml")
 
 

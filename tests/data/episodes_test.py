@@ -106,7 +106,7 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path):
 
 def test_a_folder_of_other_episodes_is_refused(tmp_path):
     episodes.write(tmp_path, {"seed": 0}, stream, 30)
-    with pytest.raises(ValueError, match=r"expected a folder of {'seed': 1}, given one of {'seed': 0}"):
+    with pytest.raises(ValueError, match=r"must be a folder of {'seed': 1}, got one of {'seed': 0}"):
         episodes.write(tmp_path, {"seed": 1}, stream, 30)
     with pytest.raises(ValueError, match=r"'transitions': 31.*'transitions': 30"):
         episodes.write(tmp_path, {"seed": 0}, stream, 31)
@@ -125,14 +125,14 @@ def test_files_that_are_damaged_or_missing_are_named(tmp_path):
     stored = shard.read_bytes()
     for damaged in (b"", stored[:-40], stored[:200] + b"\1" + stored[201:]):
         shard.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"shard-00001\.npz: expected a whole shard"):
+        with pytest.raises(ValueError, match=r"shard-00001\.npz must hold a whole shard"):
             episodes.read(tmp_path)
     shard.unlink()
-    with pytest.raises(ValueError, match=r"expected \['shard-00000.npz', 'shard-00001.npz'"):
+    with pytest.raises(ValueError, match=r"must be \['shard-00000.npz', 'shard-00001.npz'"):
         episodes.read(tmp_path)
     for path in tmp_path.glob("*.npz"):
         path.unlink()
-    with pytest.raises(ValueError, match="given 0 shards of an unfinished one"):
+    with pytest.raises(ValueError, match="got 0 shards of an unfinished one"):
         episodes.read(tmp_path)
     (tmp_path / "info.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r"must have an info\.json of episodes, got TypeError"):
@@ -175,7 +175,7 @@ def test_episodes_are_a_source():
             np.testing.assert_array_equal(each["observations"], given.observations[rows])
             np.testing.assert_array_equal(each["actions"], given.actions[rows])
     assert [len(each["actions"]) for each in source] == [3, 1, 4]
-    with pytest.raises(IndexError, match="an index below 3, given 3"):
+    with pytest.raises(IndexError, match="index must be below 3, got 3"):
         source[3]
 
 
@@ -286,7 +286,7 @@ def test_a_damaged_block_of_a_file_is_named(hdf5):
     longest = max(range(start, len(content) - 400), key=lambda i: len(set(content[i : i + 400])))
     content[longest : longest + 400] = bytes(400)
     path.write_bytes(content)
-    with pytest.raises(DataError, match="observations must be a whole array, got a damaged one"):
+    with pytest.raises(DataError, match="observations must be an intact array, got a damaged one"):
         episodes.d4rl(path)
 
 
@@ -454,7 +454,7 @@ def test_windows_are_arguments_of_a_compiled_program():
 @pytest.mark.parametrize("lengths", [[], [1, 2, 2]])
 def test_without_a_usable_episode_there_are_no_windows(lengths):
     given = numbered(lengths)
-    with pytest.raises(ValueError, match=f"one of 3 rows or more, given {len(lengths)} episodes, the longest of "):
+    with pytest.raises(ValueError, match=f"one must have 3 rows or more, got {len(lengths)} episodes, the longest of "):
         episodes.fit(given)
     with pytest.raises(ValueError, match="horizon must be >= 1 and whole, got 0"):
         episodes.windows(numbered([9]), episodes.fit(numbered([9])), 0)

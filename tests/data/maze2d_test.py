@@ -75,11 +75,11 @@ def test_routes_are_those_of_q_iteration(maze):
     [
         (("####", "#  #", "###"), "rows of one length"),
         (("####", "#   ", "####"), "within a rim of wall"),
-        (("#####", "# # #", "#####"), "cells that are connected"),
+        (("#####", "# # #", "#####"), "connected free cells"),
     ],
 )
 def test_impossible_mazes(rows, what):
-    with pytest.raises(ValueError, match=f"mine: expected .*{what}"):
+    with pytest.raises(ValueError, match=f"mine must have .*{what}"):
         maze2d.routes(maze2d.Maze("mine", rows, ()))
 
 
@@ -325,14 +325,14 @@ def test_a_stopped_data_set_goes_on_to_the_same_bytes(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", [*command[:-1], "5"])
     with pytest.raises(SystemExit):
         maze2d.main()
-    assert "expected a folder of {'seed': 5}, given one of {'seed': 4}" in capsys.readouterr().err
+    assert "must be a folder of {'seed': 5}, got one of {'seed': 4}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         ({"maze": "small"}, "maze must be 'open' or 'umaze' or 'medium' or 'large', got 'small'"),
-        ({"goal": (2, 1.4)}, r"goal: expected a point in a free cell of the maze umaze, given \(2, 1.4\)"),
+        ({"goal": (2, 1.4)}, r"goal must be a point in a free cell of the maze umaze, got \(2, 1.4\)"),
         ({"goal": (9, 1)}, "a free cell of the maze umaze"),
         ({"transitions": 0}, "transitions must be >= 1 and whole, got 0"),
         ({"seed": -1}, "seed must be >= 0 and whole, got -1"),

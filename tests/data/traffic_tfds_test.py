@@ -161,7 +161,7 @@ def test_a_kill_while_packing_leaves_no_data_set(made, copy, no_sumo):
     shutil.rmtree(copy / "traffic")
     done = subprocess.run([sys.executable, "-c", KILLED, str(copy)], capture_output=True, text=True, check=False)
     assert done.returncode == 9, done.stderr
-    with pytest.raises(ValueError, match=r"expected a data set, given no such folder; .*--config tiny"):
+    with pytest.raises(ValueError, match=r"must be a data set, got no such folder: .*--config tiny"):
         traffic_tfds.scenes(copy, "tiny")
     prepare(copy)
     again, before = files(dataset(copy)), files(dataset(made))
@@ -198,23 +198,23 @@ def test_a_damaged_shard_is_named(copy, damage):
     )
     if damage == "missing":
         path.unlink()
-    with pytest.raises(ValueError, match=rf"{path.name}: expected"):
+    with pytest.raises(ValueError, match=rf"{path.name} must"):
         traffic_tfds.scenes(copy, "tiny")
     assert len(traffic_tfds.scenes(copy, "tiny", "test").world)
 
 
 def test_what_is_not_there_is_one_error(copy, no_sumo, tmp_path):
-    with pytest.raises(ValueError, match="split: expected one of train, validation, test, given 'val'"):
+    with pytest.raises(ValueError, match="split must be train or validation or test, got 'val'"):
         traffic_tfds.scenes(copy, "tiny", "val")
-    with pytest.raises(ValueError, match=r"paper/1\.0\.0: expected a data set, given no such folder"):
+    with pytest.raises(ValueError, match=r"paper/1\.0\.0 must be a data set, got no such folder"):
         traffic_tfds.scenes(copy, "paper")
     (dataset(copy) / "dataset_info.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tiny/1\.0\.0: expected a data set"):
+    with pytest.raises(ValueError, match=r"tiny/1\.0\.0 must be a data set"):
         traffic_tfds.scenes(copy, "tiny")
-    with pytest.raises(ValueError, match="expected scenes of validation, given 10 of 8 maps"):
+    with pytest.raises(ValueError, match="validation must have scenes, got 10 scenes of 8 maps"):
         prepare(tmp_path, Config(name="few", scenes=10, recipe=RECIPE, most=2))
     assert not dataset(tmp_path, "few").exists()
-    with pytest.raises(ValueError, match="given a folder with"):
+    with pytest.raises(ValueError, match=r"got .*: name another folder"):
         prepare(tmp_path, Config(name="other", scenes=10, recipe=RECIPE._replace(seed=1)))
 
 

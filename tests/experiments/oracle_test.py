@@ -78,7 +78,7 @@ def test_the_table_is_there_and_learned_something(data: Path, hand: Path, tmp_pa
 def test_bad_options_are_named() -> None:
     with pytest.raises(ConfigError, match="--steps must be 1 to 1000000, got 0"):
         oracle.OracleConfig(steps=0)
-    with pytest.raises(mnist.DataError, match="expected MNIST's files in /nowhere"):
+    with pytest.raises(mnist.DataError, match="/nowhere must hold MNIST's files"):
         oracle.pools(oracle.OracleConfig(data=Path("/nowhere")))
 
 

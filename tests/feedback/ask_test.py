@@ -71,7 +71,7 @@ def test_too_few_labels_are_an_error_that_loses_nothing(folder):
     board = ask.make_board(folder, Options(), need=(1, 1))
     board.finished.set()  # the rater closes the page
     ask.hold(board, Options(port=0), show=lambda text: None)
-    with pytest.raises(LabelError, match=r"expected at least 1 malign and 1 benign, given 1 malign and 0 benign"):
+    with pytest.raises(LabelError, match=r"must be at least 1 malign and 1 benign, got 1 malign and 0 benign"):
         ask.consensus.classes(board.samples, board.refresh().marks)
     assert len(labels.read(folder / "labels.jsonl")) == 2
 
@@ -79,9 +79,9 @@ def test_too_few_labels_are_an_error_that_loses_nothing(folder):
 def test_an_occupied_port_is_named(folder):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as other:
         port = other.getsockname()[1]
-        with pytest.raises(OSError, match=rf"--port {port}: expected a free port of 127.0.0.1, given one"):
+        with pytest.raises(OSError, match=rf"--port must be a free port of 127.0.0.1, got {port}"):
             ask.ask(folder, options=Options(port=port))
-    with pytest.raises(OSError, match="expected an address of this machine"):
+    with pytest.raises(OSError, match="must be an address of this machine"):
         ask.listen("no.such.host.invalid", 0)
 
 
@@ -89,7 +89,7 @@ def test_labels_of_other_samples_open_no_page(folder):
     mark(folder, "mb")
     before = (folder / "labels.jsonl").read_bytes()
     np.save(folder / "samples.npy", np.random.default_rng(1).normal(size=(6, 2)))
-    with pytest.raises(LabelError, match="label of sample 0: expected the content hash"):
+    with pytest.raises(LabelError, match="label of sample 0 must have the content hash"):
         ask.ask(folder, show=pytest.fail)
     assert (folder / "labels.jsonl").read_bytes() == before
 
@@ -153,10 +153,10 @@ def test_the_command_reports(folder):
 
 def test_the_command_s_errors_are_one_line(folder):
     for arguments, message in (
-        ([folder / "none"], "expected a folder"),
-        ([folder, "--report"], "labels.jsonl: expected a file of labels, given none"),
+        ([folder / "none"], "must be a folder"),
+        ([folder, "--report"], "labels.jsonl must be a file of labels, got none"),
         ([folder, "--columns", "0"], "--columns must be >= 1 and <= 40 and whole, got 0"),
-        ([folder, "--kind", "image"], "as images: expected"),
+        ([folder, "--kind", "image"], "as images must be"),
     ):
         done = run(*arguments)
         assert done.returncode == 2

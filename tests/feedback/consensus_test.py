@@ -41,19 +41,19 @@ def test_classes_are_indices_and_too_few_is_one_clear_error():
     assert found.malign.tolist() == [0, 5]
     assert found.benign.tolist() == [1, 2]
     assert found.malign.dtype.kind == "i"
-    message = r"expected at least 3 malign and 1 benign, given 2 malign and 2 benign \(1 undecided, 1 unmarked\)"
+    message = r"must be at least 3 malign and 1 benign, got 2 malign and 2 benign \(1 undecided, 1 unmarked\)"
     with pytest.raises(LabelError, match=message):
         consensus.classes(POINTS, marks, malign=3)
-    with pytest.raises(LabelError, match="given 0 malign and 0 benign"):
+    with pytest.raises(LabelError, match="got 0 malign and 0 benign"):
         consensus.classes(POINTS, [])
 
 
 def test_labels_of_other_samples_are_refused():
     others = samples.of(np.ones((3, 2), np.float32) * np.arange(3, dtype=np.float32)[:, None] - 7)
     marks = said("a", "mb")
-    with pytest.raises(LabelError, match=r"label of sample 0: expected the content hash .* given .*name another file"):
+    with pytest.raises(LabelError, match=r"label of sample 0 must have the content hash .* got .*name another file"):
         consensus.classes(others, marks)
-    with pytest.raises(LabelError, match="label of sample x: expected the hash of a sample in"):
+    with pytest.raises(LabelError, match="label of sample x must have the hash of a sample in"):
         consensus.check(POINTS, [marks[0]._replace(sample="x", hash="0" * 64)])
 
 

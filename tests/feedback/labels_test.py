@@ -149,17 +149,17 @@ def test_damage_in_the_middle_is_named(tmp_path, line):
     labels.append(path, marks(1))
     before = path.read_bytes()
     path.write_bytes(before + line + b"\n" + before)
-    with pytest.raises(LabelError, match=r"labels\.jsonl, line 2: expected a JSON line .* given"):
+    with pytest.raises(LabelError, match=r"labels\.jsonl, line 2 must be a JSON line .* got"):
         labels.read(path)
     assert path.read_bytes() == before + line + b"\n" + before
 
 
 def test_missing_and_unwritable_files_are_named(tmp_path):
-    with pytest.raises(LabelError, match=r"none\.jsonl: expected a file of labels, given none"):
+    with pytest.raises(LabelError, match=r"none\.jsonl must be a file of labels, got none"):
         labels.read(tmp_path / "none.jsonl")
     with pytest.raises(OSError, match=r"labels .*folder.labels\.jsonl: could not be written"):
         labels.append(tmp_path / "folder" / "labels.jsonl", marks(1))
-    with pytest.raises(LabelError, match="given none to read"):
+    with pytest.raises(LabelError, match="got none to read"):
         labels.read(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_stored_text_that_is_no_unicode_is_named(tmp_path):
         b'{"type": "meaning", "text": "\xff"}\n',
     ):
         path.write_bytes(line)
-        with pytest.raises(LabelError, match=r"line 1: expected a JSON line .*(Unicode text|not UTF-8)"):
+        with pytest.raises(LabelError, match=r"line 1 must be a JSON line .*(Unicode text|not UTF-8)"):
             labels.read(path)
 
 

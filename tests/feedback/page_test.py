@@ -380,7 +380,7 @@ def test_a_refusal_is_told_and_nothing_is_dropped(serve):
     path = page_of.board.path
     path.write_text("damage\n{}\n")
     press(page, "m")
-    expect(page.locator("#banner")).to_contain_text("line 1: expected a JSON line")
+    expect(page.locator("#banner")).to_contain_text("line 1 must be a JSON line")
     path.write_text("")
     expect(page.locator("#banner")).to_be_hidden()
     saved(page)

@@ -90,7 +90,7 @@ def test_webp_is_read(tmp_path):
             "a.png",
             Image.fromarray(EIGHT[..., 0].astype(np.float32)),
             {"format": "TIFF"},
-            "its content is no such image",
+            "its content must be PNG, JPEG, WebP or BMP, got another",
         ),
         (
             "a.png",
@@ -108,7 +108,7 @@ def test_webp_is_read(tmp_path):
 )
 def test_what_would_be_shown_in_part_is_refused(tmp_path, name, image, options, reason):
     image.save(tmp_path / name, **options)
-    with pytest.raises(SampleError, match=rf"sample .*{name}: expected a PNG, JPEG, WebP or BMP image.*{reason}"):
+    with pytest.raises(SampleError, match=rf"sample .*{name} must be a PNG, JPEG, WebP or BMP image.*{reason}"):
         samples.load(tmp_path)
 
 
@@ -116,5 +116,5 @@ def test_a_damaged_picture_is_named(tmp_path):
     whole = png16(COLOURS)
     for cut in (0, 7, 20, len(whole) - 30):
         (tmp_path / "a.png").write_bytes(whole[:cut])
-        with pytest.raises(SampleError, match=r"sample .*a\.png: expected a PNG"):
+        with pytest.raises(SampleError, match=r"sample .*a\.png must be a PNG"):
             samples.load(tmp_path)

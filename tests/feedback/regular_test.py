@@ -47,7 +47,7 @@ def test_special_samples_are_errors_in_good_time(tmp_path, what, name):
     (tmp_path / "sub").mkdir()
     SPECIAL[what](tmp_path / name)
     words = {"outside": "a link to /dev/zero"}.get(what, what)
-    with pytest.raises(SampleError, match=rf"{name.replace('.', '[.]')}: expected .*{words}"):
+    with pytest.raises(SampleError, match=rf"{name.replace('.', '[.]')} must be .*{words}"):
         samples.load(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_labels_are_a_regular_file(tmp_path, what):
     ) as writing:
         labels.append(path, [labels.mark("0", "0" * 64, "malign", "anna")])
     with pytest.raises(
-        LabelError, match=r"labels\.jsonl: expected a file of labels, .* must be a regular file"
+        LabelError, match=r"labels\.jsonl must be a file of labels, .* must be a regular file"
     ) as reading:
         labels.read(path)
     assert SECRET not in f"{writing.value}{reading.value}"
@@ -89,7 +89,7 @@ def test_labels_are_a_regular_file(tmp_path, what):
 def test_a_file_that_is_none_of_labels_is_not_quoted(tmp_path):
     (tmp_path / "secret").write_text(SECRET + "\nmore\n")
     (tmp_path / "labels.jsonl").hardlink_to(tmp_path / "secret")
-    with pytest.raises(LabelError, match=r"labels\.jsonl, line 1: expected a JSON line") as error:
+    with pytest.raises(LabelError, match=r"labels\.jsonl, line 1 must be a JSON line") as error:
         labels.read(tmp_path / "labels.jsonl")
     assert SECRET not in str(error.value)
 

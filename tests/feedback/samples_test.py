@@ -50,7 +50,7 @@ def test_kinds_are_inferred(array, kind, tmp_path):
 
 def test_what_may_be_either_is_asked_for():
     either = UNIT[:, :5]
-    with pytest.raises(SampleError, match=r"expected --kind image \(.*\) or --kind motion \("):
+    with pytest.raises(SampleError, match=r"must come with --kind image \(.*\) or --kind motion \("):
         samples.of(either)
     assert samples.of(either, "motion").kind == "motion"
     assert samples.of(either, "image").kind == "image"
@@ -92,10 +92,10 @@ def test_npz_arrays_and_parents(tmp_path):
     found = samples.load(tmp_path)
     assert (found.kind, found.left_out) == ("motion", "1 array labels")
     np.savez(tmp_path / "samples.npz", a=motions, b=motions)
-    with pytest.raises(SampleError, match="expected an array called samples, given a, b"):
+    with pytest.raises(SampleError, match="must have an array called samples, got a, b"):
         samples.load(tmp_path)
     np.savez(tmp_path / "samples.npz", samples=motions, parents=np.array([0, 1]))
-    with pytest.raises(SampleError, match=r"parents in .*expected integers below 8 of shape \(8,\), given int64"):
+    with pytest.raises(SampleError, match=r"parents in .*must be integers below 8 of shape \(8,\), got int64"):
         samples.load(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_nothing_is_unpickled(tmp_path, how):
         np.save(tmp_path / "samples.npy", objects, allow_pickle=True)
     else:
         objects.dump(tmp_path / "samples.npy")
-    with pytest.raises(SampleError, match=r"samples\.np.: expected plain arrays \(nothing pickled\)"):
+    with pytest.raises(SampleError, match=r"samples\.np. must be plain arrays \(nothing pickled\)"):
         samples.load(tmp_path)
 
 
@@ -130,22 +130,22 @@ def saved(tmp_path, array):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path / "none", "expected a folder, or an .npz or .npy file, given nothing"),
-        (lambda path: path, r"expected samples.npz, samples.npy or PNG, JPEG, WebP or BMP files, given none"),
+        (lambda path: path / "none", "must be a folder, or an .npz or .npy file, got nothing"),
+        (lambda path: path, r"must hold samples.npz, samples.npy or PNG, JPEG, WebP or BMP files, got none"),
         (
             lambda path: broken(path, "a.png", b"\x89PNG\r\n\x1a\nxx"),
-            "sample .*a.png: expected a PNG, JPEG, WebP or BMP image",
+            "sample .*a.png must be a PNG, JPEG, WebP or BMP image",
         ),
-        (lambda path: broken(path, "a.jpg", b"GIF89a"), "sample .*a.jpg: expected a PNG, JPEG, WebP or BMP image"),
-        (lambda path: broken(path, "samples.npy", b"\x93NUMPY\x01"), r"samples.npy: expected plain arrays"),
-        (lambda path: broken(path, "samples.npz", b"PK\x03\x04broken"), r"samples.npz: expected plain arrays"),
-        (lambda path: broken(path, "x.txt", b"") / "x.txt", "expected a folder, or an .npz or .npy file, given .txt"),
-        (lambda path: saved(path, np.float64(1)), r"expected at least one, given shape \(\)"),
-        (lambda path: saved(path, np.zeros((0, 2))), r"expected at least one, given shape \(0, 2\)"),
-        (lambda path: saved(path, np.zeros((4, 2), np.int64)), r"images: uint8 or float .* given int64 of shape"),
-        (lambda path: saved(path, np.zeros((4, 2, 2, 2, 2))), r"given float64 of shape \(4, 2, 2, 2, 2\)"),
-        (lambda path: saved(path, np.array([[0, 1], [np.nan, 1]])), "sample 1 of .*expected finite numbers"),
-        (lambda path: saved(path, np.full((2, 9, 9), 255.0)), r"expected floats in \[-1, 1\], given up to 255"),
+        (lambda path: broken(path, "a.jpg", b"GIF89a"), "sample .*a.jpg must be a PNG, JPEG, WebP or BMP image"),
+        (lambda path: broken(path, "samples.npy", b"\x93NUMPY\x01"), r"samples.npy must be plain arrays"),
+        (lambda path: broken(path, "samples.npz", b"PK\x03\x04broken"), r"samples.npz must be plain arrays"),
+        (lambda path: broken(path, "x.txt", b"") / "x.txt", "must be a folder, or an .npz or .npy file, got .txt"),
+        (lambda path: saved(path, np.float64(1)), r"must hold at least one, got shape \(\)"),
+        (lambda path: saved(path, np.zeros((0, 2))), r"must hold at least one, got shape \(0, 2\)"),
+        (lambda path: saved(path, np.zeros((4, 2), np.int64)), r"images: uint8 or float .* got int64 of shape"),
+        (lambda path: saved(path, np.zeros((4, 2, 2, 2, 2))), r"got float64 of shape \(4, 2, 2, 2, 2\)"),
+        (lambda path: saved(path, np.array([[0, 1], [np.nan, 1]])), "sample 1 of .*must have finite numbers"),
+        (lambda path: saved(path, np.full((2, 9, 9), 255.0)), r"must be floats in \[-1, 1\], got up to 255"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, make, message):
@@ -155,14 +155,14 @@ def test_what_cannot_be_read_is_named(tmp_path, make, message):
 
 def test_two_array_files_are_ambiguous(tmp_path):
     np.savez(saved(tmp_path, UNIT) / "samples.npz", UNIT)
-    with pytest.raises(SampleError, match=r"expected one of samples.npz and samples.npy, given both"):
+    with pytest.raises(SampleError, match=r"must hold samples.npz or samples.npy, got both"):
         samples.load(tmp_path)
 
 
 def test_a_kind_that_does_not_fit_is_refused(tmp_path, images):
-    with pytest.raises(SampleError, match=r"as points: expected .* given float32 of shape"):
+    with pytest.raises(SampleError, match=r"as points must be .* got float32 of shape"):
         samples.of(UNIT, "point")
-    with pytest.raises(SampleError, match="expected an array file for kind motion, given images"):
+    with pytest.raises(SampleError, match="must hold an array file for kind motion, got images"):
         samples.load(images, "motion")
 
 
@@ -172,19 +172,19 @@ def test_links_out_of_the_folder_are_refused(images, tmp_path_factory):
     (images / "inside.png").symlink_to(images / "img7.png")
     assert len(samples.load(images)) == 6
     (images / "out.png").symlink_to(outside)
-    with pytest.raises(SampleError, match=r"out\.png: expected a file inside .* given a link to .*secret\.png"):
+    with pytest.raises(SampleError, match=r"out\.png must be a file inside .* got a link to .*secret\.png"):
         samples.load(images)
     (images / "out.png").unlink()
     np.save(outside.with_suffix(".npy"), UNIT)
     (images / "samples.npy").symlink_to(outside.with_suffix(".npy"))
-    with pytest.raises(SampleError, match=r"samples\.npy: expected a file inside"):
+    with pytest.raises(SampleError, match=r"samples\.npy must be a file inside"):
         samples.load(images)
 
 
 def test_a_file_that_changed_is_not_shown_as_the_old_one(images):
     found = samples.load(images)
     Image.fromarray(BYTES[1]).save(images / "img7.png")
-    with pytest.raises(SampleError, match=r"sample img7\.png: expected the content it was loaded with, given another"):
+    with pytest.raises(SampleError, match=r"sample img7\.png must keep the content it was loaded with, got another"):
         found[0]
 
 
@@ -201,7 +201,7 @@ def test_a_file_that_changed_is_not_shown_as_the_old_one(images):
 )
 def test_kinds_that_are_not_certain_are_asked_for(array, kinds):
     message = " or ".join(rf"--kind {kind} \(.*\)" for kind in kinds.split())
-    with pytest.raises(SampleError, match=rf"expected {message}, since .* may be something else"):
+    with pytest.raises(SampleError, match=rf"must come with {message}, because .* may be something else"):
         samples.of(array)
     assert samples.of(array / 255, "image").kind == "image"
 
@@ -225,7 +225,7 @@ def test_other_types_are_refused_with_the_kinds(dtype, shape):
 def test_samples_that_are_not_finite_are_refused(shape, value):
     array = np.zeros(shape)
     array[2].flat[1] = value
-    with pytest.raises(SampleError, match=r"sample 2 of .*expected finite numbers, given others \(in 1 samples\)"):
+    with pytest.raises(SampleError, match=r"sample 2 of .*must have finite numbers, got others \(in 1 samples\)"):
         samples.of(array)
 
 
@@ -261,5 +261,5 @@ def test_what_is_left_out_is_said(images, tmp_path_factory):
 
 def test_only_files_that_are_left_out_are_named(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"GIF89a")
-    with pytest.raises(SampleError, match=r"given none of them \(left out: 1 \.gif\)"):
+    with pytest.raises(SampleError, match=r"got none of them \(left out: 1 \.gif\)"):
         samples.load(tmp_path)

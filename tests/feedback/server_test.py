@@ -154,7 +154,7 @@ def test_a_sample_that_became_a_link_is_not_shown(tmp_path, tmp_path_factory):
         (tmp_path / "a.png").symlink_to(outside)
         answer = client(path)
     assert answer.status == 500
-    assert b"expected a file inside" in answer.body
+    assert b"must be a file inside" in answer.body
     assert b"PNG" not in answer.body
 
 
@@ -177,9 +177,9 @@ def test_wrong_lines_are_refused_whole(client):
     good = client.line(0)
     for wrong, message in (
         (client.line(1, hash="0" * 64), b"labels of other samples"),
-        (client.line(1, label="bad"), b"label: expected"),
-        (client.line(1, seconds=-1), b"seconds: expected"),
-        ("text", b"expected an object"),
+        (client.line(1, label="bad"), b"label must be"),
+        (client.line(1, seconds=-1), b"seconds must be"),
+        ("text", b"a line must be an object"),
     ):
         answer = client.post(good, wrong)
         assert answer.status in (400, 409)
@@ -196,7 +196,7 @@ def test_a_file_damaged_meanwhile_is_told(client):
     client.board.path.write_text("damage\n" + client.board.path.read_text())
     answer = client("/lines")
     assert answer.status == 409
-    assert b"labels.jsonl, line 1: expected a JSON line" in answer.body
+    assert b"labels.jsonl, line 1 must be a JSON line" in answer.body
 
 
 def test_other_methods_and_protocols_get_nothing(client):

@@ -67,7 +67,7 @@ def test_gradient_reaches_all_layers_through_the_batch():
 def test_one_value_has_no_variance():
     module = resnet.BatchNorm()
     train = lambda x: module.apply(module.init(jax.random.key(0), x), x, True, mutable=["batch_stats"])[0]
-    with pytest.raises(ValueError, match="expected 2 or more values of a channel in a training batch, given 1"):
+    with pytest.raises(ValueError, match="must have 2 or more values of a channel in a training batch, got 1"):
         jax.vmap(train, axis_name=types.BATCH)(IMAGES[:1, :1, :1])
 
 

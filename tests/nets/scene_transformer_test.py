@@ -221,7 +221,7 @@ def test_waves_tell_places_apart():
 def test_maps_that_do_not_fit_are_an_error():
     net = network("denoise")
     for shape in ((40, 40), (32, 16)):
-        with pytest.raises(ValueError, match="expected square maps of a multiple of 16 cells"):
+        with pytest.raises(ValueError, match="must be a square map of a multiple of 16 cells"):
             net.init(jax.random.key(0), Place(jnp.zeros(shape), jnp.ones(K, bool)))
 
 

@@ -94,12 +94,12 @@ def test_any_length_that_halves():
 
 @pytest.mark.parametrize("shape", [(6, 3), (0, 3), (8,), (2, 8, 3)])
 def test_lengths_that_do_not_are_named(shape):
-    with pytest.raises(ValueError, match=re.escape(f"horizon a multiple of 4, given {shape}")):
+    with pytest.raises(ValueError, match=re.escape(f"horizon a multiple of 4, got {shape}")):
         abstract(TemporalUnet(8, (1, 2, 4)), *shape)
 
 
 def test_channels_must_divide_into_groups():
-    with pytest.raises(ValueError, match="channels: expected a multiple of 8, given 12"):
+    with pytest.raises(ValueError, match="channels must be a multiple of 8, got 12"):
         abstract(TemporalUnet(12), 8, 3)
 
 

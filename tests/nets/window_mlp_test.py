@@ -88,11 +88,11 @@ def test_reward_is_the_mean_over_windows(activation, strided):
 @pytest.mark.parametrize(
     ("net", "shape", "message"),
     [
-        (WindowMLP(5), (12, 6), r"horizon a multiple of 5, given \(12, 6\)"),
-        (WindowMLP(4), (12,), r"expected \(horizon, d\)"),
-        (WindowMLP(4), (0, 6), r"expected \(horizon, d\)"),
-        (WindowMLP(4, activation="relu"), (12, 6), "activation: expected one of .*mish.*, given 'relu'"),
-        (WindowMLP(4, reduce="max"), (12, 6), "reduce: expected mean or sum, given 'max'"),
+        (WindowMLP(5), (12, 6), r"horizon a multiple of 5, got \(12, 6\)"),
+        (WindowMLP(4), (12,), r"must be \(horizon, d\)"),
+        (WindowMLP(4), (0, 6), r"must be \(horizon, d\)"),
+        (WindowMLP(4, activation="relu"), (12, 6), "activation must be one of .*mish.*, got 'relu'"),
+        (WindowMLP(4, reduce="max"), (12, 6), "reduce must be 'mean' or 'sum', got 'max'"),
     ],
 )
 def test_errors_name_what_is_wrong(net, shape, message):
@@ -102,7 +102,7 @@ def test_errors_name_what_is_wrong(net, shape, message):
 
 def test_single_windows_must_have_the_size():
     net = WindowMLP(4)
-    with pytest.raises(ValueError, match=r"expected \(n, 4, d\), given \(3, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"must be \(n, 4, d\), got \(3, 5, 6\)"):
         net.apply(abstract(net, HORIZON, D), jnp.zeros((3, 5, 6)), 0, method="of_windows")
 
 

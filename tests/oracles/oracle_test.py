@@ -33,18 +33,18 @@ def test_oracle_sees_the_samples():
     "given", [np.ones(2, bool), np.ones(4, bool), np.ones((3, 1), bool), True, np.ones((3, 2), bool), []]
 )
 def test_one_boolean_a_sample(given):
-    with pytest.raises(OracleError, match=r"shape \(3,\), given shape"):
+    with pytest.raises(OracleError, match=r"shape \(3,\), got shape"):
         label(lambda samples: given, SAMPLES)
 
 
 @pytest.mark.parametrize("given", [["yes", "no", "yes"], [None, True, False], np.array([b"1", b"0", b"1"])])
 def test_what_is_no_number(given):
-    with pytest.raises(OracleError, match="expected Booleans, given dtype"):
+    with pytest.raises(OracleError, match="must be Booleans, got dtype"):
         label(lambda samples: given, SAMPLES)
 
 
 def test_nan_is_not_true():
-    with pytest.raises(OracleError, match="given NaN for 2 of 3 samples"):
+    with pytest.raises(OracleError, match="got NaN for 2 of 3 samples"):
         label(lambda samples: np.array([np.nan, 1.0, np.nan]), SAMPLES)
 
 
