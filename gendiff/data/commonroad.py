@@ -52,7 +52,9 @@ def read_world(path: Path | str, every: float = EVERY) -> sumo.World:
     """
     _, world = _recorded(Path(path), every)
     if not world.moments:
-        raise DataError(f"commonroad: {path} must have moving vehicles ({', '.join(sorted(VEHICLES))}), got none")
+        raise DataError(
+            f"commonroad: {path}: the file must have moving vehicles ({', '.join(sorted(VEHICLES))}), got none"
+        )
     return world
 
 
