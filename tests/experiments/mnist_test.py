@@ -124,7 +124,7 @@ def test_imagenet_weights_are_read_but_for_the_last_layer(tmp_path):
         expected = start["params"]["fc"][path[2].key] if fresh else names[name(path)]
         np.testing.assert_array_equal(leaf, expected)
     other = dataclasses.replace(small, resnet_widths=(4,))
-    with pytest.raises(ValueError, match=r"conv1.weight: expected shape \(7, 7, 3, 4\), given \(7, 7, 3, 8\)"):
+    with pytest.raises(ValueError, match=r"conv1.weight: must have shape \(7, 7, 3, 4\), got \(7, 7, 3, 8\)"):
         mnist.new_resnet(other, jax.random.key(1))
 
 

@@ -216,7 +216,7 @@ def test_bad_options_are_one_error(tmp_path):
             parse(traffic.TrafficConfig, traffic.PRESETS, options)
     (tmp_path / "empty").mkdir()
     config = dataclasses.replace(SMOKE, recorded=tmp_path / "empty", output=tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"--recorded: commonroad: .*expected files"):
+    with pytest.raises(ConfigError, match=r"--recorded: commonroad: .*must hold files"):
         traffic.run(config)
     assert not (tmp_path / "run").exists(), "another option may be tried with the same folder"
 

@@ -577,7 +577,7 @@ def test_the_teacher_answers_for_the_sample_s_own_condition(conditional, gaussia
 def test_conditions_without_bind_are_an_error(problem):
     with pytest.raises(ValueError, match="conditions: expected a problem with bind"):
         genneg.bound(problem, Guided(THETA), {"mean": 0.0})
-    with pytest.raises(ValueError, match="expected m Booleans a sample"):
+    with pytest.raises(ValueError, match="verdicts must be m Booleans a sample"):
         genneg.collect(
             problem._replace(bind=lambda p, c: p, bind_network=lambda p, c: p, oracle=lambda x, c: x[:, 0] < EDGE),
             Guided(THETA), jax.random.key(0), 10, 100, 100, conditions=MEANS,
