@@ -392,7 +392,7 @@ def test_a_page_without_the_token_shows_nothing(serve):
     page_of = serve()
     page = page_of.context.new_page()
     assert page.goto(page_of.url.partition("?")[0]).status == 401
-    assert "open the whole address" in page.content()
+    assert "open the full address" in page.content()
 
 
 KINDS = {
