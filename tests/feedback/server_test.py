@@ -176,7 +176,7 @@ def test_marks_are_stored_and_told(client):
 def test_wrong_lines_are_refused_whole(client):
     good = client.line(0)
     for wrong, message in (
-        (client.line(1, hash="0" * 64), b"labels of other samples"),
+        (client.line(1, hash="0" * 64), b"of other samples"),
         (client.line(1, label="bad"), b"label must be"),
         (client.line(1, seconds=-1), b"seconds must be"),
         ("text", b"a line must be an object"),

@@ -190,7 +190,7 @@ def test_clustered_rejects_what_has_no_interval(values, groups, given, message):
 
 
 def test_paired_rejects_trials_that_do_not_match():
-    with pytest.raises(ValueError, match=r"two must have shape \(3,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"second must have shape \(3,\), got \(1,\)"):
         rates.paired([1, 0, 1], [1], [0, 1, 2])
     with pytest.raises(ValueError, match="values must be a finite number, got nan"):
         rates.paired([1, np.nan, 1], [1, 0, 0], [0, 1, 2])
