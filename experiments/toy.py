@@ -1,6 +1,6 @@
 """Gen-neG on a checkerboard: a model learns the data, then a classifier learns where the model's samples are bad.
 
-`python -m experiments.toy` prints, up to rounding, in 20 s on two CPU cores:
+`python -m experiments.toy` prints, up to rounding, in 30 s on two CPU cores, most of it compilation:
 
     0 classifiers: 8.70% of the samples are bad
     1 classifiers: 3.05% of the samples are bad
