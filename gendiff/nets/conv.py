@@ -42,12 +42,18 @@ def correlate(x: Images, w: Kernels, stride: Sizes, padding: Sides) -> Maps:
 
 
 def spread(y: Maps, w: Kernels, stride: Sizes, padding: Sides, space: Sizes) -> Images:
-    """Return x[j, i] = sum of w[k, i, o] y[q, o] over s q + k - p = j, with extents `space`: the transpose of `correlate` in x."""
+    """Return x[j, i] = sum of w[k, i, o] y[q, o] over s q + k - p = j, with extents `space`.
+
+    It is the transpose of `correlate` in x.
+    """
     return spread_p.bind(y, w, stride=stride, padding=padding, space=space)
 
 
 def gather(x: Images, y: Maps, stride: Sizes, padding: Sides, window: Sizes) -> Kernels:
-    """Return w[k, i, o] = sum_{n,q} x[s q + k - p, i] y[q, o], with extents `window`: the transpose of `correlate` in w."""
+    """Return w[k, i, o] = sum_{n,q} x[s q + k - p, i] y[q, o], with extents `window`.
+
+    It is the transpose of `correlate` in w.
+    """
     return gather_p.bind(x, y, stride=stride, padding=padding, window=window)
 
 
