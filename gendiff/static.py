@@ -91,7 +91,7 @@ def comparable(argument: Any) -> Hashable:
     if isinstance(argument, bool | int | float):  # 1, 1.0 and True are equal, and make different programs
         return type(argument), argument
     if isinstance(argument, dict):
-        return "dict", tuple((key, comparable(each)) for key, each in sorted(argument.items()))
+        return "dict", tuple((key, comparable(value)) for key, value in sorted(argument.items()))
     if isinstance(argument, tuple | list):
         return type(argument), tuple(map(comparable, argument))
     if isinstance(argument, functools.partial):

@@ -76,7 +76,7 @@ class Settings(NamedTuple):
     """Stop when the validation loss has not improved for so many steps; None or 0: never."""
 
 
-def adam(settings: "Settings") -> optax.GradientTransformation:
+def adam(settings: Settings) -> optax.GradientTransformation:
     """Adam (AdamW where there is weight decay) with clipped gradients and a schedule for the rate.
 
     Raises:
@@ -99,7 +99,7 @@ def adam(settings: "Settings") -> optax.GradientTransformation:
     return optax.chain(clip, optax.adamw(schedule, weight_decay=settings.weight_decay))
 
 
-def check_settings(settings: "Settings") -> None:
+def check_settings(settings: Settings) -> None:
     """Raises ValueError where a setting is out of the range that `Settings` states."""
     check.number("training: steps", settings.steps, at_least=0, whole=True)
     check.number("training: rate", settings.rate, at_least=0)
