@@ -208,26 +208,37 @@ class Archive:
           CheckpointError: the stored result is damaged, or has other fields than `kind` or other arrays than `like`.
         """
         distributed.stop_if_preempted("every phase that was finished")
-        phase = None if self.folder is None else self.folder / name
-        if phase is not None and distributed.first((phase / "result").exists):
-            stored = _read(phase / "result")
-            if not isinstance(stored.notes.get("seconds"), int | float):  # format 1 has no checksum of its notes
-                raise _damaged(phase / "result")
-            if like is not None:
-                _check_like(phase / "result", stored, like)
-            result = _built(phase / "result", kind, stored.tree)
-            self.seconds[name] = stored.notes["seconds"]
-            return result
+        stored = self.held(name, kind, like)
+        if stored is not None:
+            return stored
         begun = time.perf_counter()
         result = jax.block_until_ready(compute())
-        self.seconds[name] = time.perf_counter() - begun
+        return self.keep(name, result, time.perf_counter() - begun, kind)
+
+    def held(self, name: str, kind: Callable[..., Any] = dict, like: Any = None) -> Any:
+        """The result of an earlier run, or None; arguments and errors of `once`."""
+        folder = None if self.folder is None else self.folder / name / "result"
+        if folder is None or not distributed.first(folder.exists):
+            return None
+        stored = _read(folder)
+        if not isinstance(stored.notes.get("seconds"), int | float):  # format 1 has no checksum of its notes
+            raise _damaged(folder)
+        if like is not None:
+            _check_like(folder, stored, like)
+        result = _built(folder, kind, stored.tree)
+        self.seconds[name] = stored.notes["seconds"]
+        return result
+
+    def keep(self, name: str, result: Any, seconds: float, kind: Callable[..., Any] = dict) -> Any:
+        """Store the result of a phase that took so many seconds, and return it as `once` does."""
+        self.seconds[name] = seconds
         own = result if isinstance(result, dict) else result._asdict()
-        if phase is not None:
-            manifest.check_containers(own)
+        if self.folder is None:
+            return result if jax.process_count() == 1 else kind(**distributed.gather(own))
+        phase = self.folder / name
+        manifest.check_containers(own)
         fields = distributed.gather(own)
-        if phase is None:
-            return result if jax.process_count() == 1 else kind(**fields)
-        save(phase / "result", fields, seconds=self.seconds[name])
+        save(phase / "result", fields, seconds=seconds)
         if jax.process_count() > 1:  # all go on with the same bits, whatever each computed
             fields, _ = load(phase / "result")
         # The way to a result need not be kept once the result is.

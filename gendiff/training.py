@@ -11,7 +11,6 @@ arrays stay in the cache.  Run k gives the numbers that it gives alone, up to th
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,7 +46,7 @@ class Host(NamedTuple):
 
 
 class Training(NamedTuple):
-    """The arguments of `train`."""
+    """The arguments of `train`: `train(*training)`, or several as one program by `gendiff.runs.train`."""
 
     key: PRNGKey
     params: Params | State
@@ -57,10 +56,6 @@ class Training(NamedTuple):
     host: Host = Host()
     data: Sequence | Iterator | None = None
     own: Any = False
-
-
-instead: ContextVar[Callable[[Training], State] | None] = ContextVar("instead", default=None)
-"""Makes the trainings of a thread in place of `train`: `gendiff.together` makes those of several threads as one."""
 
 
 def train(
@@ -103,12 +98,6 @@ def train(
     """
     check_settings(settings)
     arguments = Training(key, params, task, context, settings, host, data, own)
-    make = instead.get()
-    return _train(arguments) if make is None else make(arguments)
-
-
-def _train(arguments: Training) -> State:
-    settings, host, data = arguments.settings, arguments.host, arguments.data
     placement = place(arguments)
     runs = len(arguments.key) if placement.runs else 1
     with contextlib.nullcontext() if host.checkpoints is None else host.checkpoints.written():

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gendiff import check as arguments
-from gendiff import distributed, guidance, losses, potential, programs, sampling, together, training
+from gendiff import distributed, guidance, losses, potential, programs, runs, sampling, training
 from gendiff.checkpoint import Archive
 from gendiff.denoiser import Model
 from gendiff.guidance import Reward
@@ -192,7 +192,7 @@ def draw(
     # Scale and recurrence are arguments, so that all of them share one program.
     given = (theta, rewards, key, float(settings.scale), settings.recurrence)
     program = settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
-    samples, finite = distributed.gather(together.call(_draw, (problem, program, n), mesh, given), n)
+    samples, finite = distributed.gather(runs.call(_draw, (problem, program, n), mesh, [given])[0], n)
     if finite.min() < problem.steps:
         raise Diverged(
             f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {n} samples, first in step "

@@ -19,29 +19,48 @@ from gendiff.methods.genneg.classifiers import (
     classifier_context,
     classifier_loss,
     classifier_task,
+    classifier_training,
     fit_classifier,
+    fitted,
     probability,
     replay,
     split,
 )
-from gendiff.methods.genneg.model import Guided, Problem, append, bound, denoiser, draw, drawn, logit, twist
-from gendiff.methods.genneg.samples import Synthetic, accepted, collect, mixture, verdicts
+from gendiff.methods.genneg.model import (
+    Guided,
+    Problem,
+    Request,
+    append,
+    bound,
+    denoiser,
+    draw,
+    draw_all,
+    drawn,
+    logit,
+    twist,
+)
+from gendiff.methods.genneg.samples import Synthetic, accepted, collect, collect_all, mixture, verdicts
 from gendiff.methods.genneg.students import (
+    Lesson,
     Points,
     StudentTraining,
     denoising_loss,
     distill,
+    distill_trainings,
     refit,
+    refit_training,
     student_task,
     teach,
 )
 from gendiff.types import Params, PRNGKey
 
 __all__ = [
-    "ClassifierTraining", "Guided", "Points", "Problem", "Report", "Round", "Rounds", "StudentTraining", "Synthetic",
-    "accepted", "append", "bound", "calibration", "classifier_context", "classifier_loss", "classifier_task", "collect",
-    "denoiser", "denoising_loss", "distill", "draw", "drawn", "fit_classifier", "host", "logit", "mixture",
-    "probability", "refit", "replay", "run", "split", "student_task", "teach", "twist", "verdicts",
+    "ClassifierTraining", "Guided", "Lesson", "Points", "Problem", "Report", "Request", "Round", "Rounds",
+    "StudentTraining", "Synthetic", "accepted", "append", "bound", "calibration", "classifier_context",
+    "classifier_loss", "classifier_task", "classifier_training", "collect", "collect_all", "denoiser",
+    "denoising_loss", "distill", "distill_trainings", "draw", "draw_all", "drawn", "fit_classifier", "fitted",
+    "host", "logit", "mixture", "probability", "refit", "refit_training", "replay", "run", "split", "student_task",
+    "teach", "twist", "verdicts",
 ]  # fmt: skip
 
 Report = Callable[[str, int, int, dict[str, float]], None]

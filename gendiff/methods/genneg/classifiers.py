@@ -89,6 +89,21 @@ def fit_classifier(
     Raises:
       ValueError: a setting is out of range, or `density` is not a finite number >= 0 for each sample and > 0 for some.
     """
+    asked = classifier_training(problem, train, held_out, start, settings, key, density, conditions)
+    return fitted(training.train(*asked._replace(host=host)), train, settings)
+
+
+def classifier_training(
+    problem: Problem,
+    train: Synthetic,
+    held_out: Synthetic,
+    start: Params,
+    settings: ClassifierTraining,
+    key: PRNGKey,
+    density: tuple[np.ndarray, np.ndarray] | None = None,
+    conditions: Any = None,
+) -> training.Training:
+    """The training of `fit_classifier`, with its arguments and errors."""
     check.choice("genneg: weighting", settings.weighting, ("importance", "shift", "none"))
     check.number("genneg: half", settings.half, at_least=1, whole=True)
     check.number("genneg: validation", settings.validation, at_least=1, whole=True)
@@ -100,7 +115,11 @@ def fit_classifier(
         )
     context = classifier_context(train, held_out, settings, key, density, conditions)
     task = classifier_task(problem, settings.half, settings.validation)
-    state = training.train(key, start, task, context, settings.training, host)
+    return training.Training(key, start, task, context, settings.training)
+
+
+def fitted(state: training.State, train: Synthetic, settings: ClassifierTraining) -> Params:
+    """The classifier, {"net": phi, "shift": scalar}, of a training that has ended."""
     return {"net": state.best, "shift": jnp.float32(0.0 if settings.weighting == "none" else _prior(train))}
 
 

@@ -1,6 +1,6 @@
 """The model that Gen-neG steers: a denoiser and K classifiers, and how it draws."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gendiff import check, distributed, guidance, losses, potential, sampling, together
+from gendiff import check, distributed, guidance, losses, potential, runs, sampling
 from gendiff.denoiser import Denoiser, Model
 from gendiff.oracles.oracle import Oracle
 from gendiff.potential import Logit, Potential
@@ -103,6 +103,17 @@ def _joined(classifiers: Params, classifier: Params) -> Params:
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), classifiers, classifier)
 
 
+class Request(NamedTuple):
+    """The samples that one run asks for."""
+
+    guided: Guided
+    key: PRNGKey
+    scale: Any = 1.0
+    """Factor on the guidance."""
+    conditions: Any = None
+    """A pytree of arrays with a row for each sample; of `collect`, rows to choose from."""
+
+
 def draw(
     problem: Problem,
     guided: Guided,
@@ -118,12 +129,21 @@ def draw(
       ValueError: n < 1, `problem.steps` or `problem.chunk` is out of range, the scale is not finite, there are not n
         conditions, or the model gives another shape than that of a sample.
     """
+    return draw_all(problem, [Request(guided, key, scale, conditions)], n, mesh)[0]
+
+
+def draw_all(
+    problem: Problem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None = None
+) -> list[np.ndarray]:
+    """`draw` for each of several runs; those whose models agree in shape share a program."""
     check.number("genneg.draw: n", n, at_least=1, whole=True)
-    check.number("genneg.draw: scale", scale)
-    if conditions is not None:
-        rows = check.rows("genneg.draw: conditions", conditions)
-        check.number("genneg.draw: rows of the conditions", rows, at_least=n, at_most=n, whole=True)
-    return distributed.gather(together.call(drawn, (problem, n), mesh, (guided, key, scale, conditions)), n)
+    for request in requests:
+        check.number("genneg.draw: scale", request.scale)
+        if request.conditions is not None:
+            rows = check.rows("genneg.draw: conditions", request.conditions)
+            check.number("genneg.draw: rows of the conditions", rows, at_least=n, at_most=n, whole=True)
+    samples = runs.call(drawn, (problem, n), mesh, requests)
+    return [distributed.gather(of_run, n) for of_run in samples]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,6 +1,6 @@
 """Labelled samples of a model: drawn and judged, split, mixed, and kept for one classifier of all rounds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from gendiff import check, distributed
-from gendiff.methods.genneg.model import Guided, Problem, draw
+from gendiff.methods.genneg.model import Guided, Problem, Request, draw, draw_all
 from gendiff.oracles.oracle import label
 from gendiff.types import PRNGKey, Samples, Valid
 
@@ -64,49 +64,108 @@ def collect(
       ValueError: the budget gave no sample of one class; or per_class, budget or batch is < 1.
       FloatingPointError: a sample is not finite.
     """
+    of_run = lambda run, done, of, metrics: report(done, of, metrics)
+    request = Request(guided, key, conditions=conditions)
+    return collect_all(problem, [request], per_class, budget, batch, mesh=mesh, report=of_run)[0]
+
+
+def collect_all(
+    problem: Problem,
+    requests: Sequence[Request],
+    per_class: int,
+    budget: int,
+    batch: int = 16384,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    report: Callable[[int, int, int, dict[str, float]], None] = lambda run, done, of, metrics: None,
+) -> list[Synthetic]:
+    """`collect` for each of several runs, which draw together until each has enough; `report` has the run's place."""
     for name, value in (("per_class", per_class), ("budget", budget), ("batch", batch)):
         check.number(f"genneg.collect: {name}", value, at_least=1, whole=True)
-    if conditions is not None:
-        rows = check.rows("genneg.collect: conditions", conditions)
-        check.number("genneg.collect: rows of the conditions", rows, at_least=1, whole=True)
-    kept: dict[bool, list] = {True: [], False: []}
-    counts = {True: 0, False: 0}
-    report(0, budget, {})
-    while min(counts.values()) < per_class and sum(counts.values()) < budget:
-        drawn = sum(counts.values())
-        samples, good = _labelled(problem, guided, jax.random.fold_in(key, drawn), batch, mesh, conditions)
-        samples, good = jax.tree.map(lambda a: a[: budget - drawn], (samples, good))  # noqa: B023 (used at once)
-        for value in (True, False):
-            kept[value].append(jax.tree.map(lambda a: a[good == value], samples))  # noqa: B023
-            counts[value] += int((good == value).sum())
-        report(sum(counts.values()), budget, {"good": counts[True], "bad": counts[False]})
-    for value, name in ((True, "positive"), (False, "negative")):
-        if counts[value] == 0:
-            raise ValueError(
-                f"genneg: no {name} within the draw budget: expected at least one sample that the oracle calls "
-                f"{'good' if value else 'bad'}, given 0 of {sum(counts.values())} draws (budget {budget}): take fewer "
-                "rounds, or a larger budget"
-            )
-    joined = {value: jax.tree.map(lambda *parts: np.concatenate(parts), *kept[value]) for value in (True, False)}
-    return Synthetic(joined[True], joined[False], counts[True], counts[False])
+    for request in requests:
+        if request.conditions is not None:
+            rows = check.rows("genneg.collect: conditions", request.conditions)
+            check.number("genneg.collect: rows of the conditions", rows, at_least=1, whole=True)
+    pools = [_Pool(budget) for _ in requests]
+    for k in range(len(pools)):
+        report(k, 0, budget, {})
+    while waiting := [k for k, pool in enumerate(pools) if pool.least < per_class and pool.drawn < budget]:
+        batches = [requests[k]._replace(key=jax.random.fold_in(requests[k].key, pools[k].drawn)) for k in waiting]
+        for k, (samples, good) in zip(waiting, _labelled(problem, batches, batch, mesh), strict=True):
+            pools[k].add(samples, good)
+            report(k, pools[k].drawn, budget, {"good": pools[k].counts[True], "bad": pools[k].counts[False]})
+    return [pool.synthetic() for pool in pools]
+
+
+class _Pool:
+    """The labelled samples of one run."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.kept: dict[bool, list] = {True: [], False: []}
+        self.counts = {True: 0, False: 0}
+
+    @property
+    def drawn(self) -> int:
+        """Number of samples, within the budget."""
+        return sum(self.counts.values())
+
+    @property
+    def least(self) -> int:
+        """Number of samples of the smaller class."""
+        return min(self.counts.values())
+
+    def add(self, samples: Any, good: np.ndarray) -> None:
+        """Take a batch, as far as the budget goes."""
+        samples, good = jax.tree.map(lambda a: a[: self.budget - self.drawn], (samples, good))
+        for value, kept in self.kept.items():
+            kept.append(jax.tree.map(lambda a: a[good == value], samples))  # noqa: B023 (used at once)
+            self.counts[value] += int((good == value).sum())
+
+    def synthetic(self) -> Synthetic:
+        """All samples.
+
+        Raises:
+          ValueError: a class has none.
+        """
+        for value, name, called in ((True, "positive", "good"), (False, "negative", "bad")):
+            if self.counts[value] == 0:
+                raise ValueError(
+                    f"genneg: no {name} within the draw budget: expected at least one sample that the oracle calls "
+                    f"{called}, given 0 of {self.drawn} draws (budget {self.budget}): take fewer rounds, or a larger "
+                    "budget"
+                )
+        join = lambda kept: jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
+        return Synthetic(join(self.kept[True]), join(self.kept[False]), self.counts[True], self.counts[False])
 
 
 def _labelled(
-    problem: Problem, guided: Guided, key: PRNGKey, n: int, mesh: jax.sharding.Mesh | None, conditions: Any
-) -> tuple[Any, np.ndarray]:
-    """n samples, as `Synthetic` holds them, and which are good."""
-    rows, given = None, None
-    if conditions is not None:
-        choice = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        rows = choice.integers(0, size_of(conditions), n)
-        given = jax.tree.map(lambda a: a[rows], conditions)
-    samples = draw(problem, guided, key, n, mesh, conditions=given)
-    if not np.isfinite(samples).all():
-        raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
-    labels = verdicts(problem.oracle, samples, given)
-    if conditions is None:
-        return samples, labels
-    return {"x": samples, "row": rows, "labels": labels}, np.asarray(labels.all(1))
+    problem: Problem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None
+) -> list[tuple[Any, np.ndarray]]:
+    """n samples for each run, as `Synthetic` holds them, and which are good."""
+    rows: list[np.ndarray | None] = [_rows(request, n) for request in requests]
+    bound = [
+        request if row is None else request._replace(conditions=jax.tree.map(lambda a: a[row], request.conditions))  # noqa: B023
+        for request, row in zip(requests, rows, strict=True)
+    ]
+    found = []
+    for request, row, samples in zip(bound, rows, draw_all(problem, bound, n, mesh), strict=True):
+        if not np.isfinite(samples).all():
+            raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
+        labels = verdicts(problem.oracle, samples, request.conditions)
+        if row is None:
+            found.append((samples, labels))
+        else:
+            found.append(({"x": samples, "row": row, "labels": labels}, np.asarray(labels.all(1))))
+    return found
+
+
+def _rows(request: Request, n: int) -> np.ndarray | None:
+    """n rows of the conditions, at random; None if there are no conditions."""
+    if request.conditions is None:
+        return None
+    choice = np.random.default_rng(np.asarray(jax.random.key_data(request.key)))
+    return choice.integers(0, size_of(request.conditions), n)
 
 
 def verdicts(oracle: Callable[..., Valid], samples: Samples, conditions: Any = None) -> np.ndarray:

@@ -1,6 +1,6 @@
 """One network in place of a stack of classifiers: distilled (eq. 13), or refitted on samples that are good."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from gendiff import check, distributed, losses, together, training
+from gendiff import check, distributed, losses, runs, training
 from gendiff.denoiser import Model, denoise
 from gendiff.methods.genneg.model import Guided, Problem, bound, denoiser
 from gendiff.static import by_value
@@ -57,14 +57,37 @@ def distill(
     Raises:
       ValueError: a point is missing or not finite, or batch < 1.
     """
-    _check("distill: x0", points.x)
+    asked = distill_trainings(problem, [Lesson(teacher, points, start, key)], settings, mesh)[0]
+    return training.train(*asked._replace(host=host)).best
+
+
+class Lesson(NamedTuple):
+    """The arguments of `distill` that each run has for itself."""
+
+    teacher: Guided
+    points: Points
+    start: Params
+    key: PRNGKey
+
+
+def distill_trainings(
+    problem: Problem, lessons: Sequence[Lesson], settings: StudentTraining, mesh: jax.sharding.Mesh | None = None
+) -> list[training.Training]:
+    """Ask the teachers of several runs, those that agree in one program, and return the trainings of `distill`."""
     check.number("distill: batch", settings.batch, at_least=1, whole=True)
-    asked = (teacher, jnp.asarray(points.x), jax.random.fold_in(key, 1), points.conditions, points.rows)
-    answers = together.call(teach, (problem,), mesh, asked)
+    for lesson in lessons:
+        _check("distill: x0", lesson.points.x)
+    questions = [
+        (teacher, jnp.asarray(points.x), jax.random.fold_in(key, 1), points.conditions, points.rows)
+        for teacher, points, _, key in lessons
+    ]
     model = problem.model if settings.model is None else settings.model
     task = student_task(losses.regression(model, problem.weight), settings.batch, problem.bind)
-    context = (answers, points.rows, jnp.int32(len(points.x)), points.conditions)
-    return training.train(jax.random.fold_in(key, 2), start, task, context, settings.training, host).best
+    trainings = []
+    for (_, points, start, key), answers in zip(lessons, runs.call(teach, (problem,), mesh, questions), strict=True):
+        context = (answers, points.rows, jnp.int32(len(points.x)), points.conditions)
+        trainings.append(training.Training(jax.random.fold_in(key, 2), start, task, context, settings.training))
+    return trainings
 
 
 @by_value
@@ -126,6 +149,13 @@ def refit(
     Raises:
       ValueError: a point is missing or not finite, or batch < 1.
     """
+    return training.train(*refit_training(problem, points, start, settings, key)._replace(host=host)).best
+
+
+def refit_training(
+    problem: Problem, points: Points, start: Params, settings: StudentTraining, key: PRNGKey
+) -> training.Training:
+    """The training of `refit`."""
     _check("refit: accepted", points.x)
     check.number("refit: batch", settings.batch, at_least=1, whole=True)
     task = student_task(denoising_loss(problem), settings.batch, problem.bind)
@@ -133,7 +163,7 @@ def refit(
     size = training.capacity(len(points.x))
     examples, rows = jax.tree.map(lambda a: jnp.asarray(training.padded(a, size)), (points.x, points.rows))
     context = (examples, rows, jnp.int32(len(points.x)), points.conditions)
-    return training.train(key, start, task, context, settings.training, host).best
+    return training.Training(key, start, task, context, settings.training)
 
 
 def _check(name: str, samples: Samples) -> None:

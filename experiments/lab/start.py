@@ -2,7 +2,6 @@
 
 import glob
 import os
-import platform
 import re
 import stat
 import sys
@@ -105,19 +104,3 @@ def remove_torn_entries() -> None:
         print(f"warning: removed the entries of {found[1]} from the compile cache {folder} ({reason})", file=sys.stderr)
 
     warnings.showwarning = heal
-
-
-def device() -> str:
-    """What ran: the accelerator's or processor's name, and how many."""
-    first = jax.devices()[0]
-    if first.platform != "cpu":
-        return f"{len(jax.devices())} x {first.device_kind}"
-    return f"{_processor()}, {os.cpu_count()} cores"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -1,0 +1,182 @@
+"""The configuration of an experiment: a frozen dataclass with groups, presets, and a command line.
+
+    --preset smoke --seed 3 --baseline.steps 500 --classifier.rate 1e-3
+
+An experiment's options are the fields of its `Config`; a field that is a dataclass itself, such as `Training`, is a
+group.  `Annotated[int, Between(1, 20)]` gives an option its range.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+
+from gendiff import training
+from gendiff.data import files
+
+C = TypeVar("C", bound="Config")
+
+
+class Between(NamedTuple):
+    """The range of an option, both ends allowed: `Annotated[int, Between(1, 20)]`; of a tuple, that of its numbers."""
+
+    low: float
+    high: float
+    least: int = 1
+    """The fewest numbers of a tuple."""
+
+    def check(self, option: str, value: Any) -> None:
+        """Raise ConfigError for a number outside (NaN is), or for too few numbers."""
+        several = isinstance(value, tuple | list)
+        if several and len(value) < self.least:
+            raise ConfigError(f"{option} must have {self.least} or more numbers, got {len(value)}")
+        for number in value if several else [value]:
+            if not self.low <= number <= self.high:
+                raise ConfigError(f"{option} must be {self.low} to {self.high}, got {number}")
+
+
+class Distinct(NamedTuple):
+    """Marks an option that is a list of one value or more, none twice: `Annotated[tuple[int, ...], Distinct()]`."""
+
+
+class ConfigError(Exception):
+    """An option out of its range, or a folder of another configuration (no ValueError: tyro would frame it)."""
+
+
+class SameProgram(NamedTuple):
+    """Marks an option that is an argument of compiled programs: runs that differ in it alone share them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of every experiment."""
+
+    preset: str = "default"
+    """smoke (under a minute), default (minutes on two CPU cores) or paper (the paper's sizes, for accelerators). The
+    options below change single fields of the preset."""
+    seed: Annotated[int, Between(0, 2**31 - 1), SameProgram()] = 0
+    """Seed of the first run; further runs use the next numbers."""
+    output: Annotated[Path | None, SameProgram()] = None
+    """Folder of the results; a run that was stopped goes on from there. Default:
+    results/<experiment>/<preset>-<seed>."""
+
+    def __post_init__(self) -> None:
+        for name, marks, value in options(self):
+            option = "--" + name.replace("_", "-")
+            if isinstance(value, Path):
+                check_local(option, value)
+            for limits in marks:
+                if isinstance(limits, Between) and value is not None:
+                    limits.check(option, value)
+                if isinstance(limits, Distinct):
+                    check_distinct(option, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a network is trained."""
+
+    steps: Annotated[int, Between(10, 100_000_000)] = 1000
+    """Training steps, at most."""
+    batch: Annotated[int, Between(1, 1_000_000)] = 64
+    """Examples of a step."""
+    rate: Annotated[float, Between(1e-7, 1.0)] = 1e-3
+    """Learning rate."""
+    patience: Annotated[int | None, Between(10, 100_000_000)] = None
+    """Stop if the validation loss has not improved for so many steps; default: never."""
+
+    def settings(self, decay: float, every: int, warmup: int, **others: Any) -> training.Settings:
+        """The settings of `training.train`; `every` and `warmup` are the most that few steps allow."""
+        return training.Settings(
+            self.steps, self.rate, decay, min(every, self.steps), warmup=min(warmup, self.steps // 5),
+            patience=self.patience, **others,
+        )  # fmt: skip
+
+
+def options(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple, Any]]:
+    """(name, marks of its annotation, value) of every option; a group's have its name and a dot before theirs."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        hint, value, name = hints[field.name], getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{name}.")
+        else:
+            yield name, get_args(hint)[1:] if get_origin(hint) is Annotated else (), value
+
+
+def of_program(config: Config) -> tuple:
+    """What two configurations have in common if their runs share all compiled programs."""
+    marked = lambda marks: any(isinstance(mark, SameProgram) for mark in marks)
+    return type(config), tuple((name, value) for name, marks, value in options(config) if not marked(marks))
+
+
+def check_local(option: str, path: Path) -> None:
+    """Refuse addresses such as gs://bucket, as `files.local` does.
+
+    Raises:
+      ConfigError: it is one.
+    """
+    try:
+        files.local(option, path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_distinct(option: str, values: Sequence[Any]) -> None:
+    """Refuse an empty list, and one with a value twice, because its results would count twice.
+
+    Raises:
+      ConfigError: it is one of them.
+    """
+    if not values:
+        raise ConfigError(f"{option} must have 1 or more values, got none")
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise ConfigError(f"{option} must name every value once, got {value} twice: leave one out")
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse an empty value of an option, which would be the current folder where a path is meant.
+
+    Raises:
+      ConfigError: a word of the command line has one.
+    """
+    option = "the command line"
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+        if word in ("", f"{option}="):
+            raise ConfigError(f"{option} must have a value, got an empty one: leave it out")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that `--output` names.
+
+    Raises:
+      ConfigError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output must be a folder, got {path} ({error.strerror}): name another one") from None
+
+
+def parse(config: type[C], presets: Mapping[str, C], arguments: Sequence[str]) -> C:
+    """The configuration of a command line: a preset, and every field as an option."""
+    check_words(arguments)
+    preset = preset_of(arguments)
+    if preset not in presets:
+        raise ConfigError(f"--preset: expected one of {', '.join(presets)}, given {preset}")
+    module = sys.modules[config.__module__]
+    return tyro.cli(config, default=presets[preset], args=list(arguments), description=module.__doc__)
+
+
+def preset_of(arguments: Sequence[str]) -> str:
+    """The name of the preset in a command line."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="default")
+    return first.parse_known_args(arguments)[0].preset

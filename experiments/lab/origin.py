@@ -1,0 +1,45 @@
+"""Where numbers come from: the commit of the code, and the device."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+
+def commit() -> str:
+    """The commit of the code, with "+changes" where the working tree differs from it."""
+    try:
+        return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def code() -> str:
+    """The commit, and what the working tree changes in it: two that run the same code have the same."""
+    try:
+        return commit() + _git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return commit()
+
+
+def _git(*words: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+
+
+def device() -> str:
+    """What ran: the accelerator's or processor's name, and how many."""
+    first = jax.devices()[0]
+    if first.platform != "cpu":
+        return f"{len(jax.devices())} x {first.device_kind}"
+    return f"{_processor()}, {os.cpu_count()} cores"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

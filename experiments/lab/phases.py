@@ -1,0 +1,185 @@
+"""Phases of K runs, which are seeds or configurations that share their programs.
+
+An experiment asks for every phase by name, and for all runs at once:
+
+    lab.once("data", compute)          on the host, run by run
+    lab.train("baseline", training)    one program for all runs
+    lab.together("draws", compute)     any other work for all runs
+
+A run keeps its results in its folder and under the phase's name (`run["baseline"]`), so that a killed experiment goes
+on after the last phase that ended, and a training after its last checkpoint.  A run that fails leaves the others.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from experiments.lab import command
+from experiments.lab.config import Config
+from experiments.lab.folder import Folder
+from experiments.lab.progress import Progress
+from experiments.lab.table import Row
+from gendiff import distributed, runs, training
+from gendiff.checkpoint import Archive
+from gendiff.metrics.rates import Estimate
+
+
+class Run:
+    """One seed of one configuration."""
+
+    def __init__(self, config: Any, seed: int, folder: Folder, archive: Archive, progress: Progress) -> None:
+        self.config, self.seed, self.folder, self.archive, self.progress = config, seed, folder, archive, progress
+        self.results: dict[str, Any] = {}
+        """Phase -> its result."""
+        self.rows: list[Row] = []
+        self.remarks: list[str] = []
+        """Sentences below the table."""
+        self.error: BaseException | None = None
+
+    def __getitem__(self, phase: str) -> Any:
+        """The result of a phase."""
+        return self.results[phase]
+
+    def key(self, purpose: int) -> Array:
+        """The random key of a purpose, the same in every run of this seed."""
+        return jax.random.fold_in(jax.random.key(self.seed), purpose)
+
+    def add(self, name: str, metrics: dict[str, Estimate], paper: dict[str, float] | None = None) -> None:
+        """Add a row to the table, with the paper's numbers."""
+        self.rows.append(Row(name, metrics, paper or {}))
+
+    def seconds(self, *phases: str) -> float:
+        """Wall-clock time of phases; of phases that several runs had together, the time of all."""
+        return sum(self.archive.seconds[phase] for phase in phases)
+
+    def host(self, phase: str, steps: int, mesh: jax.sharding.Mesh | None = None) -> training.Host:
+        """The place of a training: its mesh, checkpoints and reports."""
+        report = lambda step, metrics: self.progress(phase, step, steps, metrics)
+        return training.Host(mesh, self.archive.steps(phase), report)
+
+
+class Lab:
+    """The runs of an experiment that have not failed, and the devices that they sample on."""
+
+    def __init__(self, members: Sequence[Run]) -> None:
+        self.runs = list(members)
+        self.mesh = distributed.make_mesh()
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the runs: what differs between them is no part of their programs."""
+        return self.runs[0].config
+
+    def once(self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict, like: Any = None) -> None:
+        """Compute a phase run by run, unless a run has its result.
+
+        Args:
+          compute: gives a dict, or a NamedTuple of type `kind`, of arrays and numbers.
+          like: as of `Archive.once`.
+        """
+        self.each(lambda run: run.results.update({phase: run.archive.once(phase, lambda: compute(run), kind, like)}))
+
+    def each(self, work: Callable[[Run], Any]) -> None:
+        """Do work that is kept nowhere, run by run."""
+        for run in list(self.runs):
+            self._guard(run, work)
+
+    def together(
+        self, phase: str, compute: Callable[[list[Run]], Sequence[Any]], kind: Callable[..., Any] = dict
+    ) -> None:
+        """Compute a phase of those runs that lack its result, together; `compute` gives a result for each of them.
+
+        If one of them fails, the others are computed one by one.
+        """
+        distributed.stop_if_preempted("every phase that was finished")
+        waiting: list[Run] = []
+
+        def look(run: Run) -> None:
+            stored = run.archive.held(phase, kind)
+            if stored is None:
+                waiting.append(run)
+            else:
+                run.results[phase] = stored
+
+        self.each(look)
+        groups = [waiting] if waiting else []
+        while groups:
+            group = groups.pop(0)
+            begun = time.perf_counter()
+            try:
+                results = jax.block_until_ready(list(compute(group)))
+            except (ArithmeticError, ValueError) as error:
+                if len(group) > 1:
+                    groups += [[run] for run in group]
+                else:
+                    self._failed(group[0], error)
+                continue
+            except Exception as error:  # such as a full disk
+                for run in group:
+                    self._failed(run, error)
+                continue
+            seconds = time.perf_counter() - begun
+            for run, result in zip(group, results, strict=True):
+                self._guard(run, lambda run: run.results.update({phase: run.archive.keep(phase, result, seconds, kind)}))  # noqa: B023
+
+    def train(
+        self,
+        phase: str,
+        asked: Callable[[Run], training.Training] | Callable[[list[Run]], Sequence[training.Training]],
+        result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
+        mesh: jax.sharding.Mesh | None = None,
+        at_once: bool = False,
+    ) -> None:
+        """Train a phase of all runs, in one program where they agree.
+
+        Args:
+          asked: run -> the training; with `at_once`, runs -> the training of each.  Its host is chosen here.
+          result: what is kept of the last state; default: the best parameters.
+          mesh: of a run that trains alone.
+        """
+
+        def compute(members: list[Run]) -> list[Any]:
+            wanted = asked(members) if at_once else [asked(run) for run in members]  # type: ignore[arg-type]
+            hosts = [run.host(phase, one.settings.steps, mesh) for run, one in zip(members, wanted, strict=True)]
+            placed = [one._replace(host=host) for one, host in zip(wanted, hosts, strict=True)]
+            return [result(run, state) for run, state in zip(members, runs.train(placed), strict=True)]
+
+        self.together(phase, compute)
+
+    def _guard(self, run: Run, work: Callable[[Run], Any]) -> None:
+        try:
+            work(run)
+        except Exception as error:
+            self._failed(run, error)
+
+    def _failed(self, run: Run, error: Exception) -> None:
+        """Go on without a run.
+
+        Of several processes, an error that may be of one alone ends the job: the others would wait in a collective.
+        """
+        if isinstance(error, distributed.Preempted):
+            raise error
+        if jax.process_count() > 1 and not isinstance(error, training.NotFinite):
+            command.end(error)
+        run.error = error
+        self.runs.remove(run)
+        if not self.runs:
+            raise error
+
+
+def opened(experiment: str, config: Config, seeds: int = 1) -> list[Run]:
+    """The runs of a configuration in its folder, one a seed.
+
+    Raises:
+      ConfigError: the folder is of another configuration, or another process uses it.
+    """
+    folder = Folder(experiment, config)
+    members = []
+    for seed in range(config.seed, config.seed + seeds):
+        progress = Progress(folder, f"seed {seed}: " if seeds > 1 else "")
+        archive = Archive(folder.path / "checkpoints" / f"seed-{seed}")
+        members.append(Run(config, seed, folder, archive, progress))
+    return members
