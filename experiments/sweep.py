@@ -9,14 +9,13 @@ alone; what is done is not done again, and what was stopped goes on.  Other opti
 
 import contextlib
 import dataclasses
-import importlib
 import io
 import itertools
 import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,7 +24,8 @@ import tyro
 from tqdm import tqdm
 
 from experiments import contract, runtime, tables
-from experiments.contract import Config, ConfigError, Results
+from experiments.contract import Config, ConfigError
+from experiments.lab.experiment import Experiment, find
 from gendiff import command, distributed
 
 
@@ -51,33 +51,11 @@ class Options:
             raise ConfigError(f"--at-once: expected 1 or more, given {self.at_once}")
 
 
-class Experiment(NamedTuple):
-    """What a module of an experiment has."""
-
-    name: str
-    config: type[Config]
-    presets: dict[str, Config]
-    run: Callable[[Any], Results]
-
-
 class Planned(NamedTuple):
     """A run of the grid."""
 
     name: str
     config: Config
-
-
-def experiment(name: str) -> Experiment:
-    """The experiment of this name.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    known = [each.name for each in tables.EXPERIMENTS]
-    if name not in known:
-        raise ConfigError(f"experiment: expected one of {', '.join(known)}, given {name}")
-    module = importlib.import_module(f"experiments.{name}")
-    return Experiment(name, type(module.PRESETS["default"]), module.PRESETS, module.run)
 
 
 MOST = 1000
@@ -124,8 +102,7 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
     """
     planned: list[Planned] = []
     names: dict[Any, str] = {}
-    option = next((each.seeds for each in tables.EXPERIMENTS if each.name == what.name), None)
-    one_seed = [f"--{option}", "1"] if option else []
+    one_seed = [f"--{what.seeds}", "1"] if what.seeds else []
     fields = [field.name for field in dataclasses.fields(what.config)]
     points, numbers = grid(options.grid, fields), seeds(options.seeds)
     if (count := len(points) * len(numbers)) > MOST:
@@ -262,7 +239,7 @@ def asked() -> tuple[Options, Experiment, list[Planned], Path]:
     """What the command line asks for."""
     contract.check_words(sys.argv[1:])
     options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    what = experiment(options.experiment)
+    what = find(options.experiment)
     folder = options.output or Path("results") / "sweeps" / what.name / contract.preset_of(others)
     return options, what, plan(what, options, others, folder), folder
 

@@ -33,6 +33,7 @@ from experiments.contract import (
     Row,
     main,
 )
+from experiments.lab.experiment import Experiment, Paper
 from gendiff import denoiser, distributed, losses, nets, potential, process, static, training
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
@@ -748,6 +749,25 @@ def draw_figures(folder: Folder, run: Run) -> None:
         folder.path / "labels.png",
         {way: [(n, table[f"{way}-{n}"]["malign_rate"]) for n in sizes] for way in ("random", "active")},
     )
+
+
+def row_names(config: MnistConfig) -> list[str]:
+    """Names of the rows of a run, in their order."""
+    sweeps = ["omega"] + ["universal-omega"] * (not config.universal_scale)
+    return [
+        "uncensored", "single", "union", "ensemble", "ensemble-recurrence", "ensemble-backward",
+        "ensemble-recurrence-backward", "universal", "rejection",
+        *(f"{sweep}-{scale:g}" for sweep in sweeps for scale in config.sweep),
+        *(f"{way}-{n}" for way in ("random", "active") for n in config.active_labels),
+        "uncensored-malign-dominant", "non-imitation", "imitation-1", "imitation-2", "imitation-3",
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    "censoring.mnist", MnistConfig, PRESETS, run, COLUMNS, row_names,
+    Paper("Censored sampling of diffusion models using 3 minutes of human feedback", "2307.02770", "section 5.1"),
+    extras=("data", "feedback"),
+)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from experiments import contract, figures
 from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown
+from experiments.lab.experiment import Experiment, Paper
 from gendiff import (
     denoiser,
     distributed,
@@ -654,6 +655,23 @@ def calibration_table(first: Run, rows: list[Row]) -> str:
         body.append([name, *(f"{v:.4f}" for v in (alpha, deviation, error)), f"{-np.log(alpha):+.4f}", f"{seen:+.4f}"])
     title = "Calibration on held-out samples of the model that each classifier was made for, over noise levels:"
     return f"{title}\n\n{markdown(head, body)}"
+
+
+def row_names(config: CheckerboardConfig) -> list[str]:
+    """Names of the rows of a run, in their order."""
+    rounds = []
+    for number in range(1, config.rounds + 1):
+        rounds += ["round-1-unweighted"] * (number == 1) + [f"round-{number}"]
+        rounds += [f"distilled-{number}"] * (config.mode == "stack" and number in (1, config.rounds))
+    return ["data", "baseline", *rounds, "rejection", "refit", "replay", "smc"]
+
+
+EXPERIMENT = Experiment(
+    "genneg.checkerboard", CheckerboardConfig, PRESETS, run, COLUMNS, row_names,
+    Paper("Don't be so negative! Score-based generative modeling with oracle-assisted guidance", "2307.16463",
+          "section 6.1, Figures 2 and 3", PAPER),
+    seeds="seeds",
+)  # fmt: skip
 
 
 if __name__ == "__main__":

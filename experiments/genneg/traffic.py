@@ -33,6 +33,7 @@ from experiments.contract import (
     main,
     markdown,
 )
+from experiments.lab.experiment import Experiment, Paper
 from gendiff import denoiser, distributed, likelihood, losses, nets, potential, process, sampling, smc, static, training
 from gendiff.checkpoint import Archive
 from gendiff.data import commonroad
@@ -1140,6 +1141,23 @@ def draw_figures(path: Path, done: Run) -> None:
         at = each.vehicles[broken(each.holds)][:, :2]
         where[name] = (at, len(each.holds))
     figures.infraction_maps(path / "infractions.png", where, half)
+
+
+def row_names(config: TrafficConfig) -> list[str]:
+    """Names of the rows of a run, in their order; those on recorded maps depend on the maps."""
+    return [
+        "data", "baseline", "by-scene-unweighted", "by-scene", "by-agent-unweighted", "by-agent", "by-agent-stacked",
+        "distilled-1", "distilled-2", "time-independent", "by-pair", "by-pair-stronger",
+        "rejection", "refit", "smc",
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment(
+    "genneg.traffic", TrafficConfig, PRESETS, run, COLUMNS, row_names,
+    Paper("Don't be so negative! Score-based generative modeling with oracle-assisted guidance", "2307.16463",
+          "section 6.2, Table 1 and Figure 1", PAPER),
+    extras=("traffic",),
+)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from experiments.contract import (
     Row,
     main,
 )
+from experiments.lab.experiment import Experiment, Paper
 from gendiff import denoiser, distributed, guidance, losses, potential, process, sampling, static, training
 from gendiff.checkpoint import Archive
 from gendiff.data import episodes, maze2d
@@ -825,6 +826,19 @@ def draw_figures(folder: Folder, maze: Maze) -> None:
     figures.plans(folder.path / f"plans-{maze.name}.png", maze.plans, walls, maze.maze.goals)
     path = folder.path / f"denoising-{maze.name}.png"
     figures.denoising(path, maze.paths_of_times, maze.times, walls, maze.maze.goals[0])
+
+
+def row_names(config: MazeConfig) -> list[str]:
+    """Names of the rows of a run: over all mazes, and with several mazes of each maze alone."""
+    mazes = ["", *(f"/{maze}" for maze in config.mazes if len(config.mazes) > 1)]
+    return [name + maze for name in NAMES for maze in mazes]
+
+
+EXPERIMENT = Experiment(
+    "relative_reward.maze2d", MazeConfig, PRESETS, run, COLUMNS, row_names,
+    Paper("Extracting reward functions from diffusion models", "2306.01804", "section 5.1, Figures 1 and 3", PAPER),
+    extras=("maze",),
+)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import contract, sweep
 from experiments.contract import Between, Config, ConfigError
+from experiments.lab.experiment import find
 
 PAPERS = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
 OTHERS = (
@@ -87,7 +88,7 @@ def test_a_command_says_it_in_one_line_with_status_2(
 
 
 def test_a_value_of_a_grid_out_of_range_is_the_same_error(tmp_path: Path) -> None:
-    what = sweep.experiment("genneg.checkerboard")
+    what = find("genneg.checkerboard")
     for value in ("nan", "-1", "1001"):
         with pytest.raises(ConfigError, match=f"--guidance-scale must be 0.0 to 1000.0, got {float(value)}"):
             sweep.plan(what, sweep.Options(what.name, "0:1", (f"guidance_scale={value}",)), [], tmp_path)

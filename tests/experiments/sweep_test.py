@@ -14,6 +14,7 @@ from experiments import sweep
 from experiments.censoring import mnist
 from experiments.contract import Column, Config, ConfigError, Folder, Row
 from experiments.genneg import checkerboard, traffic
+from experiments.lab.experiment import Experiment, find
 from gendiff import training
 from gendiff.metrics import rates
 from gendiff.training import Settings, Task
@@ -44,7 +45,7 @@ def toy_run(config):
     return folder.finish([Row("w", {"value": rates.exact(value)})], [Column("value", "value")])
 
 
-TOY = sweep.Experiment("toy", ToyConfig, {"default": ToyConfig()}, toy_run)
+TOY = Experiment("toy", ToyConfig, {"default": ToyConfig()}, toy_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class PathConfig(Config):
     """Some data."""
 
 
-PATHS = sweep.Experiment("paths", PathConfig, {"default": PathConfig()}, toy_run)
+PATHS = Experiment("paths", PathConfig, {"default": PathConfig()}, toy_run)
 
 
 def many(count):
@@ -140,7 +141,7 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path):
 
 
 def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
-    what = sweep.experiment("genneg.checkerboard")
+    what = find("genneg.checkerboard")
     every = sweep.plan(what, sweep.Options(what.name, "0:5"), ["--preset", "paper"], tmp_path)
     assert [(each.config.seed, each.config.seeds) for each in every] == [(seed, 1) for seed in range(5)]
     assert what.presets["paper"].seeds == 5
@@ -179,7 +180,7 @@ def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
         (lambda: sweep.grid(["rate"], ["rate"]), "--grid: expected FIELD=VALUE,VALUE.., given rate"),
         (lambda: sweep.grid(["seed=1"], ["rate", "seed"]), "these fields once at most .rate., given seed"),
         (lambda: sweep.grid(["rate=1", "rate=2"], ["rate"]), "these fields once at most .rate., given rate"),
-        (lambda: sweep.experiment("os"), "experiment: expected one of genneg.checkerboard, .*, given os"),
+        (lambda: find("os"), "experiment must be one of genneg.checkerboard, .*, got os"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -188,7 +189,7 @@ def test_bad_input_is_named(call, message):
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sweep, "experiment", lambda name: TOY)
+    monkeypatch.setattr(sweep, "find", lambda name: TOY)
     monkeypatch.setattr("experiments.runtime.start", lambda: None)
     arguments = ["toy", "--seeds", "0,2", "--grid", "rate=0.1", "steps=4,8", "--output", str(tmp_path), "--fail=7"]
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
