@@ -7,6 +7,7 @@ rounds of classifiers steer it away from those. One run prints every row, beside
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -14,37 +15,50 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import contract, figures
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main, markdown
+from experiments.genneg import rows
+from experiments.genneg.rows import Draws
+from experiments.lab import figures
+from experiments.lab.config import Between, Config, SameProgram, Training
 from experiments.lab.experiment import Experiment, Paper
-from gendiff import (
-    denoiser,
-    distributed,
-    likelihood,
-    losses,
-    nets,
-    potential,
-    process,
-    sampling,
-    smc,
-    together,
-    training,
-)
-from gendiff.checkpoint import Archive
+from experiments.lab.phases import Lab, Run
+from experiments.lab.table import Column, Row, markdown
+from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, training
 from gendiff.data import checkerboard as data
+from gendiff.denoiser import Denoiser
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided
+from gendiff.methods.genneg import Guided, Lesson, Points
 from gendiff.metrics import rates
-from gendiff.metrics.calibration import Calibration
 from gendiff.metrics.rates import Estimate
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 from gendiff.oracles import checkerboard as oracle
 from gendiff.oracles.oracle import label
 from gendiff.static import by_value
-from gendiff.types import Params, Samples
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar
 
 DATA_STD = 0.5
 """EDM's sigma_data; a board of half-width 1 has a standard deviation of 0.577."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A residual network of points."""
+
+    width: Annotated[int, Between(8, 4096)] = 128
+    """Width."""
+    depth: Annotated[int, Between(1, 64)] = 3
+    """Residual blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Smc:
+    """The twisted SMC sampler."""
+
+    steps: Annotated[int, Between(2, 10_000)] = 100
+    """Ancestral steps."""
+    particles: Annotated[int, Between(2, 10_000_000)] = 1024
+    """Particles of one population."""
+    populations: Annotated[int, Between(2, 1_000_000)] = 16
+    """Independent populations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,46 +80,31 @@ class CheckerboardConfig(Config):
     seeds: Annotated[int, Between(1, 100)] = 1
     """Independent runs, side by side; with more than one, intervals are over the runs (Student)."""
 
-    width: Annotated[int, Between(8, 4096)] = 128
-    """Width of the denoiser."""
-    depth: Annotated[int, Between(1, 64)] = 3
-    """Residual blocks of the denoiser."""
-    baseline_steps: Annotated[int, Between(10, 10_000_000)] = 6000
-    """Most training steps of the baseline, on batches of 1,000 points."""
-    patience: Annotated[int, Between(10, 10_000_000)] = 2000
-    """Stop the baseline when the held-out ELBO has not improved for so many steps."""
-
-    per_class: Annotated[int, Between(10, 100_000_000)] = 20_000
-    """Samples of each class that a round wants."""
-    draw_budget: Annotated[int, Between(100, 1_000_000_000)] = 300_000
-    """The most samples that a round draws for them."""
-    classifier_width: Annotated[int, Between(8, 4096)] = 64
-    """Width of a classifier."""
-    classifier_depth: Annotated[int, Between(1, 64)] = 2
-    """Residual blocks of a classifier."""
-    classifier_steps: Annotated[int, Between(10, 10_000_000)] = 8000
-    """Training steps of a classifier."""
-    classifier_batch: Annotated[int, Between(2, 1_000_000)] = 512
-    """Batch of a classifier's step, half of it positives."""
+    network: Network = Network()
+    """The denoiser's."""
+    baseline: Training = Training(6000, batch=1000, patience=2000)
+    """Of the baseline, until the held-out ELBO does not improve."""
+    draws: Draws = Draws()
+    """Of a round."""
+    classifier_network: Network = Network(64, 2)
+    """A classifier's."""
+    classifier: Training = Training(8000, batch=512, rate=5e-3)
+    """Of a classifier; half of a batch are positives."""
     weighting: Literal["importance", "shift"] = "importance"
     """The paper's importance weights, or an unweighted loss with the prior's log-odds added to the logit."""
     select: Literal["all", "balanced"] = "all"
     """Train on all draws, each class half of the batch, or on equally many of both (the paper)."""
-    student_steps: Annotated[int, Between(10, 10_000_000)] = 5000
-    """Training steps of a distilled or refitted model."""
+    student: Training = Training(5000, batch=1000)
+    """Of a distilled or refitted model."""
     stored: Annotated[int, Between(1, 1_000_000_000)] = 2**18
     """Answers of the teacher that a student learns from."""
 
-    guidance_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
+    guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
     """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
     sampler_steps: Annotated[int, Between(2, 10_000)] = 18
     """Heun steps, for synthetic data and evaluation alike."""
-    smc_steps: Annotated[int, Between(2, 10_000)] = 100
-    """Ancestral steps of the twisted SMC sampler."""
-    smc_particles: Annotated[int, Between(2, 10_000_000)] = 1024
-    """Particles of one SMC population."""
-    smc_populations: Annotated[int, Between(2, 1_000_000)] = 16
-    """Independent SMC populations."""
+    smc: Smc = Smc()
+    """Of the row `smc`."""
     samples: Annotated[int, Between(100, 1_000_000_000)] = 100_000
     """Samples that a model's infraction rate is measured on."""
     elbo_points: Annotated[int, Between(10, 100_000_000)] = 50_000
@@ -113,19 +112,25 @@ class CheckerboardConfig(Config):
     elbo_levels: Annotated[int, Between(1, 10_000)] = 32
     """Stratified noise levels a point."""
 
+    @property
+    def batch(self) -> int:
+        """Samples drawn at a time."""
+        return min(self.draws.batch, self.samples)
+
 
 PRESETS = {
     "smoke": CheckerboardConfig(
-        preset="smoke", rounds=1, width=32, depth=1, classifier_width=32, classifier_depth=1, baseline_steps=300,
-        patience=300, per_class=500, draw_budget=8000, classifier_steps=150, classifier_batch=256, student_steps=150,
-        stored=4096, sampler_steps=8, smc_steps=12, smc_particles=128, smc_populations=4, samples=4000,
-        elbo_points=500, elbo_levels=8,
+        preset="smoke", rounds=1, network=Network(32, 1), classifier_network=Network(32, 1),
+        baseline=Training(300, batch=1000, patience=300), draws=Draws(500, 8000),
+        classifier=Training(150, batch=256, rate=5e-3), student=Training(150, batch=1000), stored=4096,
+        sampler_steps=8, smc=Smc(12, 128, 4), samples=4000, elbo_points=500, elbo_levels=8,
     ),
     "default": CheckerboardConfig(),
     "paper": CheckerboardConfig(
-        preset="paper", rounds=5, seeds=5, baseline_steps=20_000, patience=5000, per_class=50_000,
-        draw_budget=5_000_000, classifier_steps=20_000, classifier_batch=2048, student_steps=20_000, stored=2**22,
-        samples=1_000_000, elbo_levels=128, smc_steps=256, smc_particles=4096, smc_populations=64,
+        preset="paper", rounds=5, seeds=5, baseline=Training(20_000, batch=1000, patience=5000),
+        draws=Draws(50_000, 5_000_000), classifier=Training(20_000, batch=2048, rate=5e-3),
+        student=Training(20_000, batch=1000), stored=2**22, samples=1_000_000, elbo_levels=128,
+        smc=Smc(256, 4096, 64),
     ),
 }  # fmt: skip
 
@@ -152,9 +157,12 @@ that it builds on (training, synthetic data, compilation); for `rejection` and `
 made side by side: their seconds are those of all. `-`: not reported."""
 
 
+# The model, its networks and its oracle.
+
+
 def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
-    """EDM's F, for the baseline and every student."""
-    return ResidualMLP(2, config.width, config.depth, data_std=DATA_STD)
+    """EDM's F, for the baseline and every refitted model."""
+    return ResidualMLP(2, config.network.width, config.network.depth, data_std=DATA_STD)
 
 
 def student_network(config: CheckerboardConfig) -> ResidualMLP:
@@ -162,17 +170,12 @@ def student_network(config: CheckerboardConfig) -> ResidualMLP:
 
     The baseline would overfit 1,000 points with them; a student has as many answers as it wants.
     """
-    return ResidualMLP(2, config.width, config.depth, fourier=64, high=24.0, data_std=DATA_STD)
-
-
-def student_model(config: CheckerboardConfig) -> denoiser.Model:
-    """The denoiser of a student."""
-    return denoiser.from_edm(student_network(config).apply, DATA_STD)
+    return ResidualMLP(2, config.network.width, config.network.depth, fourier=64, high=24.0, data_std=DATA_STD)
 
 
 def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
     """The network of every classifier."""
-    return MLPClassifier(config.classifier_width, config.classifier_depth, data_std=DATA_STD)
+    return MLPClassifier(config.classifier_network.width, config.classifier_network.depth, data_std=DATA_STD)
 
 
 def initialised(network: Any, key: Array) -> Params:
@@ -186,11 +189,12 @@ def classifier_logit(network: MLPClassifier) -> potential.Logit:
     return lambda phi, x, t: network.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t))
 
 
-def problem(config: CheckerboardConfig) -> genneg.Problem:
-    """EDM in two dimensions, with its networks, sampler and oracle."""
+def problem(config: CheckerboardConfig, student: bool = False) -> genneg.Problem:
+    """EDM in two dimensions, with its networks, sampler and oracle; the network is the baseline's or a student's."""
+    network = student_network(config) if student else denoiser_network(config)
     return genneg.Problem(
         process=process.edm(),
-        model=denoiser.from_edm(denoiser_network(config).apply, DATA_STD),
+        model=denoiser.from_edm(network.apply, DATA_STD),
         network=classifier_logit(classifier_network(config)),
         oracle=oracle.checkerboard(config.cells, config.half_width),
         shape=(2,),
@@ -201,13 +205,18 @@ def problem(config: CheckerboardConfig) -> genneg.Problem:
     )
 
 
+# How it is trained.
+
+
 def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array]], training.Task]:
     """The task of a configuration's baseline."""
-    return points_task(problem(config), min(32, config.elbo_levels))
+    return points_task(problem(config), min(32, config.elbo_levels), config.baseline.batch)
 
 
 @by_value
-def points_task(setup: genneg.Problem, levels: int) -> Callable[[tuple[Array, Array, Array]], training.Task]:
+def points_task(
+    setup: genneg.Problem, levels: int, batch: int
+) -> Callable[[tuple[Array, Array, Array]], training.Task]:
     """Denoising of points; the context is the points, held-out points, and keys for these."""
     loss = losses.denoising(setup.process, setup.model, setup.weight)
 
@@ -215,7 +224,7 @@ def points_task(setup: genneg.Problem, levels: int) -> Callable[[tuple[Array, Ar
         points, held_out, keys = context
 
         def draw(key: Array) -> Array:
-            return points if len(points) <= 1000 else training.minibatch(key, points, 1000)
+            return points if len(points) <= batch else training.minibatch(key, points, batch)
 
         def validate(theta: Params) -> Array:
             bound = lambda key, x: likelihood.elbo(partial(setup.model, theta), key, x, levels)
@@ -226,10 +235,112 @@ def points_task(setup: genneg.Problem, levels: int) -> Callable[[tuple[Array, Ar
     return task
 
 
+def base_training(run: Run) -> training.Training:
+    """The training of theta: denoising score matching, stopped by the held-out ELBO."""
+    config = run.config
+    held_out = min(4000, config.elbo_points)
+    keys = jax.random.split(run.key(ELBO), held_out)
+    context = (board(config, DATA, config.points), board(config, HELD_OUT, held_out), keys)
+    start = initialised(denoiser_network(config), run.key(START))
+    settings = config.baseline.settings(0.998, 500, 0, schedule="constant")
+    return training.Training(run.key(BASELINE), start, base_task(config), context, settings)
+
+
+def classifier_training(config: CheckerboardConfig) -> genneg.ClassifierTraining:
+    """How classifiers are trained."""
+    settings = config.classifier.settings(0.998, 500, 200)
+    return genneg.ClassifierTraining(settings, config.classifier.batch // 2, config.weighting, config.select)
+
+
+def student_training(config: CheckerboardConfig) -> genneg.StudentTraining:
+    """How students are trained."""
+    return genneg.StudentTraining(config.student.settings(0.998, 500, 200), config.student.batch)
+
+
+# The rows.
+
 DATA, HELD_OUT, TEST, START, BASELINE, ROUNDS, SAMPLES, ELBO, STUDENT, REFIT, REPLAY, SMC, CALIBRATION = range(13)
-"""What the keys are for."""
-BATCH = 16_384
-"""Samples drawn at a time: one compiled program for each number of classifiers."""
+"""Purposes of random keys."""
+
+
+def board(config: CheckerboardConfig, purpose: int, n: int) -> Array:
+    """n points of the board, (n, 2)."""
+    key = jax.random.fold_in(jax.random.key(config.data_seed), purpose)
+    return data.draw(key, n, config.cells, config.half_width)
+
+
+def table(lab: Lab) -> None:
+    """Every row of the table, in its order."""
+    config = lab.config
+    setup, how, students = problem(config), classifier_training(config), student_training(config)
+    baseline = lambda run: Guided(run["baseline"])
+    lab.each(add_data)
+    lab.train("baseline", base_training)
+    evaluate(lab, "baseline", setup, baseline, ("baseline",))
+
+    settings = genneg.Rounds(
+        config.rounds, config.draws.per_class, config.draws.budget, how, config.mode, students, config.stored,
+        config.batch,
+    )  # fmt: skip
+    new_classifier = partial(initialised, classifier_network(config))
+    made: tuple[str, ...] = ("baseline",)
+    for number in rows.rounds(lab, setup, settings, new_classifier, lambda run: run.key(ROUNDS)):
+        name = f"round-{number}"
+        calibrate(lab, name, setup, f"{name}/classifier", f"{name}/split")
+        if number == 1:  # the ablation: the same samples and settings, all weights 1
+            fit = lambda run: rows.Fit(*run["round-1/split"], new_classifier(run.key(ROUNDS)), run.key(ROUNDS))
+            rows.classifier(lab, "unweighted", setup, how._replace(weighting="none"), fit)
+            unweighted = lambda run: genneg.append(baseline(run), run["unweighted"])
+            evaluate(lab, "round-1-unweighted", setup, unweighted, ("baseline", "round-1/draws", "unweighted"))
+        made = (*made, f"{name}/draws", f"{name}/classifier", *[f"{name}/student"] * (config.mode == "distill"))
+        evaluate(lab, name, setup, partial(rows.model_after, number), made)
+        if config.mode == "stack" and number in (1, config.rounds):
+            distil(lab, number, students, made)
+
+    lab.each(add_rejection)
+    first = ("baseline", "round-1/draws")
+    rows.refitted(
+        lab, "refit", setup, lambda run: Points(run["round-1/split"][0].positives), students, lambda run: run.key(REFIT)
+    )
+    evaluate(lab, "refit", setup, lambda run: Guided(run["refit"]), (*first, "refit"))
+
+    numbers = range(1, config.rounds + 1)
+    start = lambda run: run["round-1/classifier"]["net"]
+    fit = lambda run: rows.replay(run, setup, numbers, start(run), run.key(REPLAY))
+    rows.classifier(lab, "replay", setup, how, fit)
+    calibrate(lab, "replay", setup, "replay", "round-1/split")
+    made = ("baseline", *(f"round-{i}/{part}" for i in numbers for part in ("draws", "classifier")), "replay")
+    evaluate(lab, "replay", setup, lambda run: genneg.append(baseline(run), run["replay"]), made)
+
+    populations = partial(smc_samples, lab, setup._replace(steps=config.smc.steps))
+    lab.once("smc", populations)
+    lab.each(add_smc)
+
+
+def calibrate(lab: Lab, name: str, setup: genneg.Problem, classifier: str, split: str) -> None:
+    """The calibration report of a classifier."""
+    times = jnp.geomspace(0.002, 80.0, 9)
+    rows.calibrate(lab, name, setup, classifier, split, lambda run: run.key(CALIBRATION), times)
+
+
+def distil(lab: Lab, number: int, plain: genneg.StudentTraining, made: tuple[str, ...]) -> None:
+    """One network in place of the stack, taught on good samples of the stack and bad ones of all its rounds."""
+    config, name, last = lab.config, f"distilled-{number}", f"round-{number}"
+    setup = problem(config, student=True)
+    settings = plain._replace(training=plain.training._replace(rate=5e-3), model=setup.model)
+
+    def lesson(run: Run) -> Lesson:
+        key = run.key(STUDENT)
+        bad = np.concatenate([run[f"round-{i}/split"][0].negatives for i in range(1, number + 1)])
+        good = run[f"evaluate/{last}"].accepted
+        points = Points(genneg.mixture(good, bad, config.stored, jax.random.fold_in(key, 1)))
+        return Lesson(run[last], points, initialised(student_network(config), key), key)
+
+    rows.distilled(lab, name, problem(config), lesson, settings)
+    evaluate(lab, name, setup, lambda run: Guided(run[name]), (*made, f"evaluate/{last}", name))
+
+
+# What is measured.
 
 
 class Evaluation(NamedTuple):
@@ -245,325 +356,116 @@ class Evaluation(NamedTuple):
     """Of each test point."""
 
 
-class Run:
-    """One seed of the experiment: each method makes phases, evaluates what they made, and adds rows."""
+def evaluate(lab: Lab, name: str, setup: genneg.Problem, model: rows.Model, made: Sequence[str]) -> None:
+    """Measure a model and add its row; the phases `made` are its oracle calls and its wall-clock time."""
+    config = lab.config
+    scale = lambda run: run.config.guidance_scale
 
-    def __init__(self, config: CheckerboardConfig, archive: Archive, progress: Progress, seed: int) -> None:
-        self.config, self.archive, self.progress = config, archive, progress
-        self.problem, self.key = problem(config), jax.random.key(seed)
-        self.student = self.problem._replace(model=student_model(config))
-        self.mesh = distributed.make_mesh()
-        self.rows: list[Row] = []
-        self.evaluations: dict[str, Evaluation] = {}
-        self.calibrations: dict[str, Calibration] = {}
-        self.alphas: dict[str, float] = {}
-        self.smc_drawn = np.zeros((0, 2))
-
-    def all(self) -> None:
-        """Every row of the table, in its order."""
-        self.data()
-        theta = self.baseline()
-        rounds = self.rounds(theta)
-        self.rejection()
-        self.refit(theta, rounds[0])
-        self.replay(theta, rounds)
-        self.smc(theta, rounds[0])
-        self.progress.close()
-
-    # Shared by the phases.
-
-    def fold(self, purpose: int) -> Array:
-        return jax.random.fold_in(self.key, purpose)
-
-    def board(self, purpose: int, n: int) -> Array:
-        key = jax.random.fold_in(jax.random.key(self.config.data_seed), purpose)
-        return data.draw(key, n, self.config.cells, self.config.half_width)
-
-    def host(self, phase: str, steps: int) -> training.Host:
-        return genneg.host(self.archive, self.progress, phase, steps)
-
-    def add(
-        self,
-        name: str,
-        guided: Guided,
-        phases: Sequence[str],
-        oracle_calls: float,
-        setup: genneg.Problem | None = None,
-    ) -> Evaluation:
-        """Evaluates a model and adds its row; `phases` made it and are its wall-clock time."""
-        setup = self.problem if setup is None else setup
-        evaluation = self.archive.once(f"evaluate/{name}", lambda: self.evaluate(name, guided, setup), Evaluation)
-        self.evaluations[name] = evaluation
-        n, good, outer = (int(count) for count in evaluation.counts)
-        cost = (1 + 3 * guided.members) * (2 * self.config.sampler_steps - 1)
-        measured = {
-            "infraction_rate": rates.rate(n - good, n),
-            "elbo": rates.mean(evaluation.elbo),
-            "elbo_gain": rates.mean(evaluation.elbo - self.evaluations["baseline"].elbo),
-            "outer_density": outer_density(outer, good),
-            "evaluations_per_accepted": rates.exact(cost * n / max(good, 1), n),
-            "oracle_calls": rates.exact(oracle_calls),
-            "seconds": rates.exact(sum(self.archive.seconds[phase] for phase in phases)),
-        }
-        self.rows.append(Row(name, measured, PAPER.get(name, {})))
-        return evaluation
-
-    def evaluate(self, name: str, guided: Guided, setup: genneg.Problem) -> Evaluation:
-        """Samples and their verdicts, and the ELBO of the test points with the same noise for every model."""
-        config = self.config
-        batch = min(BATCH, config.samples)
-        kept: list[np.ndarray] = []
-        self.progress(f"evaluate {name}", 0, config.samples, {})
-        for first in range(0, config.samples, batch):
-            key = jax.random.fold_in(self.fold(SAMPLES), first)
-            points = genneg.draw(setup, guided, key, batch, self.mesh, config.guidance_scale)
-            kept.append(points[: config.samples - first])
-            self.progress(f"evaluate {name}", min(first + batch, config.samples), config.samples, {})
-        points = np.concatenate(kept)
-        good = genneg.verdicts(setup.oracle, points)
-        test = self.board(TEST, config.elbo_points)
-        given = (guided, test, self.fold(ELBO), config.guidance_scale)
-        elbo = together.call(elbos, (setup, config.elbo_levels), self.mesh, given)
-        return Evaluation(
-            points[:10_000], points[good][:100_000], tally(config, points), distributed.gather(elbo, len(test))
-        )
-
-    # The rows.
-
-    def data(self) -> None:
-        """The training points, and the largest ELBO that a model of the board can have."""
-        n, good, outer = tally(self.config, np.asarray(self.board(DATA, self.config.points)))
-        area = 4 * self.config.half_width**2 * ((self.config.cells**2 + 1) // 2) / self.config.cells**2
-        measured = {
-            "infraction_rate": rates.rate(n - good, n),
-            "elbo": rates.exact(-np.log(area)),
-            "outer_density": outer_density(outer, good),
-        }
-        self.rows.append(Row("data", measured))
-
-    def baseline(self) -> Params:
-        """theta: denoising score matching, stopped by the held-out ELBO."""
-        theta = self.archive.once("baseline", self.train_baseline)
-        self.add("baseline", Guided(theta), ["baseline"], 0)
-        return theta
-
-    def train_baseline(self) -> Params:
-        config, held_out = self.config, min(4000, self.config.elbo_points)
-        settings = training.Settings(
-            config.baseline_steps, decay=0.998, schedule="constant", every=min(500, config.baseline_steps),
-            patience=config.patience,
+    def compute(members: list[Run]) -> list[Evaluation]:
+        drawn = rows.samples(
+            lab, members, f"evaluate {name}", setup, model, lambda run: run.key(SAMPLES), config.samples, config.batch,
+            scale,
         )  # fmt: skip
-        keys = jax.random.split(self.fold(ELBO), held_out)
-        context = (self.board(DATA, config.points), self.board(HELD_OUT, held_out), keys)
-        start = initialised(denoiser_network(config), self.fold(START))
-        host = self.host("baseline", config.baseline_steps)
-        return training.train(self.fold(BASELINE), start, base_task(config), context, settings, host).best
+        good = [genneg.verdicts(setup.oracle, points) for points, _ in drawn]
+        test, bound = board(config, TEST, config.elbo_points), elbo(config.elbo_levels)
+        elbos = rows.bounds(lab, members, setup, bound, model, test, lambda run: run.key(ELBO), scale)
+        return [
+            Evaluation(points[:10_000], points[valid][:100_000], tally(config, points), bounds)
+            for (points, _), valid, bounds in zip(drawn, good, elbos, strict=True)
+        ]
 
-    def rounds(self, theta: Params) -> list[genneg.Round]:
-        """The rounds of Algorithm 1, the ablation without importance sampling, and the distilled models."""
-        config = self.config
-        settings = genneg.Rounds(
-            config.rounds, config.per_class, config.draw_budget, self.classifier_training(), config.mode,
-            self.student_training(), config.stored, min(BATCH, config.samples),
-        )  # fmt: skip
-        done: list[genneg.Round] = []
-        phases, calls = ["baseline"], 0.0
-        rounds = genneg.run(
-            self.problem,
-            theta,
-            self.new_classifier,
-            settings,
-            self.fold(ROUNDS),
-            self.archive,
-            self.mesh,
-            self.progress,
-        )
-        for each in rounds:
-            done.append(each)
-            name = f"round-{each.number}"
-            calls += float(each.train.good) + float(each.train.bad)
-            self.calibrate(name, each.classifier, each)
-            if each.number == 1:
-                self.unweighted(theta, each)
-            phases += [
-                f"{name}/draws",
-                f"{name}/classifier",
-                *([f"{name}/student"] if config.mode == "distill" else []),
-            ]
-            evaluation = self.add(name, each.guided, phases, calls)
-            if config.mode == "stack" and each.number in (1, config.rounds):
-                self.distilled(done, evaluation, phases, calls)
-        return done
-
-    def unweighted(self, theta: Params, first: genneg.Round) -> None:
-        """Round 1 without importance sampling: the same samples and settings, all weights 1."""
-        settings = self.classifier_training()._replace(weighting="none")
-        classifier = self.archive.once("unweighted", lambda: self.fit_classifier("unweighted", first, settings))
-        calls = float(first.train.good) + float(first.train.bad)
-        guided = genneg.append(Guided(theta), classifier)
-        self.add("round-1-unweighted", guided, ["baseline", "round-1/draws", "unweighted"], calls)
-
-    def fit_classifier(self, phase: str, samples: genneg.Round, settings: genneg.ClassifierTraining) -> Params:
-        key = self.fold(ROUNDS)
-        host = self.host(phase, settings.training.steps)
-        start = self.new_classifier(key)
-        return genneg.fit_classifier(self.problem, samples.train, samples.held_out, start, settings, key, host)
-
-    def distilled(self, rounds: list[genneg.Round], evaluation: Evaluation, phases: list[str], calls: float) -> None:
-        """One network in place of the stack, taught on good samples of the stack and bad ones of all its rounds."""
-        config, teacher = self.config, rounds[-1]
-        name = f"distilled-{teacher.number}"
-        plain = self.student_training()
-        settings = plain._replace(training=plain.training._replace(rate=5e-3), model=self.student.model)
-        start = initialised(student_network(config), self.fold(STUDENT))
-        bad = np.concatenate([each.train.negatives for each in rounds])
-        x0 = genneg.mixture(evaluation.accepted, bad, config.stored, jax.random.fold_in(self.fold(STUDENT), 1))
-        psi = self.archive.once(
-            name,
-            lambda: genneg.distill(
-                self.problem, teacher.guided, genneg.Points(x0), start, settings, self.fold(STUDENT),
-                self.host(name, settings.training.steps), self.mesh,
-            ),
-        )  # fmt: skip
-        made = [*phases, f"evaluate/round-{teacher.number}", name]
-        self.add(name, Guided(psi), made, calls + int(evaluation.counts[0]), self.student)
-
-    def rejection(self) -> None:
-        """The baseline's good samples: exact, at the price of the bad ones."""
-        evaluation = self.evaluations["baseline"]
-        n, good, outer = (int(count) for count in evaluation.counts)
-        elbo, gain = conditioned(evaluation, rates.rate(good, n))
-        measured = {
-            "infraction_rate": rates.rate(0, good),
-            "elbo": elbo,
-            "elbo_gain": gain,
-            "outer_density": outer_density(outer, good),
-            "evaluations_per_accepted": rates.exact((2 * self.config.sampler_steps - 1) * n / good, n),
-            "oracle_calls": rates.exact(n),
-            "seconds": rates.exact(self.archive.seconds["baseline"] + self.archive.seconds["evaluate/baseline"]),
-        }
-        self.rows.append(Row("rejection", measured))
-
-    def refit(self, theta: Params, first: genneg.Round) -> None:
-        """The baseline trained on with its own accepted samples."""
-        settings = self.student_training()
-        psi = self.archive.once(
-            "refit",
-            lambda: genneg.refit(
-                self.problem, genneg.Points(first.train.positives), theta, settings, self.fold(REFIT),
-                self.host("refit", settings.training.steps),
-            ),
-        )  # fmt: skip
-        calls = float(first.train.good) + float(first.train.bad)
-        self.add("refit", Guided(psi), ["baseline", "round-1/draws", "refit"], calls)
-
-    def replay(self, theta: Params, rounds: list[genneg.Round]) -> None:
-        """One classifier of the baseline from the samples of all rounds, begun from the first round's."""
-        settings = self.classifier_training()
-
-        def fit() -> Params:
-            train, held_out, density = genneg.replay(rounds, self.problem)
-            host = self.host("replay", settings.training.steps)
-            start = rounds[0].classifier["net"]
-            key = self.fold(REPLAY)
-            return genneg.fit_classifier(self.problem, train, held_out, start, settings, key, host, density)
-
-        classifier = self.archive.once("replay", fit)
-        self.calibrate("replay", classifier, rounds[0])
-        calls = sum(float(each.train.good) + float(each.train.bad) for each in rounds)
-        made = [f"round-{each.number}/{part}" for each in rounds for part in ("draws", "classifier")]
-        self.add("replay", genneg.append(Guided(theta), classifier), ["baseline", *made, "replay"], calls)
-
-    def smc(self, theta: Params, first: genneg.Round) -> None:
-        """Twisted SMC with the first round's classifier as twist, and the oracle at the end."""
-        config = self.config
-        guided = genneg.append(Guided(theta), first.classifier)
-        result = self.archive.once("smc", lambda: self.smc_samples(guided))
-        self.smc_drawn = result["samples"]
-        n = len(result["samples"])
-        _, good, outer = tally(config, result["samples"])
-        log_alpha = float(result["log_alpha"])
-        low, high = np.exp(log_alpha + result["log_alpha_interval"])
-        alpha = Estimate(float(np.exp(log_alpha)), float(low), float(high), n)
-        elbo, gain = conditioned(self.evaluations["baseline"], alpha)
-        cost = 4 * config.smc_steps * n / float(result["effective"])
-        calls = float(first.train.good) + float(first.train.bad) + n
-        made = ("baseline", "round-1/draws", "round-1/classifier", "smc")
-        measured = {
-            "infraction_rate": rates.rate(n - good, n),
-            "elbo": elbo,
-            "elbo_gain": gain,
-            "outer_density": outer_density(outer, good),
-            "evaluations_per_accepted": rates.exact(cost, n),
-            "oracle_calls": rates.exact(calls),
-            "seconds": rates.exact(sum(self.archive.seconds[phase] for phase in made)),
-        }
-        self.rows.append(Row("smc", measured))
-
-    def smc_samples(self, guided: Guided) -> dict[str, Any]:
-        config = self.config
-        self.progress("smc", 0, 1, {})
-        keys = jax.random.split(self.fold(SMC), config.smc_populations)
-        given = distributed.place(self.mesh, (guided, keys))
-        populations = distributed.gather(
-            populate(self.problem, config.smc_steps, config.smc_particles, self.mesh, *given), len(keys)
-        )
-        pooled = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), populations._replace(resampled=jnp.zeros((1, 1))))
-        good = jnp.asarray(genneg.verdicts(self.problem.oracle, np.asarray(pooled.particles)))
-        judged = smc.judge(pooled, good, jax.random.fold_in(self.fold(SMC), 1))
-        # Populations are independent: their own estimates of alpha give the interval of the pooled one.
-        each = np.exp(populations.log_weights) * np.asarray(good).reshape(config.smc_populations, -1)
-        estimate = rates.mean(each.mean(1))
-        interval = np.log(np.maximum([estimate.low, estimate.high], 1e-12)) - float(judged.log_alpha)
-        self.progress("smc", 1, 1, {"alpha": float(jnp.exp(judged.log_alpha))})
-        return judged._asdict() | {"log_alpha_interval": interval, "resampled": populations.resampled}
-
-    # How things are trained.
-
-    def new_classifier(self, key: Array) -> Params:
-        return initialised(classifier_network(self.config), key)
-
-    def classifier_training(self) -> genneg.ClassifierTraining:
-        config = self.config
-        steps = config.classifier_steps
-        settings = training.Settings(steps, 5e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
-        return genneg.ClassifierTraining(settings, config.classifier_batch // 2, config.weighting, config.select)
-
-    def student_training(self) -> genneg.StudentTraining:
-        steps = self.config.student_steps
-        settings = training.Settings(steps, 1e-3, 0.998, min(500, steps), warmup=min(200, steps // 5))
-        return genneg.StudentTraining(settings, 1000)
-
-    def calibrate(self, name: str, classifier: Params, samples: genneg.Round) -> None:
-        """The calibration report of a classifier, on the held-out part of its samples."""
-        times = jnp.geomspace(0.002, 80.0, 9)
-        report = self.archive.once(
-            f"calibration/{name}",
-            lambda: genneg.calibration(self.problem, classifier, samples.held_out, self.fold(CALIBRATION), times),
-            Calibration,
-        )
-        self.calibrations[name], self.alphas[name] = report, samples.held_out.alpha
+    lab.together(f"evaluate/{name}", compute, Evaluation)
+    lab.each(lambda run: run.add(name, measured(run, name, model(run), made), PAPER.get(name)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def elbos(
-    problem: genneg.Problem, levels: int, mesh: Any, guided: Guided, points: Array, key: Array, scale: float
-) -> Array:
-    """ELBO of each point (n, 2); the same key gives the same noise for every model."""
-    model = genneg.denoiser(problem, guided, scale)
-    keys = jax.random.split(key, len(points))
-    one = lambda given: likelihood.elbo(model, given[0], given[1], levels)
-    return distributed.chunked(one, (keys, points), 1024, mesh, cut=False)
+@by_value
+def elbo(levels: int) -> rows.Bound:
+    """The ELBO of a point."""
+
+    def bound(model: Denoiser, key: PRNGKey, x0: Sample) -> Scalar:
+        return likelihood.elbo(model, key, x0, levels)
+
+    return bound
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def populate(problem: genneg.Problem, steps: int, particles: int, mesh: Any, guided: Guided, keys: Array) -> Any:
-    """One SMC population for each key."""
-    plain = genneg.denoiser(problem, Guided(guided.theta))
-    steered, twist = genneg.denoiser(problem, guided), genneg.twist(problem, guided)
-    grid = problem.process.grid(steps)
-    one = lambda key: smc.twisted(problem.process, plain, steered, twist, grid, key, problem.shape, particles)
-    return distributed.chunked(one, keys, 1, mesh, cut=False)
+def measured(run: Run, name: str, guided: Guided, made: Sequence[str]) -> dict[str, Estimate]:
+    """The metrics of a model."""
+    evaluation, baseline = run[f"evaluate/{name}"], run["evaluate/baseline"]
+    n, good, outer = (int(count) for count in evaluation.counts)
+    cost = (1 + 3 * guided.members) * (2 * run.config.sampler_steps - 1)
+    return {
+        "infraction_rate": rates.rate(n - good, n),
+        "elbo": rates.mean(evaluation.elbo),
+        "elbo_gain": rates.mean(evaluation.elbo - baseline.elbo),
+        "outer_density": outer_density(outer, good),
+        "evaluations_per_accepted": rates.exact(cost * n / max(good, 1), n),
+        "oracle_calls": rates.exact(oracle_calls(run, made)),
+        "seconds": rates.exact(run.seconds(*made)),
+    }
+
+
+def oracle_calls(run: Run, made: Sequence[str]) -> float:
+    """Samples that the oracle judged in phases: of draws all of them, and of evaluations."""
+    drawn = [run[phase] for phase in made if phase.endswith("/draws")]
+    judged = [run[phase] for phase in made if phase.startswith("evaluate/")]
+    return sum(float(found.good) + float(found.bad) for found in drawn) + sum(int(e.counts[0]) for e in judged)
+
+
+def add_data(run: Run) -> None:
+    """The training points, and the largest ELBO that a model of the board can have."""
+    config = run.config
+    n, good, outer = tally(config, np.asarray(board(config, DATA, config.points)))
+    area = 4 * config.half_width**2 * ((config.cells**2 + 1) // 2) / config.cells**2
+    run.add("data", {
+        "infraction_rate": rates.rate(n - good, n),
+        "elbo": rates.exact(-np.log(area)),
+        "outer_density": outer_density(outer, good),
+    })  # fmt: skip
+
+
+def add_rejection(run: Run) -> None:
+    """The baseline's good samples: exact, at the price of the bad ones."""
+    evaluation = run["evaluate/baseline"]
+    n, good, outer = (int(count) for count in evaluation.counts)
+    elbo, gain = rows.conditioned(evaluation.elbo, rates.rate(good, n))
+    run.add("rejection", {
+        "infraction_rate": rates.rate(0, good),
+        "elbo": elbo,
+        "elbo_gain": gain,
+        "outer_density": outer_density(outer, good),
+        "evaluations_per_accepted": rates.exact((2 * run.config.sampler_steps - 1) * n / good, n),
+        "oracle_calls": rates.exact(n),
+        "seconds": rates.exact(run.seconds("baseline", "evaluate/baseline")),
+    })  # fmt: skip
+
+
+def smc_samples(lab: Lab, setup: genneg.Problem, run: Run) -> dict[str, Any]:
+    """Twisted SMC with the first round's classifier as twist, and the oracle at the end."""
+    config = run.config
+    guided = genneg.append(Guided(run["baseline"]), run["round-1/classifier"])
+    run.progress("smc", 0, 1, {})
+    keys = jax.random.split(run.key(SMC), config.smc.populations)
+    found = rows.populations(lab.mesh, setup, config.smc.particles, guided, keys)
+    result = rows.pooled(found, setup, jax.random.fold_in(run.key(SMC), 1))
+    run.progress("smc", 1, 1, {"alpha": float(jnp.exp(result["log_alpha"]))})
+    return result
+
+
+def add_smc(run: Run) -> None:
+    """The samples of SMC: exact as their number grows."""
+    result, config = run["smc"], run.config
+    n, good, outer = (int(count) for count in tally(config, result["samples"]))
+    elbo, gain = rows.conditioned(run["evaluate/baseline"].elbo, rows.alpha_of(result))
+    made = ("baseline", "round-1/draws", "round-1/classifier", "smc")
+    run.add("smc", {
+        "infraction_rate": rates.rate(n - good, n),
+        "elbo": elbo,
+        "elbo_gain": gain,
+        "outer_density": outer_density(outer, good),
+        "evaluations_per_accepted": rates.exact(4 * config.smc.steps * n / float(result["effective"]), n),
+        "oracle_calls": rates.exact(oracle_calls(run, made) + n),
+        "seconds": rates.exact(run.seconds(*made)),
+    })  # fmt: skip
 
 
 def tally(config: CheckerboardConfig, points: np.ndarray) -> np.ndarray:
@@ -578,65 +480,51 @@ def outer_density(outer: int, good: int) -> Estimate:
     return rates.scaled(rates.rate(outer, max(good, 1)), 1 / (1 - (1 - oracle.BAND) ** 2))
 
 
-def conditioned(baseline: Evaluation, alpha: Estimate) -> tuple[Estimate, Estimate]:
-    """ELBO, and its gain, of the baseline conditioned on good: log p(x) - log alpha on every good x."""
-    gain = Estimate(-np.log(alpha.value), -np.log(alpha.high), -np.log(alpha.low), alpha.n)
-    return rates.shifted(rates.mean(baseline.elbo), gain.value), gain
+# Figures and text.
 
 
-def run(config: CheckerboardConfig) -> Results:
-    """Runs what the folder does not hold yet, and writes the table and the figures."""
-    folder = Folder("genneg.checkerboard", config)
-    runs = []
-    for seed in range(config.seed, config.seed + config.seeds):
-        progress = Progress(folder, f"seed {seed}: " if config.seeds > 1 else "")
-        runs.append(Run(config, Archive(folder.path / "checkpoints" / f"seed-{seed}"), progress, seed))
-    if len(runs) == 1:
-        runs[0].all()
-    else:
-        for outcome in contract.side_by_side([each.all for each in runs]):
-            if outcome.error is not None:
-                raise outcome.error
-    rows = merge([each.rows for each in runs])
-    draw_figures(folder, config, rows, runs[0])
-    return folder.finish(rows, COLUMNS, f"{NOTES}\n\n{calibration_table(runs[0], rows)}")
-
-
-def merge(tables: list[list[Row]]) -> list[Row]:
-    """One table from the tables of several seeds."""
-    merged = []
-    for same in zip(*tables, strict=True):
-        names = same[0].metrics
-        merged.append(same[0]._replace(metrics={n: rates.over_seeds([row.metrics[n] for row in same]) for n in names}))
-    return merged
-
-
-def draw_figures(folder: Folder, config: CheckerboardConfig, rows: list[Row], first: Run) -> None:
+def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
     """The paper's Figures 2 and 3 and the calibration, of the first seed's samples and all seeds' numbers."""
-    panels = {"data": np.asarray(first.board(DATA, config.points))}
-    panels |= {name: np.asarray(each.points) for name, each in first.evaluations.items()}
-    panels["smc"] = first.smc_drawn
+    first, config = members[0], members[0].config
+    panels = {"data": np.asarray(board(config, DATA, config.points))}
+    panels |= {name: np.asarray(found.points) for name, found in named(first, "evaluate/")}
+    panels["smc"] = first["smc"]["samples"]
     few = {name: points[:3000] for name, points in panels.items()}
-    judged = {name: (points, label(first.problem.oracle, points)) for name, points in few.items()}
-    figures.samples(folder.path / "samples.png", judged, config.half_width, config.cells)
+    judge = problem(config).oracle
+    judged = {name: (points, label(judge, points)) for name, points in few.items()}
+    figures.samples(folder / "samples.png", judged, config.half_width, config.cells)
 
-    table = {row.name: row.metrics for row in rows}
+    metrics = {row.name: row.metrics for row in table}
     names = ["baseline", *(f"round-{i}" for i in range(1, config.rounds + 1))]
     quantities = {"infraction rate": "infraction_rate", "ELBO (nats)": "elbo", "ELBO gain (nats)": "elbo_gain"}
-    students = {i: f"distilled-{i}" for i in (1, config.rounds) if f"distilled-{i}" in table}
+    students = {i: f"distilled-{i}" for i in (1, config.rounds) if f"distilled-{i}" in metrics}
     figures.by_round(
-        folder.path / "rounds.png",
-        {title: [table[name][metric][:3] for name in names] for title, metric in quantities.items()},
-        {title: {i: table[name][metric].value for i, name in students.items()} for title, metric in quantities.items()},
-        {"ELBO (nats)": table["data"]["elbo"].value},
+        folder / "rounds.png",
+        {title: [metrics[name][metric][:3] for name in names] for title, metric in quantities.items()},
+        {
+            title: {i: metrics[name][metric].value for i, name in students.items()}
+            for title, metric in quantities.items()
+        },
+        {"ELBO (nats)": metrics["data"]["elbo"].value},
         logarithmic=("infraction rate",),
     )
-    figures.calibration(folder.path / "calibration.png", first.calibrations, first.alphas)
+    reports = dict(named(first, "calibration/"))
+    figures.calibration(folder / "calibration.png", reports, {name: alpha(first, name) for name in reports})
 
 
-def calibration_table(first: Run, rows: list[Row]) -> str:
-    """Each classifier's mean C against alpha, its calibration error, and the ideal gain against the gain seen."""
-    table = {row.name: row.metrics for row in rows}
+def named(run: Run, prefix: str) -> list[tuple[str, Any]]:
+    """(name, result) of the phases whose names begin so."""
+    return [(phase.removeprefix(prefix), result) for phase, result in run.results.items() if phase.startswith(prefix)]
+
+
+def alpha(run: Run, classifier: str) -> float:
+    """The share of good samples that a classifier was made for."""
+    return run[f"{'round-1' if classifier == 'replay' else classifier}/split"][1].alpha
+
+
+def notes(members: Sequence[Run], table: Sequence[Row]) -> str:
+    """The text below the table: each classifier's mean C against alpha, and the ideal gain against the gain seen."""
+    first, metrics = members[0], {row.name: row.metrics for row in table}
     head = [
         "classifier",
         "alpha",
@@ -646,15 +534,15 @@ def calibration_table(first: Run, rows: list[Row]) -> str:
         "gain seen",
     ]
     before, body = 0.0, []
-    for name, report in first.calibrations.items():
-        alpha, gain = first.alphas[name], table[name]["elbo_gain"].value
+    for name, report in named(first, "calibration/"):
+        share, gain = alpha(first, name), metrics[name]["elbo_gain"].value
         seen = gain - (0.0 if name == "replay" else before)
         before = gain
-        deviation = float(np.abs(np.asarray(report.mean) - alpha).max())
+        deviation = float(np.abs(np.asarray(report.mean) - share).max())
         error = float(np.mean(report.error))
-        body.append([name, *(f"{v:.4f}" for v in (alpha, deviation, error)), f"{-np.log(alpha):+.4f}", f"{seen:+.4f}"])
+        body.append([name, *(f"{v:.4f}" for v in (share, deviation, error)), f"{-np.log(share):+.4f}", f"{seen:+.4f}"])
     title = "Calibration on held-out samples of the model that each classifier was made for, over noise levels:"
-    return f"{title}\n\n{markdown(head, body)}"
+    return f"{NOTES}\n\n{title}\n\n{markdown(head, body)}"
 
 
 def row_names(config: CheckerboardConfig) -> list[str]:
@@ -667,12 +555,13 @@ def row_names(config: CheckerboardConfig) -> list[str]:
 
 
 EXPERIMENT = Experiment(
-    "genneg.checkerboard", CheckerboardConfig, PRESETS, run, COLUMNS, row_names,
+    "genneg.checkerboard", CheckerboardConfig, PRESETS, table, COLUMNS, row_names,
     Paper("Don't be so negative! Score-based generative modeling with oracle-assisted guidance", "2307.16463",
           "section 6.1, Figures 2 and 3", PAPER),
-    seeds="seeds",
+    notes=notes, figures=draw_figures, seeds="seeds",
 )  # fmt: skip
+run = EXPERIMENT.run
 
 
 if __name__ == "__main__":
-    main(CheckerboardConfig, PRESETS, run)
+    EXPERIMENT.main()

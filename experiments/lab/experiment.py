@@ -4,10 +4,15 @@ Every module ends with `EXPERIMENT = Experiment(..)`.  The command line, the swe
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.contract import Column, Config, ConfigError, Results
+from experiments.lab import command, phases
+from experiments.lab.config import Config, ConfigError
+from experiments.lab.phases import Lab, Run
+from experiments.lab.table import Column, Results, Row, over_seeds
+from gendiff import distributed
 
 NAMES = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
 """Modules below `experiments`, in the order of the pages."""
@@ -32,15 +37,70 @@ class Experiment(NamedTuple):
     config: type[Config]
     presets: Mapping[str, Any]
     """smoke, default and paper, each a `config`."""
-    run: Callable[[Any], Results]
+    table: Callable[[Lab], None]
+    """Makes the phases of all runs, and adds the rows to each of them."""
     columns: tuple[Column, ...] = ()
     rows: Callable[[Any], list[str]] = lambda config: []
     """Configuration -> the names of its rows, in their order."""
     paper: Paper | None = None
     extras: tuple[str, ...] = ()
     """Extras of the package that it needs."""
+    notes: Callable[[Sequence[Run], Sequence[Row]], str] = lambda members, rows: ""
+    """The runs of a configuration and its rows -> the text below its table."""
+    figures: Callable[[Path, Sequence[Run], Sequence[Row]], None] = lambda folder, members, rows: None
+    """Draws into a folder."""
     seeds: str | None = None
     """The option that makes several seeds in one run, from `--seed` on; None if a run has one seed."""
+
+    def run(self, config: Any) -> Results:
+        """Compute what the folder does not hold yet, and write the table and the figures.
+
+        Raises:
+          ConfigError: the folder is of another configuration.
+        """
+        (outcome,) = self.run_all([config])
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def run_all(self, configs: Sequence[Any]) -> list[Results | BaseException]:
+        """Run configurations that share their programs (`config.of_program`); one that fails leaves the others."""
+        opened = [self._opened(config) for config in configs]
+        members = [run for found in opened if isinstance(found, list) for run in found]
+        try:
+            if members:
+                self.table(Lab(members))
+        except Exception as error:
+            if isinstance(error, distributed.Preempted):
+                raise
+            for run in members:
+                run.error = run.error or error
+        return [self._finished(found) if isinstance(found, list) else found for found in opened]
+
+    def _opened(self, config: Any) -> list[Run] | BaseException:
+        try:
+            return phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
+        except Exception as error:
+            return error
+
+    def _finished(self, members: list[Run]) -> Results | BaseException:
+        first = members[0]
+        try:
+            for run in members:
+                run.progress.close()
+                if run.error is not None:
+                    raise run.error
+            rows = first.rows if len(members) == 1 else over_seeds([run.rows for run in members])
+            self.figures(first.folder.path, members, rows)
+            return first.folder.finish(rows, self.columns, self.notes(members, rows))
+        except Exception as error:
+            if isinstance(error, distributed.Preempted):
+                raise
+            return error
+
+    def main(self) -> None:
+        """Run the command line."""
+        command.main(self.config, self.presets, self.run)
 
 
 def find(name: str) -> Experiment:

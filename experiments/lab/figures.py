@@ -10,7 +10,7 @@ import numpy as np
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments import contract
+from experiments.lab.folder import writing
 from gendiff import distributed
 from gendiff.data import files
 
@@ -21,7 +21,7 @@ def _save(figure: Any, path: Path) -> None:
     """Writes a whole PNG or leaves the old one; the first process does."""
 
     def store() -> None:
-        with contract.writing(path):
+        with writing(path):
             files.store(path, lambda file: figure.savefig(file, dpi=120, format="png", bbox_inches="tight"))
 
     try:

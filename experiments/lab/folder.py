@@ -71,10 +71,10 @@ class Folder:
         if held is None:
             return False
         if held.get("format") != FORMAT:
-            held_format = held.get("format") or 1
+            number = held.get("format") or 1
             raise ConfigError(
-                f"--output: {path} must have format {FORMAT}, got {held.get('format') or 1}, which {reader} reads: "
-                "name another folder, or use that version"
+                f"--output: {path} must have format {FORMAT}, got {number}, which "
+                f"{READERS.get(number, 'a later gendiff')} reads: name another folder, or use that version"
             )
         before, now = flat(held | {"output": None}), flat(_header(experiment) | fields(config))
         if names := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):

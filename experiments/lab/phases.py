@@ -12,6 +12,7 @@ on after the last phase that ended, and a training after its last checkpoint.  A
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,7 +74,9 @@ class Lab:
         """The configuration of the runs: what differs between them is no part of their programs."""
         return self.runs[0].config
 
-    def once(self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict, like: Any = None) -> None:
+    def once(
+        self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict, like: Any = None
+    ) -> None:
         """Compute a phase run by run, unless a run has its result.
 
         Args:
@@ -123,7 +126,7 @@ class Lab:
                 continue
             seconds = time.perf_counter() - begun
             for run, result in zip(group, results, strict=True):
-                self._guard(run, lambda run: run.results.update({phase: run.archive.keep(phase, result, seconds, kind)}))  # noqa: B023
+                self._guard(run, partial(_keep, phase, result, seconds, kind))
 
     def train(
         self,
@@ -168,6 +171,10 @@ class Lab:
         self.runs.remove(run)
         if not self.runs:
             raise error
+
+
+def _keep(phase: str, result: Any, seconds: float, kind: Callable[..., Any], run: Run) -> None:
+    run.results[phase] = run.archive.keep(phase, result, seconds, kind)
 
 
 def opened(experiment: str, config: Config, seeds: int = 1) -> list[Run]:
