@@ -211,10 +211,10 @@ def reward_of(config: MazeConfig, switches: Switches, window: int) -> WindowMLP:
     return WindowMLP(window, config.widths, switches.strided, switches.activation)
 
 
-def reward_problem(config: MazeConfig, switches: Switches, window: int) -> relative_reward.Problem:
+def reward_problem(config: MazeConfig, switches: Switches, window: int) -> relative_reward.PairProblem:
     """What rewards are trained on."""
     network = denoiser.zero_based(reward_of(config, switches, window).apply)
-    return relative_reward.Problem(chain(config.diffusion_steps), network, config.reward_batch)
+    return relative_reward.PairProblem(chain(config.diffusion_steps), network, config.reward_batch)
 
 
 def diffuser_task(config: MazeConfig) -> Callable[[dict[str, Any]], training.Task]:
@@ -246,7 +246,7 @@ def minibatch(key: PRNGKey, windows: Windows, count: Array, batch: int, horizon:
 
 
 @static.by_value
-def discriminator_task(problem: relative_reward.Problem) -> Callable[[tuple], training.Task]:
+def discriminator_task(problem: relative_reward.PairProblem) -> Callable[[tuple], training.Task]:
     """Cross-entropy of base against the run's expert, in equal numbers, at the times of the diffusion models."""
     loss = losses.cross_entropy(problem.process, problem.network)
 
@@ -405,7 +405,7 @@ class Maze:
                 pair.append(
                     Diffusion(name, self.process, partial(model(self.config), theta), shape, (units.low, units.high))
                 )
-            relative_reward.check(pair[0], pair[1], family.switches)
+            relative_reward.check_pair(pair[0], pair[1], family.switches)
 
     @cache  # noqa: B019
     def pool(self, family: Family, held_out: bool = False) -> Aligned:

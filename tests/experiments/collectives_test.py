@@ -145,7 +145,7 @@ def of_maze():
     phi = jax.jit(network.init)(jax.random.key(1), path, jnp.zeros(()))
     paths, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
     targets = jnp.broadcast_to(path, (64, maze2d.GOALS, *path.shape))
-    examples = relative_reward.Aligned(paths, jnp.ones(64, jnp.int32), targets, paths)
+    examples = losses.Aligned(paths, jnp.ones(64, jnp.int32), targets, paths)
     # One run each of 8 devices: rewards of one pool, and models of one data set.
     rows = np.zeros((8, 64, path.shape[1]), np.float32)
     begin = np.zeros((8, 16), np.int32)

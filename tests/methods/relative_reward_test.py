@@ -99,7 +99,7 @@ def fitted():
     keys = jax.random.split(jax.random.key(1), n)
     x0 = 0.6 * jax.random.normal(jax.random.key(2), (n, 2))
     pool = example(keys, x0)
-    problem = relative_reward.Problem(CHAIN, network, 256)
+    problem = relative_reward.PairProblem(CHAIN, network, 256)
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 4))
     settings = training.Settings(3000, 2e-2, every=1000, clip=None)
     goals = jnp.array([1, 1, 0, 0])
@@ -249,16 +249,16 @@ def test_paths_hold_what_the_models_are_given():
 def test_any_two_models_make_examples():
     base, expert = Diffusion("base", CHAIN, BASE, (2,)), Diffusion("expert", CHAIN, EXPERT, (2,))
     x0 = jax.random.normal(jax.random.key(1), (5, 2))
-    pool = relative_reward.collect(base, [expert, base], PRINCIPLED, jax.random.key(0), x0)
+    pool = relative_reward.pool_of_models(base, [expert, base], PRINCIPLED, jax.random.key(0), x0)
     assert pool.target.shape == (5, 2, 2)
     field = relative_reward.difference(CHAIN, BASE, EXPERT, "noise")
     np.testing.assert_allclose(pool.target[:, 0], jax.vmap(field)(pool.x, pool.t), rtol=1e-3, atol=1e-5)
     np.testing.assert_array_equal(pool.target[:, 1], 0)
     with pytest.raises(ValueError, match=r"relative reward: x0 must have shape \(n, 2\), got \(5, 3\)"):
-        relative_reward.collect(base, [expert], PRINCIPLED, jax.random.key(0), jnp.zeros((5, 3)))
+        relative_reward.pool_of_models(base, [expert], PRINCIPLED, jax.random.key(0), jnp.zeros((5, 3)))
     other = expert._replace(process=process.ddpm(process.linear_betas(100)))
-    with pytest.raises(ValueError, match="expected one process"):
-        relative_reward.collect(base, [other], PRINCIPLED, jax.random.key(0), x0)
+    with pytest.raises(ValueError, match="must have one process"):
+        relative_reward.pool_of_models(base, [other], PRINCIPLED, jax.random.key(0), x0)
 
 
 def test_weighting_makes_the_error_that_of_another_difference():
@@ -276,48 +276,48 @@ def test_weighting_makes_the_error_that_of_another_difference():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"process": process.ddpm(process.linear_betas(100))}, "base and expert: expected one process"),
-        ({"process": process.ddpm(process.cosine_betas(50))}, "expected one process"),
-        ({"shape": (3,), "denoiser": lambda x, t: x}, r"expected one shape, given \(2,\) and \(3,\)"),
-        ({"denoiser": lambda x, t: x[:1]}, r"expert: expected a denoiser of \(2,\), given \(1,\)"),
-        ({"normaliser": (np.zeros(2), np.ones(2))}, "base and expert: expected one normaliser.*principled"),
+        ({"process": process.ddpm(process.linear_betas(100))}, "base and expert must have one process"),
+        ({"process": process.ddpm(process.cosine_betas(50))}, "must have one process"),
+        ({"shape": (3,), "denoiser": lambda x, t: x}, r"must have one shape, got \(2,\) and \(3,\)"),
+        ({"denoiser": lambda x, t: x[:1]}, r"x_0 of expert must have shape \(2,\), got \(1,\)"),
+        ({"normaliser": (np.zeros(2), np.ones(2))}, "base and expert must have one normaliser.*principled"),
     ],
 )
 def test_two_models_that_do_not_fit_are_named(changes, message):
     base = Diffusion("base", CHAIN, BASE, (2,), (np.zeros(2), 2 * np.ones(2)))
     expert = Diffusion("expert", CHAIN, EXPERT, (2,), base.normaliser)
-    relative_reward.check(base, expert)
+    relative_reward.check_pair(base, expert)
     with pytest.raises(ValueError, match=message):
-        relative_reward.check(base, expert._replace(**changes))
+        relative_reward.check_pair(base, expert._replace(**changes))
 
 
 def test_the_published_switch_allows_two_normalisers():
     base = Diffusion("base", CHAIN, BASE, (2,), (np.zeros(2), np.ones(2)))
-    relative_reward.check(base, base._replace(name="expert", normaliser=(np.zeros(2), 3 * np.ones(2))), PUBLISHED)
+    relative_reward.check_pair(base, base._replace(name="expert", normaliser=(np.zeros(2), 3 * np.ones(2))), PUBLISHED)
 
 
 def test_targets_that_are_not_finite_are_named():
     bad = losses.Aligned(
         jnp.zeros((3, 2)), jnp.array([5, 9, 7]), jnp.zeros((3, 2, 2)).at[1, 1, 0].set(jnp.nan), jnp.ones((3, 2))
     )
-    problem = relative_reward.Problem(CHAIN, network)
+    problem = relative_reward.PairProblem(CHAIN, network)
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 2))
-    with pytest.raises(ValueError, match="given 1 examples of 6 that are not, the first at t = 9, of expert 1"):
+    with pytest.raises(ValueError, match="got 1 examples of 6 that are not, the first at t = 9, of expert 1"):
         relative_reward.fit(problem, bad, jnp.array([0, 1]), start, training.Settings(10), jax.random.key(0))
 
 
 def test_goals_out_of_range_are_named():
     examples = losses.Aligned(jnp.zeros((3, 2)), jnp.array([5, 9, 7]), jnp.zeros((3, 2, 2)), jnp.ones((3, 2)))
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 2))
-    problem = relative_reward.Problem(CHAIN, network)
+    problem = relative_reward.PairProblem(CHAIN, network)
     with pytest.raises(ValueError, match="goals must be >= 0 and <= 1 and whole, got 2 among 2 values"):
         relative_reward.fit(problem, examples, jnp.array([0, 2]), start, training.Settings(10), jax.random.key(0))
 
 
 def test_a_process_without_steps_has_no_mean():
-    with pytest.raises(ValueError, match="at 'base_mean': expected a process with steps"):
+    with pytest.raises(ValueError, match="at 'base_mean' needs a process with steps"):
         relative_reward.steer(EDM, lambda x, t: 0.0, Switches("x0", "base_mean"))(lambda x, t: x)(jnp.zeros(2), 1.0)
-    with pytest.raises(ValueError, match="target 'mean': expected next_time"):
+    with pytest.raises(ValueError, match="target 'mean' must have next_time"):
         relative_reward.factor(EDM, "mean")
     with pytest.raises(ValueError, match="target must be 'mean' or 'score' or 'x0' or 'noise', got 'v'"):
         relative_reward.factor(EDM, "v")
@@ -335,7 +335,7 @@ def test_data_that_make_no_examples_are_named(x0, message):
     base, expert = Diffusion("base", CHAIN, BASE, (2,)), Diffusion("expert", CHAIN, EXPERT, (2,))
     model = lambda mean, x, t: mean + x
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
-        relative_reward.collect(base, [expert], PRINCIPLED, jax.random.key(0), x0)
+        relative_reward.pool_of_models(base, [expert], PRINCIPLED, jax.random.key(0), x0)
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
         relative_reward.pool(CHAIN, model, PRINCIPLED, 0.0, jnp.zeros(2), None, jax.random.key(0), x0)
 
@@ -373,7 +373,9 @@ def test_models_of_another_shape_are_named():
             "relative reward: piece must be >= 1",
         ),
         (
-            lambda x, key: relative_reward.collect(Diffusion("b", CHAIN, BASE, (2,)), [], PRINCIPLED, key, x[None]),
+            lambda x, key: relative_reward.pool_of_models(
+                Diffusion("b", CHAIN, BASE, (2,)), [], PRINCIPLED, key, x[None]
+            ),
             "relative reward: experts must be >= 1",
         ),
         (
@@ -391,4 +393,4 @@ def test_a_model_that_gives_nan_makes_no_examples():
     base = Diffusion("base", CHAIN, BASE, (2,))
     broken = Diffusion("expert", CHAIN, lambda x, t: x / 0.0, (2,))
     with pytest.raises(ValueError, match=r"relative reward: targets, .* must be a finite number, got (nan|inf|-inf)"):
-        relative_reward.collect(base, [broken], PRINCIPLED, jax.random.key(0), jnp.ones((4, 2)))
+        relative_reward.pool_of_models(base, [broken], PRINCIPLED, jax.random.key(0), jnp.ones((4, 2)))

@@ -129,7 +129,7 @@ def pieces() -> dict[str, Any]:
     switches = relative_reward.PRINCIPLED
     pool = relative_reward.pool(DDPM, path, switches, theta, thetas, None, key, DATA[:45, :2], 29, mesh)
     start = {"w": np.ones((4, 2, 3), np.float32), "b": np.float32([0.1, 0.2, 0.3, 0.4])}
-    rewards = relative_reward.Problem(DDPM, reward, 8)
+    rewards = relative_reward.PairProblem(DDPM, reward, 8)
     goals = np.int32([0, 1, 0, 1])
     return {
         "classifier": genneg.fit_classifier(problem(), train, held_out, np.float32(0.5), how, key)["net"],

@@ -1,0 +1,162 @@
+"""Relative reward functions: the difference of two diffusion models as the gradient of a potential (Nuti, Franzmeyer
+and Henriques 2023, "Extracting reward functions from diffusion models", NeurIPS).
+
+    two frozen models, base b and expert e, over one process     `Diffusion`, `check_pair`
+    their difference at noisy samples                             `examples` (Algorithm 1), `along_paths` (Algorithm 2)
+    the same, stored for many rewards                             `pool`, `pool_of_models`
+    rho(x_t, t) <- | grad rho - factor(t) (e - b)(x_t, t) |^2     `reward_training`, `fit`
+    base model + grad rho / factor(t)                             `steer`: a perfect rho turns base into expert
+
+Every difference of two models is one factor of t times the difference of their denoisers (`factor`):
+
+    means of a step   c_1(t) (e - b)            published
+    scores            alpha / sigma^2 (e - b)   rho is then log p_e,t / p_b,t
+    noise             alpha / sigma (e - b)     sigma times the difference of scores: bounded at low noise
+
+A reward is known up to a constant for each t: compare its values at one t only.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from gendiff import check, guidance, losses, potential, training
+from gendiff.denoiser import Denoiser, denoise
+from gendiff.guidance import Guidance, Strength
+from gendiff.losses import Aligned
+from gendiff.methods.relative_reward.measures import Fit, asymmetry, difference, line_integral, quality
+from gendiff.methods.relative_reward.targets import (
+    PRINCIPLED,
+    PUBLISHED,
+    Diffusion,
+    Switches,
+    aligned,
+    along_paths,
+    base_mean,
+    check_pair,
+    examples,
+    factor,
+    pool,
+    pool_of_models,
+    pool_of_pieces,
+    pool_pieces,
+    pooled,
+)
+from gendiff.potential import Logit, Potential
+from gendiff.process import Process
+from gendiff.static import by_value
+from gendiff.types import Params, PRNGKey, Sample, Scalar, Time
+
+__all__ = [
+    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "Switches", "aligned", "along_paths", "asymmetry",
+    "base_mean", "check_pair", "difference", "examples", "factor", "fit", "line_integral", "pool", "pool_of_models",
+    "pool_of_pieces", "pool_pieces", "pooled", "quality", "reward_task", "reward_training", "steer", "strength",
+]  # fmt: skip
+
+
+class PairProblem(NamedTuple):
+    """What rewards of a pair of models train on, the same network for all.  Static."""
+
+    process: Process
+    network: Logit
+    """(phi, x, t) -> rho."""
+    batch: int = 256
+    mode: Literal["reverse", "directional"] = "reverse"
+    """How the second-order gradient is taken; see `losses.gradient_alignment`."""
+
+
+def reward_training(
+    problem: PairProblem,
+    examples: Aligned,
+    goals: Array,
+    start: Params,
+    settings: training.Settings,
+    key: PRNGKey,
+    host: training.Host = training.Host(),  # noqa: B008 (immutable)
+) -> training.Training:
+    """The training of K rewards at once, spread over the devices, on one pool of examples.
+
+    Args:
+      examples: as of `pool`, with targets (n, G, *shape).
+      goals: (K,), the expert of each reward, in 0 .. G - 1.
+      start: K parameter trees stacked on axis 0.
+
+    Raises:
+      ValueError: a target is not finite, and the message has its place; a goal has no expert; batch < 1.
+    """
+    check.number("relative reward: batch", problem.batch, at_least=1, whole=True)
+    n = check.rows("relative reward: examples", examples)
+    check.number("relative reward: number of examples", n, at_least=1, whole=True)
+    experts = examples.target.shape[1]
+    finite = np.isfinite(np.asarray(examples.target)).reshape(n, experts, -1).all(-1)
+    if not finite.all():
+        row, goal = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"relative reward: targets must be finite, got {np.sum(~finite)} examples of {finite.size} that are not, "
+            f"the first at t = {examples.t[row]}, of expert {goal}: a model diverges there"
+        )
+    check.shape("relative reward: goals", goals, (None,))
+    check.number("relative reward: number of goals", len(goals), at_least=1, whole=True)
+    check.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=experts - 1, whole=True)
+    context = (examples, {"goal": jnp.asarray(goals, jnp.int32)})
+    keys = training.keys(key, len(goals))
+    return training.Training(keys, start, reward_task(problem), context, settings, host, own=(False, True))
+
+
+def fit(
+    problem: PairProblem,
+    examples: Aligned,
+    goals: Array,
+    start: Params,
+    settings: training.Settings,
+    key: PRNGKey,
+    host: training.Host = training.Host(),  # noqa: B008 (immutable)
+) -> training.State:
+    """Train K rewards (see `reward_training`): `last` of the state; the published evaluations use no averages."""
+    return training.train(*reward_training(problem, examples, goals, start, settings, key, host))
+
+
+@by_value
+def reward_task(problem: PairProblem) -> Callable[[tuple[Aligned, dict[str, Array]]], training.Task]:
+    """Gradient alignment on a pool, against the expert of the run."""
+    loss = losses.gradient_alignment(problem.network, problem.mode)
+
+    def task(context: tuple[Aligned, dict[str, Array]]) -> training.Task:
+        examples, own = context
+
+        def draw_batch(key: PRNGKey) -> Aligned:
+            rows = jax.random.randint(key, (problem.batch,), 0, len(examples.t))
+            x, t, weight = (a[rows] for a in (examples.x, examples.t, examples.weight))
+            return Aligned(x, t, examples.target[rows, own["goal"]], weight)
+
+        return training.Task(loss, draw_batch)
+
+    return task
+
+
+def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
+    """How far grad rho shifts x_0: 1 / `factor`, so that a perfect reward at scale 1 turns base into expert."""
+    check.number("relative reward: scale", scale)
+    unit = factor(process, switches.target)
+    return lambda t: scale / unit(t)
+
+
+def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | float = 1.0) -> Guidance:
+    """Steer the base model with its reward; with `at="base_mean"`, by the gradient where it was fitted."""
+    check.choice("relative reward: at", switches.at, ("x", "base_mean"))
+    shift, gradient = strength(process, switches, scale), jax.grad(potential.scalar("relative reward", rho))
+    if switches.at == "x":
+        return guidance.steer(rho, shift)
+
+    def steering(base: Denoiser) -> Denoiser:
+        def steered(x: Sample, t: Time) -> Sample:
+            x0 = denoise("relative reward: base", base, x, t)
+            return x0 + shift(t) * gradient(base_mean(process, x, x0, t), t)
+
+        return steered
+
+    return steering

@@ -1,0 +1,290 @@
+"""Examples for relative rewards: noisy samples, and the difference of two models there."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from gendiff import check, distributed, losses, potential, sampling
+from gendiff.denoiser import Denoiser, Model, denoise
+from gendiff.guidance import Strength
+from gendiff.losses import Aligned
+from gendiff.process import Process, posterior
+from gendiff.types import Params, PRNGKey, Sample, Samples, Time
+
+Experts: TypeAlias = Callable[[Sample, Time], Float[Array, "G *shape"]]
+"""(x, t) -> x_0 of G experts, so that the base model is evaluated once for all of them."""
+
+
+class Switches(NamedTuple):
+    """What is fitted.  The published code differs from the paper, and both from the exact method."""
+
+    target: Literal["mean", "score", "x0", "noise"] = "mean"
+    """Which difference of expert and base the gradient matches."""
+    at: Literal["x", "base_mean"] = "x"
+    """Where the gradient is taken: at x_t, or at the mean of the base model's step, labelled t all the same."""
+    masked: bool = True
+    """Coordinates that both models get as conditions keep their clean values, and do not count."""
+    strided: bool = False
+    """Windows of a trajectory are every n-th frame, not neighbours."""
+    activation: Literal["leaky_relu", "mish", "gelu"] = "mish"
+    """A piecewise linear one leaves the biases and the embedding of time without any gradient."""
+    normaliser: Literal["shared", "own"] = "shared"
+    """Both models see data in the same units, or in units of their own, where their difference has no exact meaning."""
+    weighting: Literal["target", "mean", "score", "x0", "noise"] = "target"
+    """The squared error counts as the error of this difference.  With "target" it has no weight; for means then only
+    the last few steps count."""
+
+
+PUBLISHED = Switches("mean", "base_mean", False, True, "leaky_relu", "own")
+"""What the released code runs."""
+PRINCIPLED = Switches("noise", "x", True, False, "mish", "shared")
+"""One normaliser, smooth activation, gradient at x_t, contiguous windows, conditions kept and masked."""
+
+
+class Diffusion(NamedTuple):
+    """A frozen diffusion model."""
+
+    name: str
+    process: Process
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    normaliser: tuple[np.ndarray, np.ndarray] | None = None
+    """Lower and upper ends of the data, by coordinate; None where the model sees data as they are."""
+
+
+def check_pair(base: Diffusion, expert: Diffusion, switches: Switches = PRINCIPLED) -> None:
+    """Raise ValueError where the difference of two models means nothing: shapes, processes, units."""
+    names = f"relative reward: {base.name} and {expert.name}"
+    for model in (base, expert):
+        time = jax.ShapeDtypeStruct((), jnp.float32 if model.process.steps is None else jnp.int32)
+        x0 = jax.eval_shape(model.denoiser, jax.ShapeDtypeStruct(model.shape, jnp.float32), time)
+        check.shape(f"relative reward: x_0 of {model.name}", x0, model.shape)
+    if base.shape != expert.shape:
+        raise ValueError(f"{names} must have one shape, got {base.shape} and {expert.shape}")
+    if not _same(base.process, expert.process):
+        raise ValueError(f"{names} must have one process, got two with other noise levels or steps")
+    units = [model.normaliser for model in (base, expert) if model.normaliser is not None]
+    alike = not units or (len(units) == 2 and all(np.allclose(a, b) for a, b in zip(*units, strict=True)))
+    if switches.normaliser == "shared" and not alike:
+        raise ValueError(
+            f"{names} must have one normaliser, got two, so their outputs are in other units. Train both in the units "
+            "of one data set (preset `principled`), or ask for normaliser='own' as was published"
+        )
+
+
+def _same(a: Process, b: Process) -> bool:
+    if a.steps != b.steps:
+        return False
+    times = a.grid(8 if a.steps is None else a.steps)
+    levels = lambda p: np.stack([jax.vmap(p.alpha)(times), jax.vmap(p.sigma)(times)])
+    return bool(np.allclose(levels(a), levels(b), rtol=1e-4, atol=1e-6))
+
+
+def factor(process: Process, target: str, next_time: Callable[[Time], Time] | None = None) -> Strength:
+    """t -> the factor on the difference of two denoisers.
+
+    Args:
+      next_time: for "mean", the end of the step from t; t - 1 in a discrete chain.
+    """
+    check.choice("relative reward: target", target, ("mean", "score", "x0", "noise"))
+    alpha, sigma = process.alpha, process.sigma
+    if target == "mean":
+        if next_time is None and process.steps is None:
+            raise ValueError("relative reward: target 'mean' must have next_time in continuous time, got None")
+        after = next_time or (lambda t: t - 1)
+        return lambda t: posterior(process, jnp.zeros(()), jnp.ones(()), t, after(t))[0]  # c_1: mean = c_1 x_0 + c_2 x
+    factors: dict[str, Strength] = {"x0": lambda t: jnp.ones(()), "noise": lambda t: alpha(t) / sigma(t)}
+    factors["score"] = lambda t: alpha(t) / sigma(t) ** 2
+    return factors[target]
+
+
+def aligned(
+    process: Process,
+    base: Denoiser,
+    experts: Experts,
+    switches: Switches,
+    x: Sample,
+    t: Time,
+    known: Bool[Array, "*shape"] | None = None,
+) -> Aligned:
+    """The example of a noisy sample, with targets (G, *shape).
+
+    Args:
+      known: coordinates that both models get as conditions; `switches.masked` leaves them out.
+
+    Raises:
+      ValueError: a model, or `known`, has another shape than x, or a switch is none of its values.
+    """
+    check.choice("relative reward: at", switches.at, ("x", "base_mean"))
+    if known is not None:
+        check.shape("relative reward: known", known, jnp.shape(x))
+    first, unit = denoise("relative reward: base", base, x, t), factor(process, switches.target)(t)
+    others = check.shape("relative reward: x_0 of the experts", experts(x, t), (None, *jnp.shape(x)))
+    at = base_mean(process, x, first, t) if switches.at == "base_mean" else x
+    counts = ~known if switches.masked and known is not None else jnp.ones(x.shape, bool)
+    relative = 1.0 if switches.weighting == "target" else (factor(process, switches.weighting)(t) / unit) ** 2
+    return Aligned(at, t, unit * (others - first[None]), relative * counts.astype(jnp.float32))
+
+
+def base_mean(process: Process, x: Sample, x0: Sample, t: Time) -> Sample:
+    """The mean of one step of a discrete chain from x, at the base model's x_0."""
+    if process.steps is None:
+        raise ValueError("relative reward: at 'base_mean' needs a process with steps, got one in continuous time")
+    return posterior(process, x, x0, t, t - 1)[0]
+
+
+def _with_known(x: Sample, x0: Sample, known: Bool[Array, "*shape"] | None) -> Sample:
+    return x if known is None else jnp.where(known, x0, x)
+
+
+def examples(
+    process: Process,
+    base: Denoiser,
+    experts: Experts,
+    switches: Switches,
+    known: Bool[Array, "*shape"] | None = None,
+) -> Callable[[PRNGKey, Sample], Aligned]:
+    """(key, x_0) -> an example at a random time: Algorithm 1, with data of either model or of both."""
+
+    def example(key: PRNGKey, x0: Sample) -> Aligned:
+        x, t = losses.noised(process, key, x0)
+        x = _with_known(x, x0, known if switches.masked else None)
+        return aligned(process, base, experts, switches, x, t, known)
+
+    return example
+
+
+def along_paths(
+    process: Process,
+    walker: Denoiser,
+    base: Denoiser,
+    experts: Experts,
+    switches: Switches,
+    grid: Float[Array, " steps+1"],
+    shape: tuple[int, ...],
+    known: Bool[Array, "*shape"] | None = None,
+) -> Callable[[PRNGKey, Sample], Aligned]:
+    """(key, clean) -> the examples at every step of one path of a sampler, on axis 0: Algorithm 2, which needs no data.
+
+    Args:
+      walker: the model that draws the path (ancestral), `base` or an expert.
+      known: coordinates that the models get as conditions, at the values of `clean` (else it is not read).
+    """
+    kernel = sampling.ancestral(process, walker)
+
+    def examples_of_path(key: PRNGKey, clean: Sample) -> Aligned:
+        step = kernel if known is None else sampling.pinned(kernel, clean, known)
+        states = sampling.states(process, step, grid, key, shape)[:-1]
+        of = lambda x, t: aligned(process, base, experts, switches, _with_known(x, clean, known), t, known)
+        return jax.lax.map(lambda pair: of(*pair), (states, grid[:-1]))
+
+    return examples_of_path
+
+
+def pool_of_models(
+    base: Diffusion,
+    experts: Sequence[Diffusion],
+    switches: Switches,
+    key: PRNGKey,
+    x0: Samples,
+    known: Bool[Array, "*shape"] | None = None,
+) -> Aligned:
+    """`pool` for models of several networks, whose parameters become constants of the compiled program.
+
+    Raises:
+      ValueError: two models do not fit together (see `check_pair`), there is no expert, a target is not finite, or x0
+        is empty, not finite, or of another shape.
+    """
+    check.number("relative reward: experts", len(experts), at_least=1, whole=True)
+    for expert in experts:
+        check_pair(base, expert, switches)
+    _check_data(x0, base.shape)
+    of_experts = lambda x, t: jnp.stack([expert.denoiser(x, t) for expert in experts])
+    example = examples(base.process, base.denoiser, of_experts, switches, known)
+    program = jax.jit(lambda keys, x0: distributed.chunked(lambda pair: example(*pair), (keys, x0), 64))
+    found = program(jax.random.split(key, len(x0)), jnp.asarray(x0))
+    check.number("relative reward: targets, differences of the models' x_0,", np.asarray(found.target))
+    return found
+
+
+def _check_data(x0: Samples, shape: Sequence[int | None]) -> None:
+    """Raise ValueError where data are empty, not finite, or of another shape, because targets would be in a few
+    examples."""
+    check.shape("relative reward: x0", x0, (None, *shape))
+    check.number("relative reward: number of x0", len(x0), at_least=1, whole=True)
+    check.number("relative reward: x0", x0)
+
+
+def pool(
+    process: Process,
+    model: Model,
+    switches: Switches,
+    theta: Params,
+    thetas: Params,
+    known: Bool[Array, "*shape"] | None,
+    key: PRNGKey,
+    x0: Samples,
+    piece: int = 1024,
+    mesh: jax.sharding.Mesh | None = None,
+    report: Callable[[int], None] = lambda examples: None,
+) -> Aligned:
+    """Examples (n) with the targets of all experts (n, G, *shape), computed once for all rewards (Algorithm 1).
+
+    The published code computes them anew for every reward and step, which takes 98 % of its time.
+
+    Args:
+      model: network of the base model and of the experts, with parameters first.
+      theta, thetas: the base model's parameters, and those of G experts stacked on axis 0.
+      known: coordinates that the models get as conditions.
+      x0: (n, *shape) data.
+      piece: examples of one call of the compiled program, which pools of any size share; >= 1.
+
+    Raises:
+      ValueError: x0 is empty or not finite, or piece < 1.
+    """
+    parts: list[Aligned] = []
+    for arguments in pool_pieces(theta, thetas, known, key, x0, piece):
+        part = pooled(process, model, switches, mesh, *distributed.place(mesh, arguments))
+        parts.append(distributed.gather(part, piece))
+        report(min(len(parts) * piece, len(x0)))
+    return pool_of_pieces(parts, len(x0))
+
+
+def pool_pieces(
+    theta: Params, thetas: Params, known: Bool[Array, "*shape"] | None, key: PRNGKey, x0: Samples, piece: int
+) -> list[tuple]:
+    """The arguments of `pooled`, after its static ones, for every piece of a pool; the last is padded."""
+    x0 = np.asarray(x0)
+    _check_data(x0, x0.shape[1:])
+    check.number("relative reward: piece", piece, at_least=1, whole=True)
+    keys = jax.random.split(key, len(x0))
+    rows = [np.minimum(np.arange(i, i + piece), len(x0) - 1) for i in range(0, len(x0), piece)]
+    return [(theta, thetas, known, keys[chosen], x0[chosen]) for chosen in rows]
+
+
+def pool_of_pieces(parts: Sequence[Aligned], n: int) -> Aligned:
+    """The first n examples of all pieces."""
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:n], *parts)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def pooled(
+    process: Process,
+    model: Model,
+    switches: Switches,
+    mesh: jax.sharding.Mesh | None,
+    theta: Params,
+    thetas: Params,
+    known: Bool[Array, "*shape"] | None,
+    keys: PRNGKey,
+    x0: Samples,
+) -> Aligned:
+    """The compiled program of `pool`, for one piece."""
+    experts = lambda x, t: potential.over_members(lambda phi: model(phi, x, t), thetas)
+    example = examples(process, partial(model, theta), experts, switches, known)
+    return distributed.chunked(lambda pair: example(*pair), (keys, x0), 64, mesh, cut=False)
