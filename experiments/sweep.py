@@ -2,9 +2,9 @@
 
     python -m experiments.sweep genneg.checkerboard --seeds 0:5 --grid points=500,1000 --preset smoke
 
-Runs go side by side in one program: trainings and samplers whose shapes agree are computed together, over the axis
-`replica` of the mesh, and the others one after the other.  Each has a folder of its own, as if it had been started
-alone; what is done is not done again, and what was stopped goes on.  Other options are those of the experiment.
+Runs that differ in seeds and in options that are arguments of programs, such as guidance_scale, go side by side: their
+trainings and samplers are one program.  Each run has a folder of its own, as if it had been started alone.  Finished
+runs are not done again, and stopped ones go on.  Other options are those of the experiment.
 """
 
 import contextlib
@@ -15,18 +15,22 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 from tqdm import tqdm
 
-from experiments import contract, runtime, tables
-from experiments.contract import Config, ConfigError
+from experiments import tables
+from experiments.lab import command, config, start
+from experiments.lab.config import Config, ConfigError, of_program
 from experiments.lab.experiment import Experiment, find
-from gendiff import command, distributed
+from experiments.lab.folder import Folder, write
+from experiments.lab.progress import Progress
+from experiments.lab.table import markdown
+from gendiff import distributed
+from gendiff.command import BAD_INPUT, say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.output is not None:
-            contract.check_local("--output", self.output)
+            config.check_local("--output", self.output)
         if self.at_once < 1:
             raise ConfigError(f"--at-once: expected 1 or more, given {self.at_once}")
 
@@ -72,7 +76,7 @@ def seeds(text: str) -> list[int]:
     count = max(found.stop - found.start, 0) if isinstance(found, range) else len(found)
     if not 1 <= count <= MOST:
         raise ConfigError(f"--seeds must name 1 to {MOST:,} seeds, got {text}, which names {count:,}")
-    contract.check_distinct("--seeds", found)
+    config.check_distinct("--seeds", found)
     return list(found)
 
 
@@ -88,7 +92,7 @@ def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
             known = ", ".join(field for field in fields if field not in ("seed", "output", "preset"))
             raise ConfigError(f"--grid: expected each of these fields once at most ({known}), given {name}")
         values[name] = given.split(",")
-        contract.check_distinct(f"--grid {name}", values[name])
+        config.check_distinct(f"--grid {name}", values[name])
     if (count := math.prod(map(len, values.values()))) > MOST:
         raise ConfigError(f"--grid must have at most {MOST:,} combinations, got {count:,}")
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
@@ -103,7 +107,7 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
     planned: list[Planned] = []
     names: dict[Any, str] = {}
     one_seed = [f"--{what.seeds}", "1"] if what.seeds else []
-    fields = [field.name for field in dataclasses.fields(what.config)]
+    fields = [name for name, _, _ in config.options(what.presets["default"])]
     points, numbers = grid(options.grid, fields), seeds(options.seeds)
     if (count := len(points) * len(numbers)) > MOST:
         raise ConfigError(f"--seeds, --grid must give at most {MOST:,} runs, got {count:,}")
@@ -111,61 +115,59 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
         name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
         words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
         own = [*one_seed, *others, *words, "--seed", str(seed), "--output", str(folder / name)]
-        config = contract.parse(what.config, what.presets, own)
-        for same in (name, dataclasses.replace(config, output=None)):  # such as a-b of a/b, and 1 and 1.0
+        parsed = config.parse(what.config, what.presets, own)
+        for same in (name, dataclasses.replace(parsed, output=None)):  # such as a-b of a/b, and 1 and 1.0
             if same in names:
                 raise ConfigError(f"--grid must give different runs, got {names[same]} and {name}, which are the same")
             names[same] = name
-        planned.append(Planned(name, config))
+        planned.append(Planned(name, parsed))
     return planned
 
 
 def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
-    """Does what is not done yet, and returns what went wrong, by run."""
-    done = distributed.first(lambda: [each.name for each in planned if finished(what, each)])
-    waiting = [each for each in planned if each.name not in done]
+    """Do the runs that are not finished, and return their errors, by run."""
+    done = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
     failed: dict[str, BaseException] = {}
     bar = tqdm(
         total=len(planned), initial=len(done), desc=f"sweep of {what.name}", unit=" runs", file=sys.stderr,
         disable=not distributed.is_first(),
     )  # fmt: skip
-    counts = {"programs": 0, "of several runs": 0}
-
-    def note(calls: int, as_one: int) -> None:
-        counts["programs"] += 1
-        counts["of several runs"] += as_one > 1
-        bar.set_postfix(counts)
-
-    for first in range(0, len(waiting), at_once):
-        part = waiting[first : first + at_once]
+    for part in parts([run for run in planned if run.name not in done], at_once):
+        bar.set_postfix({"side by side": len(part)})
         with quiet():  # as many bars as runs would overwrite each other; their metrics.jsonl have it all
-            outcomes = contract.side_by_side([partial(what.run, each.config) for each in part], note)
-        for each, outcome in zip(part, outcomes, strict=True):
-            if outcome.error is None:
-                bar.update()
-            elif isinstance(outcome.error, distributed.Preempted):
-                raise outcome.error
+            outcomes = what.run_all([run.config for run in part])
+        for run, outcome in zip(part, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                failed[run.name] = outcome
             else:
-                failed[each.name] = outcome.error
+                bar.update()
     bar.close()
-    kept = distributed.first(lambda: [each.name for each in planned if finished(what, each)])
-    for each in planned:
-        if each.name not in kept:
-            gone = OSError(f"{each.config.output} must have its results, but they are gone: run the same command again")
-            failed.setdefault(each.name, gone)
+    kept = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
+    for run in planned:
+        if run.name not in kept:
+            gone = OSError(f"{run.config.output} must have its results, but they are gone: run the same command again")
+            failed.setdefault(run.name, gone)
     return failed
 
 
+def parts(planned: Sequence[Planned], at_once: int) -> list[list[Planned]]:
+    """Runs that go side by side, at most so many: those that share their programs."""
+    groups: dict[Any, list[Planned]] = {}
+    for run in planned:
+        groups.setdefault(of_program(run.config), []).append(run)
+    return [group[i : i + at_once] for group in groups.values() for i in range(0, len(group), at_once)]
+
+
 @contextlib.contextmanager
-def quiet() -> Any:
+def quiet() -> Iterator[None]:
     """Without the progress bars of the runs."""
-    before = contract.Progress.bars
-    contract.Progress.bars = False
+    before = Progress.bars
+    Progress.bars = False
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        contract.Progress.bars = before
+        Progress.bars = before
 
 
 def finished(what: Experiment, planned: Planned) -> bool:
@@ -175,7 +177,7 @@ def finished(what: Experiment, planned: Planned) -> bool:
     warnings: list[str] = []
     if not (folder / "results.json").exists() or not (run := tables.read(folder, warnings.append)) or run.rows is None:
         return False
-    return contract.Folder.check(folder, what.name, planned.config)
+    return Folder.check(folder, what.name, planned.config)
 
 
 def report(folder: Path, planned: Sequence[Planned]) -> str:
@@ -193,7 +195,7 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
             [name, *[tables.shown(row.metrics.get(column.metric), column) for column in titles], str(count)]
             for name, (row, count) in rows.items()
         ]
-        blocks.append(f"{tables.describe(table.first)}\n\n{contract.markdown(head, body)}")
+        blocks.append(f"{tables.describe(table.first)}\n\n{markdown(head, body)}")
         document.append(
             {
                 "config": {name: value for name, value in table.first.config.items() if name != "seed"},
@@ -206,8 +208,8 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
         )
     text = "\n\n".join([*blocks, *warnings])
     page = f"# Sweep\n\n{text}\n\nMeans over seeds, 95 % intervals (Student's).\n"
-    distributed.first(lambda: contract.write(folder / "table.md", page))
-    distributed.first(lambda: contract.write(folder / "sweep.json", json.dumps(document, indent=2) + "\n"))
+    distributed.first(lambda: write(folder / "table.md", page))
+    distributed.first(lambda: write(folder / "sweep.json", json.dumps(document, indent=2) + "\n"))
     return text
 
 
@@ -215,32 +217,32 @@ def main() -> None:
     """The command line."""
 
     def work() -> dict[str, BaseException]:
-        runtime.start()
+        start.start()
         options, what, planned, folder = distributed.everywhere(asked)
-        contract.agree("the sweep", planned)
-        distributed.first(lambda: contract.make_folder(folder))
+        command.agree("the sweep", planned)
+        distributed.first(lambda: config.make_folder(folder))
         failed = sweep(what, planned, folder, options.at_once)
         table = report(folder, planned)
         if distributed.is_first():
-            command.say(f"{table}\n\nTable and runs: {folder}")
+            say(f"{table}\n\nTable and runs: {folder}")
         return failed
 
-    failed = contract.guarded(work)
+    failed = command.guarded(work)
     for name, error in failed.items():
-        if contract.traced():
+        if command.traced():
             traceback.print_exception(error)
         print(f"{distributed.name()}error: {name}: {error}", file=sys.stderr)
     if failed:
-        mendable = all(isinstance(error, contract.MENDABLE) for error in failed.values())
-        raise SystemExit(command.BAD_INPUT if mendable else 1)
+        mendable = all(isinstance(error, command.MENDABLE) for error in failed.values())
+        raise SystemExit(BAD_INPUT if mendable else 1)
 
 
 def asked() -> tuple[Options, Experiment, list[Planned], Path]:
     """What the command line asks for."""
-    contract.check_words(sys.argv[1:])
+    config.check_words(sys.argv[1:])
     options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
     what = find(options.experiment)
-    folder = options.output or Path("results") / "sweeps" / what.name / contract.preset_of(others)
+    folder = options.output or Path("results") / "sweeps" / what.name / config.preset_of(others)
     return options, what, plan(what, options, others, folder), folder
 
 

@@ -17,7 +17,11 @@ TOY = """
     import dataclasses, sys, time
     from pathlib import Path
     import numpy as np
-    from experiments.contract import Column, Config, Folder, Progress, Row, main
+    from experiments.lab.command import main
+    from experiments.lab.config import Config
+    from experiments.lab.folder import Folder
+    from experiments.lab.progress import Progress
+    from experiments.lab.table import Column, Row
     from gendiff.metrics import rates
 
     @dataclasses.dataclass(frozen=True)
@@ -206,7 +210,7 @@ def test_what_a_script_starts_with_an_ampersand_heeds_sigterm_alone(name, status
 CACHES = """
     import json, os, sys
     from pathlib import Path
-    from experiments import runtime
+    from experiments.lab import start
     import jax
 
     def started(settings, work):
@@ -215,7 +219,7 @@ CACHES = """
             for name, value in settings.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
             try:
-                runtime.start()
+                start.start()
                 work()
                 os.write(write, str(jax.config.jax_compilation_cache_dir).encode())
             except BaseException as error:

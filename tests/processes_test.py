@@ -300,7 +300,7 @@ def test_a_table_is_the_same_after_a_kill_and_on_other_numbers_of_processes(tmp_
 def test_a_run_of_a_sweep_that_fails_on_one_process_ends_all(tmp_path):
     folder = tmp_path / "sweep"
     (folder / "seed-0").mkdir(parents=True)
-    (folder / "seed-0" / "config.json").write_text('{"experiment": "other"}')
+    (folder / "seed-0" / "config.json").write_text('{"experiment": "other", "format": 2}')
     job = experiment(
         2, folder, tmp_path / "logs", "experiments.sweep", "genneg.checkerboard", "--seeds", "0:2", "--at-once", "1"
     )

@@ -358,24 +358,26 @@ class Evaluation(NamedTuple):
 
 def evaluate(lab: Lab, name: str, setup: genneg.Problem, model: rows.Model, made: Sequence[str]) -> None:
     """Measure a model and add its row; the phases `made` are its oracle calls and its wall-clock time."""
-    config = lab.config
-    scale = lambda run: run.config.guidance_scale
-
-    def compute(members: list[Run]) -> list[Evaluation]:
-        drawn = rows.samples(
-            lab, members, f"evaluate {name}", setup, model, lambda run: run.key(SAMPLES), config.samples, config.batch,
-            scale,
-        )  # fmt: skip
-        good = [genneg.verdicts(setup.oracle, points) for points, _ in drawn]
-        test, bound = board(config, TEST, config.elbo_points), elbo(config.elbo_levels)
-        elbos = rows.bounds(lab, members, setup, bound, model, test, lambda run: run.key(ELBO), scale)
-        return [
-            Evaluation(points[:10_000], points[valid][:100_000], tally(config, points), bounds)
-            for (points, _), valid, bounds in zip(drawn, good, elbos, strict=True)
-        ]
-
+    compute = lambda members: evaluations(lab, members, name, setup, model)
     lab.together(f"evaluate/{name}", compute, Evaluation)
     lab.each(lambda run: run.add(name, measured(run, name, model(run), made), PAPER.get(name)))
+
+
+def evaluations(
+    lab: Lab, members: Sequence[Run], name: str, setup: genneg.Problem, model: rows.Model
+) -> list[Evaluation]:
+    """Samples and their verdicts, and the ELBO of the test points with the same noise for every model."""
+    config, phase = lab.config, f"evaluate {name}"
+    scale = lambda run: run.config.guidance_scale
+    size = config.samples, config.batch
+    drawn = rows.samples(lab, members, phase, setup, model, lambda run: run.key(SAMPLES), *size, scale)
+    test, bound = board(config, TEST, config.elbo_points), elbo(config.elbo_levels)
+    elbos = rows.bounds(lab, members, setup, bound, model, test, lambda run: run.key(ELBO), scale)
+    found = []
+    for (points, _), bounds in zip(drawn, elbos, strict=True):
+        good = genneg.verdicts(setup.oracle, points)
+        found.append(Evaluation(points[:10_000], points[good][:100_000], tally(config, points), bounds))
+    return found
 
 
 @by_value

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from experiments.lab import command, phases
 from experiments.lab.config import Config, ConfigError
 from experiments.lab.phases import Lab, Run
@@ -81,6 +83,8 @@ class Experiment(NamedTuple):
         try:
             return phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
         except Exception as error:
+            if jax.process_count() > 1:  # the other processes wait in their next collective
+                command.end(error)
             return error
 
     def _finished(self, members: list[Run]) -> Results | BaseException:

@@ -27,7 +27,10 @@ import jax.numpy as jnp
 
 from experiments.censoring import mnist
 from experiments.censoring.mnist import MnistConfig
-from experiments.contract import Between, Column, Distinct, Folder, Results, main
+from experiments.lab.command import main
+from experiments.lab.config import Between, Distinct
+from experiments.lab.folder import Folder
+from experiments.lab.table import Column, Results
 from experiments.speed import ours_censoring, table
 from experiments.speed.table import Measured, Sides, TimedConfig, Work, flops
 from gendiff.metrics.rates import Estimate

@@ -21,7 +21,10 @@ time of the work at that rate.
 import dataclasses
 from typing import Annotated, Any
 
-from experiments.contract import Between, Column, Distinct, Folder, Results, main
+from experiments.lab.command import main
+from experiments.lab.config import Between, Distinct
+from experiments.lab.folder import Folder
+from experiments.lab.table import Column, Results
 from experiments.genneg import checkerboard
 from experiments.genneg.checkerboard import CheckerboardConfig
 from experiments.speed import table

@@ -21,7 +21,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from experiments.censoring import mnist
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
+from experiments.lab.command import main
+from experiments.lab.config import Between, Config
+from experiments.lab.folder import Folder
+from experiments.lab.progress import Progress
+from experiments.lab.table import Column, Results, Row
 from experiments.speed import table
 from gendiff import losses, nets, process, training
 from gendiff.data import mnist as digits

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
-from experiments import runtime
+from experiments.lab import start
 from experiments.genneg import checkerboard
 from experiments.genneg.checkerboard import CheckerboardConfig
 from gendiff import distributed, losses, potential, programs
@@ -36,7 +36,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     Returns:
       The programs, and what `rival.prepare` needs, its "answers" apart.
     """
-    runtime.start()
+    start.start()
     config = CheckerboardConfig(**setup["fields"])
     problem, key = checkerboard.problem(config), jax.random.key(setup["seed"])
     theta, classifiers = networks(config, max(setup["members"]), setup["seed"])

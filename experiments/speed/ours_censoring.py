@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import runtime
+from experiments.lab import start
 from experiments.censoring import mnist
 from experiments.censoring.mnist import MnistConfig
 from experiments.speed import ours
@@ -42,7 +42,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     Returns:
       The programs, and what `rival_censoring.prepare` needs, its "answers" apart.
     """
-    runtime.start()
+    start.start()
     programs: dict[str, Callable[[], Any]] = {"matmul/gendiff": ours.matmul(setup["matmul"], setup["matmul"], 1)}
     told: dict[str, Any] = {"nets": {}, "answers": {}, "scale": SCALE, "labelled": LABELLED}
     chain = process.ddpm(process.linear_betas(1000))

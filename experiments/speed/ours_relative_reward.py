@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import runtime
+from experiments.lab import start
 from experiments.relative_reward import maze2d
 from experiments.relative_reward.maze2d import MazeConfig
 from experiments.speed import memory, ours
@@ -41,7 +41,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     Returns:
       The programs, and what `rival_relative_reward.prepare` needs, its "answers" and "peak" (bytes) apart.
     """
-    runtime.start()
+    start.start()
     config, key = maze2d.PRESETS[setup["preset"]], jax.random.key(setup["seed"])
     base, expert, reward = networks(config, setup["seed"])
     inputs, answers = questions(config, base, expert, reward, key)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments import runtime
+from experiments.lab import start
 from experiments.genneg import traffic
 from experiments.genneg.traffic import TrafficConfig
 from experiments.speed import ours
@@ -50,7 +50,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     Returns:
       The programs, and what `rival_traffic.prepare` needs, its "answers" apart.
     """
-    runtime.start()
+    start.start()
     config, key = settings_of(setup), jax.random.key(setup["seed"])
     problem, guided = traffic.problem(config), networks(config, setup["seed"])
     vehicles, places = scenes(JUDGED, setup["cells"], setup["seed"])

@@ -26,7 +26,10 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.contract import Between, Column, Folder, Results, main
+from experiments.lab.command import main
+from experiments.lab.config import Between
+from experiments.lab.folder import Folder
+from experiments.lab.table import Column, Results
 from experiments.relative_reward import maze2d
 from experiments.speed import ours_relative_reward as ours
 from experiments.speed import table

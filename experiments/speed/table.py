@@ -18,7 +18,10 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr
 
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row
+from experiments.lab.config import Between, Config
+from experiments.lab.folder import Folder
+from experiments.lab.progress import Progress
+from experiments.lab.table import Column, Results, Row
 from experiments.speed.worker import Worker
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate

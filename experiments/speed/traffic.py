@@ -24,7 +24,10 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.contract import Between, ConfigError, Folder, Results, main
+from experiments.lab.command import main
+from experiments.lab.config import Between, ConfigError
+from experiments.lab.folder import Folder
+from experiments.lab.table import Results
 from experiments.genneg import traffic
 from experiments.genneg.traffic import TrafficConfig
 from experiments.speed import ours_traffic as ours

@@ -14,26 +14,27 @@ import numpy as np
 import pytest
 
 from experiments.genneg import checkerboard
+from experiments.lab.phases import Lab, Run
 from gendiff.checkpoint import Archive
 from gendiff.methods import genneg
 
 TINY = [
     "--preset", "smoke",
-    "--width", "16",
-    "--depth", "1",
-    "--classifier-depth", "1",
+    "--network.width", "16",
+    "--network.depth", "1",
+    "--classifier-network.depth", "1",
     "--rounds", "2",
-    "--baseline-steps", "200",
-    "--classifier-steps", "40",
-    "--student-steps", "40",
+    "--baseline.steps", "200",
+    "--classifier.steps", "40",
+    "--student.steps", "40",
     "--samples", "400",
-    "--draw-budget", "800",
-    "--per-class", "100",
+    "--draws.budget", "800",
+    "--draws.per-class", "100",
     "--elbo-points", "50",
     "--elbo-levels", "4",
     "--stored", "256",
-    "--smc-particles", "32",
-    "--smc-steps", "6",
+    "--smc.particles", "32",
+    "--smc.steps", "6",
     "--sampler-steps", "8",
 ]  # fmt: skip
 NAMES = ["data", "baseline", "round-1-unweighted", "round-1", "distilled-1", "round-2", "distilled-2", "rejection",
@@ -121,8 +122,8 @@ def test_guidance_scaled_by_two_is_that_of_two_equal_classifiers() -> None:
 
     def evaluation(guided: genneg.Guided, scale: float) -> checkerboard.Evaluation:
         at = replace(config, guidance_scale=scale)
-        run = checkerboard.Run(at, Archive(None), lambda *_: None, 0)
-        return run.evaluate("it", guided, run.problem)
+        run = Run(at, 0, None, Archive(None), lambda *_: None)
+        return checkerboard.evaluations(Lab([run]), [run], "it", checkerboard.problem(at), lambda run: guided)[0]
 
     once, twice, both = evaluation(one, 1.0), evaluation(one, 2.0), evaluation(two, 1.0)
     np.testing.assert_allclose(evaluation(one, 0.0).elbo, evaluation(none, 1.0).elbo, rtol=1e-4, atol=1e-5)
@@ -193,14 +194,14 @@ import dataclasses, sys
 from pathlib import Path
 
 import jax, tyro
-from experiments import runtime
+from experiments.lab import start
 from experiments.genneg import checkerboard
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **more: compiled.append(more.get("fun_name")) if "backend_compile" in event else None
 )
-runtime.start()
+start.start()
 first = tyro.cli(checkerboard.CheckerboardConfig, default=checkerboard.PRESETS["smoke"], args=sys.argv[2:])
 for name, changes in {
     "first": {}, "values": {"seed": 3, "guidance_scale": 2.0}, "steps": {"sampler_steps": 7, "seed": 3}

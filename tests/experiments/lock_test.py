@@ -11,13 +11,14 @@ import time
 
 import pytest
 
-from experiments import lock
-from experiments.contract import Config, ConfigError, Folder
+from experiments.lab import lock
+from experiments.lab.config import Config, ConfigError
+from experiments.lab.folder import Folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments import lock
+from experiments.lab import lock
 lock.take(Path(sys.argv[1]))
 print("taken", flush=True)
 time.sleep(60)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.contract import ConfigError, parse
+from experiments.lab.config import ConfigError, parse
 from experiments.relative_reward import maze2d
 from gendiff.data.episodes import Episodes, Windows
 from gendiff.methods.relative_reward import PUBLISHED

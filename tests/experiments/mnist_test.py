@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments.censoring import mnist
-from experiments.contract import ConfigError, Folder, parse
+from experiments.lab.config import ConfigError, parse
+from experiments.lab.folder import Folder
 from gendiff.checkpoint import Archive
 from gendiff.convert import resnet as convert
 from gendiff.data import drawn_sevens

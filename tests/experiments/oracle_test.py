@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.censoring import oracle
-from experiments.contract import ConfigError
+from experiments.lab.config import ConfigError
 from gendiff.data import mnist
 from gendiff.feedback import consensus, labels
 from gendiff.feedback.samples import content_hash

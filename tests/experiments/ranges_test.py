@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from experiments import contract, sweep
-from experiments.contract import Between, Config, ConfigError
+from experiments.lab.config import Between, Config, ConfigError
 from experiments.lab.experiment import find
 
 PAPERS = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
@@ -78,7 +78,7 @@ def test_every_number_out_of_range_is_one_error(name: str) -> None:
 def test_a_command_says_it_in_one_line_with_status_2(
     name: str, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("experiments.runtime.start", lambda: None)
+    monkeypatch.setattr("experiments.lab.start.start", lambda: None)
     monkeypatch.setattr("sys.argv", ["experiment", *words])
     known = presets(name)
     with pytest.raises(SystemExit) as left:

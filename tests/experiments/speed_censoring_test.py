@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.censoring import mnist
-from experiments.contract import ConfigError, Folder, parse
+from experiments.lab.config import ConfigError, parse
+from experiments.lab.folder import Folder
 from experiments.speed import censoring, ours_censoring, table
 from experiments.speed.worker import Worker
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.contract import ConfigError, Folder, parse
+from experiments.lab.config import ConfigError, parse
+from experiments.lab.folder import Folder
 from experiments.relative_reward import maze2d
 from experiments.speed import memory, ours_relative_reward, relative_reward, table
 from experiments.speed.worker import Worker

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.contract import ConfigError, parse
+from experiments.lab.config import ConfigError, parse
 from experiments.speed import genneg, table
 from experiments.speed.worker import Worker
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.contract import ConfigError, parse
+from experiments.lab.config import ConfigError, parse
 from experiments.genneg import traffic as experiment
 from experiments.speed import ours_traffic, table, traffic
 from experiments.speed.worker import Worker

@@ -12,12 +12,12 @@ from scipy import stats
 
 from experiments import sweep
 from experiments.censoring import mnist
-from experiments.contract import Column, Config, ConfigError, Folder, Row
 from experiments.genneg import checkerboard, traffic
+from experiments.lab.config import Config, ConfigError
 from experiments.lab.experiment import Experiment, find
-from gendiff import training
+from experiments.lab.table import Column
 from gendiff.metrics import rates
-from gendiff.training import Settings, Task
+from gendiff.training import Settings, Task, Training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +33,21 @@ def follow(mean):
     return Task(lambda w, key, x: (w - x) ** 2, lambda key: mean + jax.random.normal(key, (8,)))
 
 
-def toy_run(config):
-    folder = Folder("toy", config)
-    if config.seed == config.fail:
-        raise ValueError("the toy fails")
-    settings = Settings(config.steps, config.rate, every=4)
-    fit = lambda: {
-        "w": training.train(jax.random.key(config.seed), np.float32(0.0), follow, jnp.float32(1), settings).best
-    }
-    value = float(folder.archive.once("fit", fit)["w"])
-    return folder.finish([Row("w", {"value": rates.exact(value)})], [Column("value", "value")])
+def toy_table(lab):
+    def fail(run):
+        if run.seed == run.config.fail:
+            raise ValueError("the toy fails")
+
+    def asked(run):
+        settings = Settings(run.config.steps, run.config.rate, every=4)
+        return Training(jax.random.key(run.seed), np.float32(0.0), follow, jnp.float32(1), settings)
+
+    lab.each(fail)
+    lab.train("fit", asked, lambda run, state: {"w": state.best})
+    lab.each(lambda run: run.add("w", {"value": rates.exact(float(run["fit"]["w"]))}))
 
 
-TOY = Experiment("toy", ToyConfig, {"default": ToyConfig()}, toy_run)
+TOY = Experiment("toy", ToyConfig, {"default": ToyConfig()}, toy_table, (Column("value", "value"),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class PathConfig(Config):
     """Some data."""
 
 
-PATHS = Experiment("paths", PathConfig, {"default": PathConfig()}, toy_run)
+PATHS = Experiment("paths", PathConfig, {"default": PathConfig()}, toy_table)
 
 
 def many(count):
@@ -77,7 +79,7 @@ def test_the_table_is_the_mean_of_runs_alone(tmp_path):
     for each in document:
         config = ToyConfig(rate=each["config"]["rate"])
         alone = [
-            toy_run(dataclasses.replace(config, seed=seed, output=tmp_path / f"{config.rate}-{seed}")).rows[0]
+            TOY.run(dataclasses.replace(config, seed=seed, output=tmp_path / f"{config.rate}-{seed}")).rows[0]
             for seed in range(3)
         ]
         values = [row.metrics["value"].value for row in alone]
@@ -86,6 +88,17 @@ def test_the_table_is_the_mean_of_runs_alone(tmp_path):
         low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
         np.testing.assert_allclose([found["low"], found["high"]], [low, high], rtol=1e-4)
         assert each["seeds"] == [0, 1, 2]
+
+
+def test_runs_of_one_program_go_side_by_side(tmp_path):
+    """Seeds and options marked as arguments of programs do not part runs; others do."""
+    every = planned(tmp_path, "rate=0.05,0.1", seeds="0:5")
+    found = sweep.parts(every, 3)
+    assert [len(part) for part in found] == [3, 2, 3, 2]
+    assert all(len({run.config.rate for run in part}) == 1 for part in found)
+    what = find("genneg.checkerboard")
+    scales = sweep.plan(what, sweep.Options(what.name, "0:2", ("guidance_scale=0.5,1,2",)), (), tmp_path)
+    assert [len(part) for part in sweep.parts(scales, 8)] == [6]
 
 
 def test_what_is_done_is_not_done_again_and_what_fails_leaves_the_rest(tmp_path):
@@ -115,12 +128,12 @@ def test_damaged_results_are_made_again(tmp_path, text):
 def test_results_that_are_removed_during_the_sweep_are_told(tmp_path):
     every = planned(tmp_path, seeds="0:2")
 
-    def run(config):
-        if config.seed == 1:
+    def table(lab):
+        if lab.runs[0].seed == 1:
             shutil.rmtree(tmp_path / "seed-0")
-        return toy_run(config)
+        toy_table(lab)
 
-    failed = sweep.sweep(TOY._replace(run=run), every, tmp_path, 1)
+    failed = sweep.sweep(TOY._replace(table=table), every, tmp_path, 1)
     assert {name: str(error) for name, error in failed.items()} == {
         "seed-0": f"{tmp_path / 'seed-0'} must have its results, but they are gone: run the same command again"
     }
@@ -190,7 +203,7 @@ def test_bad_input_is_named(call, message):
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sweep, "find", lambda name: TOY)
-    monkeypatch.setattr("experiments.runtime.start", lambda: None)
+    monkeypatch.setattr("experiments.lab.start.start", lambda: None)
     arguments = ["toy", "--seeds", "0,2", "--grid", "rate=0.1", "steps=4,8", "--output", str(tmp_path), "--fail=7"]
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
     sweep.main()

@@ -16,7 +16,8 @@ from scipy import stats
 
 from experiments import contract, tables
 from experiments.censoring import mnist
-from experiments.contract import Folder, Row
+from experiments.lab.folder import Folder
+from experiments.lab.table import Row
 from experiments.genneg import checkerboard, traffic
 from experiments.relative_reward import maze2d
 from gendiff.metrics import rates

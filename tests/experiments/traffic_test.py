@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.contract import ConfigError, parse
+from experiments.lab.config import ConfigError, parse
 from experiments.genneg import traffic
 from gendiff.data import traffic as data
 from gendiff.methods import genneg

@@ -9,7 +9,7 @@ MODE is `everything`, or a long training with checkpoints in FOLDER: `train`, `s
 import os
 import sys
 import time
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import runtime
-from experiments.contract import guarded
+from experiments.lab import start
+from experiments.lab.command import guarded
 from gendiff import (
     checkpoint,
     distributed,
@@ -28,9 +28,9 @@ from gendiff import (
     losses,
     process,
     programs,
+    runs,
     sampling,
     smc,
-    together,
     training,
 )
 from gendiff.checkpoint import Archive, Checkpoints
@@ -150,10 +150,6 @@ def pieces() -> dict[str, Any]:
     }
 
 
-def alone(seed: int) -> Any:
-    return training.train(jax.random.key(seed), START, drawn, DATA, SETTINGS).last
-
-
 def trainings() -> dict[str, Any]:
     mesh = distributed.make_mesh()
     key = jax.random.key(2)
@@ -165,9 +161,10 @@ def trainings() -> dict[str, Any]:
     batches = [np.roll(DATA, -i, axis=0)[:16][mine] for i in range(12)]
     own = {"shift": np.arange(5, dtype=np.float32)}
     start = jax.tree.map(lambda a: np.stack([a] * 5), START)
-    runs = lambda host: training.train(
+    k_runs = lambda host: training.train(
         training.keys(key, 5), start, of_run, (DATA, own), SETTINGS, host, own=(False, True)
     )
+    several = [training.Training(jax.random.key(seed), START, drawn, DATA, SETTINGS) for seed in range(3)]
     found = {
         "drawn": training.train(key, START, drawn, DATA, SETTINGS, host).best,
         "sharded": training.train(key, WIDE, wide, DATA, SETTINGS, Host(mesh, fully_sharded=True)).best,
@@ -178,9 +175,9 @@ def trainings() -> dict[str, Any]:
             key, START, drawn, DATA, Settings(400, 0.5, every=4, patience=8, schedule="constant")
         ),
         "batches": training.train(key, START, given, (), SETTINGS, host, batches).last,
-        "replicas": runs(Host()).last,
-        "shared": runs(Host(distributed.make_mesh(None, 2))).last,
-        "together": [run.value for run in together.runs([partial(alone, seed) for seed in range(3)])],
+        "replicas": k_runs(Host()).last,
+        "shared": k_runs(Host(distributed.make_mesh(None, 2))).last,
+        "together": [state.last for state in runs.train(several)],
     }
     ended = found.pop("patient")
     assert 8 < ended.step < 400, ended.step
@@ -272,7 +269,7 @@ def main() -> None:
     folder, mode = Path(sys.argv[1]), sys.argv[2]
 
     def work() -> dict[str, Any]:
-        runtime.start()
+        start.start()
         if os.environ.get("FULL") == str(jax.process_index()):  # as the disk of one host
             checkpoint.shutil.disk_usage = lambda folder: SimpleNamespace(free=0)
         if mode != "everything":

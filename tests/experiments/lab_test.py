@@ -1,4 +1,4 @@
-"""The contract of every experiment: options, folders, errors, files."""
+"""Options, folders, errors and files of every experiment."""
 
 import dataclasses
 import importlib
@@ -14,8 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import contract, lock
-from experiments.contract import Between, Column, Config, ConfigError, Folder, Row
+from experiments.lab import command, config, lock, origin
+from experiments.lab.config import Between, Config, ConfigError
+from experiments.lab.folder import Folder, write
+from experiments.lab.table import Column, Row
 from gendiff.metrics import rates
 
 
@@ -31,20 +33,20 @@ PRESETS = {"smoke": TinyConfig(preset="smoke", size=1), "default": TinyConfig()}
 
 
 def test_options_override_the_preset() -> None:
-    parsed = contract.parse(TinyConfig, PRESETS, ["--preset", "smoke", "--seed", "4"])
+    parsed = config.parse(TinyConfig, PRESETS, ["--preset", "smoke", "--seed", "4"])
     assert (parsed.preset, parsed.size, parsed.seed) == ("smoke", 1, 4)
-    assert contract.parse(TinyConfig, PRESETS, ["--size", "7"]).size == 7
+    assert config.parse(TinyConfig, PRESETS, ["--size", "7"]).size == 7
 
 
 def test_unknown_preset_is_named() -> None:
     with pytest.raises(ConfigError, match="--preset: expected one of smoke, default, given big"):
-        contract.parse(TinyConfig, PRESETS, ["--preset", "big"])
+        config.parse(TinyConfig, PRESETS, ["--preset", "big"])
 
 
 @pytest.mark.parametrize("size", ["0", "11"])
 def test_option_out_of_range_is_named(size: str) -> None:
     with pytest.raises(ConfigError, match=f"--size must be 1 to 10, got {size}"):
-        contract.parse(TinyConfig, PRESETS, ["--size", size])
+        config.parse(TinyConfig, PRESETS, ["--size", size])
 
 
 def test_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -61,12 +63,12 @@ def test_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_results_have_the_contract_s_shape(tmp_path: Path) -> None:
+def test_results_have_one_shape(tmp_path: Path) -> None:
     folder = Folder("tiny", TinyConfig(output=tmp_path))
     rows = [Row("baseline", {"infraction_rate": rates.rate(1, 8)}, {"infraction_rate": 0.0003})]
     results = folder.finish(rows, [Column("infraction_rate", "infraction %", percent=True)])
     document = json.loads((tmp_path / "results.json").read_text())
-    assert set(document) == {"experiment", "commit", "device", "processes", "config", "rows"}
+    assert set(document) == {"experiment", "format", "commit", "device", "processes", "config", "rows"}
     row = document["rows"][0]
     assert (row["name"], row["paper"]) == ("baseline", {"infraction_rate": 0.0003})
     assert set(row["metrics"]["infraction_rate"]) == {"value", "low", "high", "n"}
@@ -83,12 +85,12 @@ def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
 
 def test_code_is_the_commit_and_its_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"rev-parse": "abc\n", "status": " M a.py\n", "diff": "+1"}
-    monkeypatch.setattr(contract, "_git", lambda *words: answers[words[0]])
-    one = contract.code()
+    monkeypatch.setattr(origin, "_git", lambda *words: answers[words[0]])
+    one = origin.code()
     answers["diff"] = "+2"
-    assert contract.commit() == "abc+changes"
+    assert origin.commit() == "abc+changes"
     assert one.startswith("abc+changes")
-    assert one != contract.code()
+    assert one != origin.code()
 
 
 @pytest.mark.parametrize(
@@ -102,10 +104,10 @@ def test_an_error_of_jax_is_ours_or_means_that_another_process_was_lost(
         raise jax.errors.JaxRuntimeError(message)
 
     with pytest.raises(jax.errors.JaxRuntimeError):  # of one process: as it is
-        contract.guarded(work)
+        command.guarded(work)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(SystemExit) as left:
-        contract.guarded(work)
+        command.guarded(work)
     assert left.value.code == status
     said = capsys.readouterr().err
     assert message in said
@@ -158,8 +160,8 @@ DAMAGES = [lambda path: path.unlink(), lambda path: path.write_text(""), lambda 
 @pytest.mark.parametrize("damage", [*DAMAGES, lambda path: path.write_bytes(path.read_bytes()[:20] + b"\xff")])
 @pytest.mark.parametrize("names", [["config.json"], ["checkpoints/config.json"], "both, after the results are written"])
 def test_a_lost_configuration_is_written_again(tmp_path, damage, names):
-    config = TinyConfig(output=tmp_path / "run")
-    folder = Folder("tiny", config)
+    tiny = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", tiny)
     folder.archive.once("phase", lambda: {"a": np.ones(2)})
     before = (folder.path / "config.json").read_text()
     if isinstance(names, str):
@@ -168,8 +170,8 @@ def test_a_lost_configuration_is_written_again(tmp_path, damage, names):
     for name in names:
         damage(folder.path / name)
     with pytest.raises(ConfigError, match=r"holds another configuration \(size: expected 3, given 4\)"):
-        Folder("tiny", dataclasses.replace(config, size=4))
-    again = Folder("tiny", config)
+        Folder("tiny", dataclasses.replace(tiny, size=4))
+    again = Folder("tiny", tiny)
     assert again.archive.once("phase", lambda: {"a": np.zeros(2)})["a"].tolist() == [1, 1]
     for name in ("config.json", "checkpoints/config.json"):
         assert (folder.path / name).read_text() == before
@@ -177,17 +179,17 @@ def test_a_lost_configuration_is_written_again(tmp_path, damage, names):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_without_any_configuration_the_remedy_is_an_empty_folder(tmp_path, damage):
-    config = TinyConfig(output=tmp_path / "run")
-    folder = Folder("tiny", config)
+    tiny = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", tiny)
     folder.log(a=1)
     folder.archive.once("phase", lambda: {"a": np.ones(2)})
     for name in ("config.json", "checkpoints/config.json"):
         damage(folder.path / name)
     with pytest.raises(ConfigError, match=r"neither config\.json nor its copy .* or empty this one"):
-        Folder("tiny", config)
+        Folder("tiny", tiny)
     shutil.rmtree(folder.path)
     folder.path.mkdir()
-    Folder("tiny", config).finish([], [])
+    Folder("tiny", tiny).finish([], [])
 
 
 def test_what_a_killed_run_left_of_its_beginning_is_no_obstacle(tmp_path):
@@ -199,12 +201,12 @@ def test_what_a_killed_run_left_of_its_beginning_is_no_obstacle(tmp_path):
 
 def test_the_configuration_beside_the_checkpoints_counts(tmp_path):
     """A flipped digit in config.json parts no run from its checkpoints."""
-    config = TinyConfig(output=tmp_path / "run")
-    folder = Folder("tiny", config)
+    tiny = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", tiny)
     folder.archive.once("phase", lambda: {"a": np.ones(2)})
     before = (folder.path / "config.json").read_text()
     (folder.path / "config.json").write_text(before.replace('"seed": 0', '"seed": 1'))
-    assert Folder("tiny", config).archive.once("phase", lambda: {"a": np.zeros(2)})["a"].tolist() == [1, 1]
+    assert Folder("tiny", tiny).archive.once("phase", lambda: {"a": np.zeros(2)})["a"].tolist() == [1, 1]
     assert (folder.path / "config.json").read_text() == before
 
 
@@ -227,8 +229,8 @@ def test_links_in_a_folder_are_not_followed(tmp_path, name):
 
 
 def test_a_folder_that_another_run_made_again_is_not_written_to(tmp_path):
-    config = TinyConfig(output=tmp_path / "run")
-    folder = Folder("tiny", config)
+    tiny = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", tiny)
     (tmp_path / "run").rename(tmp_path / "old")
     (tmp_path / "run").mkdir()
     for file in ("config.json", ".lock"):
@@ -240,8 +242,8 @@ def test_a_folder_that_another_run_made_again_is_not_written_to(tmp_path):
 
 @pytest.mark.parametrize("way", ["log", "write", "finish"])
 def test_a_folder_that_is_removed_during_the_run_ends_it(tmp_path, way):
-    config = TinyConfig(output=tmp_path / "run")
-    folder = Folder("tiny", config)
+    tiny = TinyConfig(output=tmp_path / "run")
+    folder = Folder("tiny", tiny)
     folder.archive.once("first", lambda: {"a": np.ones(2)})
     shutil.rmtree(folder.path)
     folder.archive.once("second", lambda: {"a": np.ones(2)})  # makes the folder again
@@ -254,7 +256,7 @@ def test_a_folder_that_is_removed_during_the_run_ends_it(tmp_path, way):
         ways[way]()
     shutil.rmtree(folder.path)
     folder.path.mkdir()
-    Folder("tiny", config).finish([], [])
+    Folder("tiny", tiny).finish([], [])
 
 
 def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
@@ -263,7 +265,7 @@ def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatc
     kind = lambda number: "folder" if stat.S_ISDIR(os.fstat(number).st_mode) else "file"
     monkeypatch.setattr(os, "fsync", lambda number: calls.append(kind(number)) or real_sync(number))
     monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or real_replace(*names))
-    contract.write(tmp_path / "table.md", "text")
+    write(tmp_path / "table.md", "text")
     assert calls == ["file", "replace", "folder"]
 
 
@@ -274,9 +276,9 @@ def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatc
 class ListConfig(Config):
     """Lists and paths."""
 
-    mazes: Annotated[tuple[str, ...], contract.Distinct()] = ("a",)
+    mazes: Annotated[tuple[str, ...], config.Distinct()] = ("a",)
     """Some names."""
-    scales: Annotated[tuple[float, ...], contract.Distinct()] = (1.0,)
+    scales: Annotated[tuple[float, ...], config.Distinct()] = (1.0,)
     """Some numbers."""
     data: Path | None = None
     """Some folder."""
@@ -303,12 +305,12 @@ LISTS = {"default": ListConfig()}
 )
 def test_lists_and_paths_are_checked(words, message):
     with pytest.raises(ConfigError, match=message):
-        contract.parse(ListConfig, LISTS, words)
+        config.parse(ListConfig, LISTS, words)
 
 
 @pytest.mark.parametrize("path", ["a:b", "x/gs:/x", "/data/x", "C:/x", "10:30/x"])
 def test_paths_with_a_colon_are_paths(path):
-    assert contract.parse(ListConfig, LISTS, ["--data", path]).data == Path(path)
+    assert config.parse(ListConfig, LISTS, ["--data", path]).data == Path(path)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_paths_with_a_colon_are_paths(path):
 def test_every_experiment_checks_its_lists_and_paths(module, words):
     found = importlib.import_module(f"experiments.{module}")
     with pytest.raises(ConfigError, match=f"{words[0]}(:| must)"):
-        contract.parse(type(found.PRESETS["default"]), found.PRESETS, words)
+        config.parse(type(found.PRESETS["default"]), found.PRESETS, words)
 
 
 def test_a_line_that_was_cut_off_does_not_swallow_the_next(tmp_path):
