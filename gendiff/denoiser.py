@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 
 from gendiff import check
-from gendiff.process import Process
+from gendiff.process import Process, c_noise
 from gendiff.static import by_value
 from gendiff.types import Params, Sample, Time
 
@@ -98,6 +98,12 @@ def from_edm(network: Predictor, data_std: float = 0.5) -> Predictor:
         return data_std**2 / variance * x + t * data_std / jnp.sqrt(variance) * prediction
 
     return denoiser
+
+
+@by_value
+def told_noise(process: Process, network: Predictor) -> Predictor:
+    """A network that is told ln(sigma / alpha) / 4, as EDM's F is, as a function of t."""
+    return lambda *args: network(*args[:-1], c_noise(process, args[-1]))
 
 
 @by_value

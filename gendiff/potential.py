@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from gendiff import check
+from gendiff.process import Process, c_noise
 from gendiff.static import by_value
 from gendiff.types import Params, Sample, Scalar, Time, wide
 
@@ -36,6 +38,30 @@ def log_probability(logit: Logit) -> Logit:
     Of several logits (one an agent, one a constraint) it is the sum: all of them at once, as if independent.
     """
     return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(wide(logit(params, x, t))))
+
+
+@by_value
+def from_edm(process: Process, network: Logit, data_std: float = 1.0, at: np.generic | None = None) -> Logit:
+    """Logit of a classifier with EDM's inputs, x_t / sqrt(alpha^2 data_std^2 + sigma^2) and ln(sigma / alpha) / 4.
+
+    Args:
+      network: `(params, x, c_noise) -> logits`.
+      data_std: standard deviation of the data, > 0.
+      at: the time that the network is told in place of t, for a classifier without noise levels.
+    """
+    check.number("from_edm: data_std", data_std, above=0)
+
+    def logit(params: Params, x: Sample, t: Time) -> Array:
+        size = jnp.sqrt(process.alpha(t) ** 2 * data_std**2 + process.sigma(t) ** 2)
+        return jnp.asarray(network(params, x / size, c_noise(process, t if at is None else jnp.asarray(at))))
+
+    return logit
+
+
+@by_value
+def clear(process: Process, least: float) -> Interval:
+    """The times at which the signal is at least `least` of the standard deviation of x_t, in units of the data's."""
+    return lambda t: process.alpha(t) >= least * jnp.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
 
 
 @by_value

@@ -161,6 +161,43 @@ def _respaced(steps: int, power: float) -> Callable[[int], Array]:
     return grid
 
 
+@by_value
+def power_times(last: int, power: float = 2.0) -> Callable[[PRNGKey], Time]:
+    """Training times of a chain that are dense near the data: t = ceil(last u^power) with u uniform, 1 .. last.
+
+    Power 2 spends half of the draws below last / 4; `ddpm(.., power)` has grids to match.
+    """
+    check.number("power_times: last", last, at_least=1, whole=True)
+    check.number("power_times: power", power, above=0)
+    return lambda key: jnp.ceil(last * jax.random.uniform(key, minval=1e-6) ** power).astype(int)
+
+
+@by_value
+def mixed_times(
+    first: Callable[[PRNGKey], Time], second: Callable[[PRNGKey], Time], share: float
+) -> Callable[[PRNGKey], Time]:
+    """Training times of two distributions, a `share` in [0, 1] of the first."""
+    check.number("mixed_times: share", share, at_least=0, at_most=1)
+
+    def sample(key: PRNGKey) -> Time:
+        which_key, key = jax.random.split(key)
+        which = jax.random.bernoulli(which_key, share)
+        return jnp.where(which, first(key), second(jax.random.clone(key)))
+
+    return sample
+
+
+@by_value
+def one_time(time: np.generic) -> Callable[[PRNGKey], Time]:
+    """The same training time for all keys."""
+    return lambda key: jnp.asarray(time)
+
+
+def c_noise(process: Process, t: Time) -> Scalar:
+    """ln(sigma / alpha) / 4, how networks with EDM's inputs are told the noise."""
+    return 0.25 * jnp.log(process.sigma(t) / process.alpha(t))
+
+
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[np.ndarray, " T"]:
     """Ho et al. (2020): beta_t linear in t; the ends are stated for 1,000 steps and rescaled to `steps`."""
     check.number("linear_betas: steps", steps, at_least=1, whole=True)

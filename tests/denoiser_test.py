@@ -118,6 +118,12 @@ def test_edm_and_ddpm_follow_one_path(mixture):
     np.testing.assert_allclose(*both(start), rtol=1e-4, atol=1e-5)
 
 
+def test_a_network_is_told_the_noise():
+    told = denoiser.told_noise(DDPM, lambda params, x, c_noise: params * c_noise)
+    expected = 0.25 * np.log(float(DDPM.sigma(300)) / float(DDPM.alpha(300)))
+    np.testing.assert_allclose(told(2.0, np.zeros(3), 300), 2 * expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("sigma", [0.002, 0.3, 80.0])
 def test_edm_network_of_zero_is_exact_for_a_gaussian(sigma):
     # c_skip alone is the regression of N(0, data_std^2) data on x: F has nothing left to predict.

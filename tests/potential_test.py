@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gendiff import potential
+from gendiff import potential, process
 
 X, T = np.float32([0.5, -1.5]), np.float32(0.3)
 VECTOR = st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=2).map(np.float32)
@@ -165,3 +165,21 @@ def test_a_potential_is_a_scalar(shape):
 def test_a_scale_is_finite():
     with pytest.raises(ValueError, match="scaled: scale must be a finite number, got nan"):
         potential.scaled(lambda x, t: jnp.sum(x), float("nan"))
+
+
+@pytest.mark.parametrize(("chain", "t"), [(process.edm(), 0.3), (process.ddpm(process.linear_betas(100)), 40)])
+def test_a_classifier_is_told_what_edm_tells(chain, t):
+    alpha, sigma = float(chain.alpha(jnp.asarray(t))), float(chain.sigma(jnp.asarray(t)))
+    network = lambda params, x, c_noise: params * jnp.append(x, c_noise)
+    logits = potential.from_edm(chain, network, 0.5)(2.0, X, jnp.asarray(t))
+    expected = 2 * np.append(X / np.hypot(0.5 * alpha, sigma), 0.25 * np.log(sigma / alpha))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4)
+    least = np.asarray(chain.grid(4))[-2]
+    timeless = potential.from_edm(chain, network, 0.5, least)(2.0, X, jnp.asarray(t))
+    assert timeless[-1] == potential.from_edm(chain, network, 0.5)(2.0, X, jnp.asarray(least))[-1]
+
+
+def test_the_signal_is_clear_at_low_noise():
+    clear = potential.clear(process.edm(), 0.8)
+    assert clear == potential.clear(process.edm(), 0.8) != potential.clear(process.edm(), 0.7)
+    assert [bool(clear(jnp.float32(t))) for t in (0.0, 0.74, 0.76)] == [True, True, False]

@@ -133,6 +133,30 @@ def test_ddpm_training_times_are_uniform_on_1_to_T():
     assert stats.chisquare(np.bincount(times, minlength=11)[1:]).pvalue > 1e-4
 
 
+def drawn(times, count=4000):
+    return np.asarray(jax.jit(jax.vmap(times))(jax.random.split(jax.random.key(2), count)))
+
+
+def test_times_of_a_power_are_dense_near_the_data():
+    """P(t <= k) = (k / last)^(1 / power): chi-square in eight cells; false-alarm rate 1e-4."""
+    times = process.power_times(64, 2.0)
+    assert times == process.power_times(64, 2.0) != process.power_times(64, 1.0)
+    found = drawn(times)
+    assert (found.min(), found.max()) == (1, 64)
+    edges = np.array([0, 1, 4, 9, 16, 25, 36, 49, 64])  # equally likely
+    assert stats.chisquare(np.histogram(found, edges + 0.5)[0]).pvalue > 1e-4
+
+
+def test_mixed_times_are_of_two_distributions():
+    times = process.mixed_times(process.one_time(np.int32(900)), process.power_times(64), 0.25)
+    found = drawn(times)
+    assert set(found[found > 64]) == {900}
+    assert abs((found == 900).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 4000)
+    assert set(drawn(process.one_time(np.int32(7)), 5)) == {7}
+    with pytest.raises(ValueError, match="mixed_times: share must be >= 0 and <= 1, got 2"):
+        process.mixed_times(process.one_time(np.int32(1)), process.power_times(64), 2.0)
+
+
 @pytest.mark.parametrize(("p", "t"), [(EDM, 3.0), (DDPM, 400)])
 def test_perturb(p, t):
     x0 = np.linspace(-1, 1, 4000, dtype=np.float32)

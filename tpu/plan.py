@@ -30,9 +30,10 @@ import numpy as np
 from tabulate import tabulate
 
 from experiments.censoring import mnist
-from experiments.genneg import checkerboard, traffic
+from experiments.genneg import checkerboard_problem, traffic_problem
 from experiments.relative_reward import maze2d
 from gendiff import devices, distributed, programs, training
+from gendiff.data import scenes, traffic
 from gendiff.data.episodes import Windows
 from gendiff.devices import Placement
 from gendiff.losses import Aligned
@@ -258,11 +259,11 @@ PAPER = "paper"
 
 def checkerboard_programs() -> dict[str, Program]:
     """Points of a checkerboard."""
-    config = checkerboard.PRESETS[PAPER]
-    setup = checkerboard.problem(config)
+    config = checkerboard_problem.PRESETS[PAPER]
+    setup = checkerboard_problem.problem(config)
     at = jnp.zeros(2), jnp.zeros(())
-    theta = jax.eval_shape(checkerboard.denoiser_network(config).init, KEY, *at)
-    phi = jax.eval_shape(checkerboard.classifier_network(config).init, KEY, *at)
+    theta = jax.eval_shape(checkerboard_problem.denoiser_network(config).init, KEY, *at)
+    phi = jax.eval_shape(checkerboard_problem.classifier_network(config).init, KEY, *at)
     most = 4096
 
     def task(points: Any) -> training.Task:
@@ -270,13 +271,13 @@ def checkerboard_programs() -> dict[str, Program]:
         return training.Task(genneg.denoising_loss(setup), lambda key: points)
 
     def base(batch: int) -> Trained:
-        settings = training.Settings(config.baseline_steps, decay=0.998, schedule="constant", every=500)
+        settings = training.Settings(config.baseline.steps, decay=0.998, schedule="constant", every=500)
         return Trained(task, theta, of((batch, 2)), settings)
 
-    rows = training.capacity(config.draw_budget // 5)
+    rows = training.capacity(config.draws.budget // 5)
 
     def classifier(batch: int) -> Trained:
-        settings = training.Settings(config.classifier_steps, 5e-3, 0.998, 500, warmup=200)
+        settings = training.Settings(config.classifier.steps, 5e-3, 0.998, 500, warmup=200)
         context = classifier_context(lambda n: of((n, 2)), rows, most, None)
         return Trained(genneg.classifier_task(setup, batch // 2, most), phi, context, settings)
 
@@ -287,14 +288,14 @@ def checkerboard_programs() -> dict[str, Program]:
 
     return {
         "base": Program(
-            "training", "baseline", config.points, "points", config.baseline_steps, **trainings(base, True)
+            "training", "baseline", config.points, "points", config.baseline.steps, **trainings(base, True)
         ),
         "classifier": Program(
-            "training", "a classifier", config.classifier_batch, "points", config.classifier_steps,
+            "training", "a classifier", config.classifier.batch, "points", config.classifier.steps,
             **trainings(classifier, True),
         ),
         "sampler": Program(
-            "sampling", f"Heun, guided by {config.rounds} classifiers", checkerboard.BATCH, "samples",
+            "sampling", f"Heun, guided by {config.rounds} classifiers", config.draws.batch, "samples",
             config.sampler_steps, sampler, False, setup.chunk,
         ),
     }  # fmt: skip
@@ -316,26 +317,26 @@ def classifier_context(pool: Callable[[int], Tree], rows: int, most: int, condit
 
 def traffic_programs() -> dict[str, Program]:
     """Scenes of traffic."""
-    config = traffic.PRESETS[PAPER]
-    setup = traffic.problem(config, "agent")
-    vehicles, cells = traffic.data.VEHICLES, traffic.data.CELLS
+    config = traffic_problem.PRESETS[PAPER]
+    setup = traffic_problem.problem(config, "agent")
+    vehicles, cells = traffic.VEHICLES, traffic.CELLS
     place: Any = Place(of((cells, cells), jnp.float16), of((vehicles,), bool))  # type: ignore[arg-type]
-    theta = jax.eval_shape(traffic.denoiser_network(config).init, KEY, place)
-    phi = jax.eval_shape(traffic.classifier_network(config, "agent").init, KEY, place)
-    scenes, held = config.scenes * 8 // 10, 512  # of ten maps eight are for training
+    theta = jax.eval_shape(traffic_problem.denoiser_network(config).init, KEY, place)
+    phi = jax.eval_shape(traffic_problem.classifier_network(config, "agent").init, KEY, place)
+    count, held = config.scenes * 8 // 10, 512  # of ten maps eight are for training
     scene = of((vehicles, 7))
 
     def base(batch: int) -> Trained:
-        settings = training.Settings(config.base_steps, config.base_rate, 0.999, 250, warmup=500, patience=50_000)
-        context = ((many(place, scenes), many(scene, scenes)), (many(place, held), many(scene, held)), many(KEY, held))
-        return Trained(traffic.base_task(setup, batch, config.fewer), theta, context, settings)
+        settings = config.baseline.settings(0.999, 250, 500)
+        context = ((many(place, count), many(scene, count)), (many(place, held), many(scene, held)), many(KEY, held))
+        return Trained(genneg.base_task(setup, batch, scenes.changed(config.fewer)), theta, context, settings)
 
-    most, rows = 256, training.capacity(3 * config.per_class)
+    most, rows = 256, training.capacity(3 * config.draws.per_class)
     pool = lambda n: {"x": of((n, vehicles, 7)), "row": of((n,), jnp.int32), "labels": of((n, vehicles))}
 
     def classifier(batch: int) -> Trained:
-        settings = training.Settings(config.classifier_steps, config.classifier_rate, 0.998, 250, warmup=100)
-        context = classifier_context(pool, rows, most, many(place, scenes))
+        settings = config.classifier.settings(0.998, 250, 100)
+        context = classifier_context(pool, rows, most, many(place, count))
         return Trained(genneg.classifier_task(setup, batch // 2, most), phi, context, settings)
 
     guided = genneg.Guided(theta, many({"net": phi, "shift": NUMBER}, 2))
@@ -356,14 +357,14 @@ def traffic_programs() -> dict[str, Program]:
 
     return {
         "base": Program(
-            "training", "baseline", config.base_batch, "scenes", config.base_steps, **trainings(base, True)
+            "training", "baseline", config.baseline.batch, "scenes", config.baseline.steps, **trainings(base, True)
         ),
         "classifier": Program(
-            "training", "a classifier by vehicle", config.classifier_batch, "scenes", config.classifier_steps,
+            "training", "a classifier by vehicle", config.classifier.batch, "scenes", config.classifier.steps,
             **trainings(classifier, True),
         ),
         "sampler": Program(
-            "sampling", "ancestral, guided by 2 classifiers", config.draw_batch, "samples", config.sampler_steps,
+            "sampling", "ancestral, guided by 2 classifiers", config.draws.batch, "samples", config.sampler_steps,
             sampler, False, setup.chunk, maps,
         ),
     }  # fmt: skip

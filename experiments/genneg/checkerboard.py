@@ -1,138 +1,44 @@
-"""Gen-neG on a checkerboard (2307.16463, section 6.1, Figures 2 and 3).
+"""Gen-neG on a checkerboard (2307.16463, section 6.1, Figures 2 and 3): the rows of the table.
 
-A diffusion model learns 1,000 points of a checkerboard, an oracle tells which of its samples miss the filled cells, and
-rounds of classifiers steer it away from those. One run prints every row, beside what the paper reports.
+`checkerboard_problem` has the options, the networks and the trainings.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.genneg import rows
-from experiments.genneg.rows import Draws
+from experiments.genneg import measures, rows
+from experiments.genneg.checkerboard_problem import (
+    PRESETS,
+    CheckerboardConfig,
+    Purpose,
+    base_training,
+    board,
+    classifier_network,
+    classifier_training,
+    initialised,
+    problem,
+    student_network,
+    student_training,
+)
 from experiments.lab import figures
-from experiments.lab.config import Between, Config, SameProgram, Training
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
 from experiments.lab.table import Column, Row, markdown
-from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, training
-from gendiff.data import checkerboard as data
-from gendiff.denoiser import Denoiser
+from gendiff import likelihood, static
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided, Lesson, Points
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
-from gendiff.nets.mlp import MLPClassifier, ResidualMLP
 from gendiff.oracles import checkerboard as oracle
 from gendiff.oracles.oracle import label
-from gendiff.static import by_value
-from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar
-
-DATA_STD = 0.5
-"""EDM's sigma_data; a board of half-width 1 has a standard deviation of 0.577."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A residual network of points."""
-
-    width: Annotated[int, Between(8, 4096)] = 128
-    """Width."""
-    depth: Annotated[int, Between(1, 64)] = 3
-    """Residual blocks."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Smc:
-    """The twisted SMC sampler."""
-
-    steps: Annotated[int, Between(2, 10_000)] = 100
-    """Ancestral steps."""
-    particles: Annotated[int, Between(2, 10_000_000)] = 1024
-    """Particles of one population."""
-    populations: Annotated[int, Between(2, 1_000_000)] = 16
-    """Independent populations."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckerboardConfig(Config):
-    """The board, the model, the rounds and the evaluation."""
-
-    cells: Annotated[int, Between(2, 32)] = 4
-    """Cells along a side of the board."""
-    half_width: Annotated[float, Between(0.1, 10.0)] = 1.0
-    """Half of the board's side, in data units."""
-    points: Annotated[int, Between(10, 10_000_000)] = 1000
-    """Training points."""
-    data_seed: Annotated[int, Between(0, 2**31 - 1)] = 1235
-    """Seed of the training, held-out and test points: one data set for all runs."""
-    rounds: Annotated[int, Between(1, 20)] = 3
-    """Rounds of Gen-neG."""
-    mode: Literal["stack", "distill"] = "stack"
-    """What a round's classifier becomes: one more in the stack, or distilled into the model at once."""
-    seeds: Annotated[int, Between(1, 100)] = 1
-    """Independent runs, side by side; with more than one, intervals are over the runs (Student)."""
-
-    network: Network = Network()
-    """The denoiser's."""
-    baseline: Training = Training(6000, batch=1000, patience=2000)
-    """Of the baseline, until the held-out ELBO does not improve."""
-    draws: Draws = Draws()
-    """Of a round."""
-    classifier_network: Network = Network(64, 2)
-    """A classifier's."""
-    classifier: Training = Training(8000, batch=512, rate=5e-3)
-    """Of a classifier; half of a batch are positives."""
-    weighting: Literal["importance", "shift"] = "importance"
-    """The paper's importance weights, or an unweighted loss with the prior's log-odds added to the logit."""
-    select: Literal["all", "balanced"] = "all"
-    """Train on all draws, each class half of the batch, or on equally many of both (the paper)."""
-    student: Training = Training(5000, batch=1000)
-    """Of a distilled or refitted model."""
-    stored: Annotated[int, Between(1, 1_000_000_000)] = 2**18
-    """Answers of the teacher that a student learns from."""
-
-    guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
-    sampler_steps: Annotated[int, Between(2, 10_000)] = 18
-    """Heun steps, for synthetic data and evaluation alike."""
-    smc: Smc = Smc()
-    """Of the row `smc`."""
-    samples: Annotated[int, Between(100, 1_000_000_000)] = 100_000
-    """Samples that a model's infraction rate is measured on."""
-    elbo_points: Annotated[int, Between(10, 100_000_000)] = 50_000
-    """Fresh points of the board that the ELBO is averaged over."""
-    elbo_levels: Annotated[int, Between(1, 10_000)] = 32
-    """Stratified noise levels a point."""
-
-    @property
-    def batch(self) -> int:
-        """Samples drawn at a time."""
-        return min(self.draws.batch, self.samples)
-
-
-PRESETS = {
-    "smoke": CheckerboardConfig(
-        preset="smoke", rounds=1, network=Network(32, 1), classifier_network=Network(32, 1),
-        baseline=Training(300, batch=1000, patience=300), draws=Draws(500, 8000),
-        classifier=Training(150, batch=256, rate=5e-3), student=Training(150, batch=1000), stored=4096,
-        sampler_steps=8, smc=Smc(12, 128, 4), samples=4000, elbo_points=500, elbo_levels=8,
-    ),
-    "default": CheckerboardConfig(),
-    "paper": CheckerboardConfig(
-        preset="paper", rounds=5, seeds=5, baseline=Training(20_000, batch=1000, patience=5000),
-        draws=Draws(50_000, 5_000_000), classifier=Training(20_000, batch=2048, rate=5e-3),
-        student=Training(20_000, batch=1000), stored=2**22, samples=1_000_000, elbo_levels=128,
-        smc=Smc(256, 4096, 64),
-    ),
-}  # fmt: skip
+from gendiff.types import Samples
 
 COLUMNS = (
     Column("infraction_rate", "infraction %", percent=True),
@@ -157,126 +63,15 @@ that it builds on (training, synthetic data, compilation); for `rejection` and `
 made side by side: their seconds are those of all. `-`: not reported."""
 
 
-# The model, its networks and its oracle.
-
-
-def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
-    """EDM's F, for the baseline and every refitted model."""
-    return ResidualMLP(2, config.network.width, config.network.depth, data_std=DATA_STD)
-
-
-def student_network(config: CheckerboardConfig) -> ResidualMLP:
-    """EDM's F of a distilled model: as large as the baseline's, with the sharper features of the classifiers.
-
-    The baseline would overfit 1,000 points with them; a student has as many answers as it wants.
-    """
-    return ResidualMLP(2, config.network.width, config.network.depth, fourier=64, high=24.0, data_std=DATA_STD)
-
-
-def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
-    """The network of every classifier."""
-    return MLPClassifier(config.classifier_network.width, config.classifier_network.depth, data_std=DATA_STD)
-
-
-def initialised(network: Any, key: Array) -> Params:
-    """Fresh parameters of a network of points."""
-    return nets.fresh(network, key, jnp.zeros(2), jnp.zeros(()))
-
-
-@by_value
-def classifier_logit(network: MLPClassifier) -> potential.Logit:
-    """The logit of a classifier's network, which takes EDM's inputs."""
-    return lambda phi, x, t: network.apply(phi, x / jnp.sqrt(t**2 + DATA_STD**2), 0.25 * jnp.log(t))
-
-
-def problem(config: CheckerboardConfig, student: bool = False) -> genneg.Problem:
-    """EDM in two dimensions, with its networks, sampler and oracle; the network is the baseline's or a student's."""
-    network = student_network(config) if student else denoiser_network(config)
-    return genneg.Problem(
-        process=process.edm(),
-        model=denoiser.from_edm(network.apply, DATA_STD),
-        network=classifier_logit(classifier_network(config)),
-        oracle=oracle.checkerboard(config.cells, config.half_width),
-        shape=(2,),
-        kernel=sampling.heun,
-        steps=config.sampler_steps,
-        weight=losses.edm_weight(DATA_STD),
-        classifier_time=process.classifier_time(),
-    )
-
-
-# How it is trained.
-
-
-def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array]], training.Task]:
-    """The task of a configuration's baseline."""
-    return points_task(problem(config), min(32, config.elbo_levels), config.baseline.batch)
-
-
-@by_value
-def points_task(
-    setup: genneg.Problem, levels: int, batch: int
-) -> Callable[[tuple[Array, Array, Array]], training.Task]:
-    """Denoising of points; the context is the points, held-out points, and keys for these."""
-    loss = losses.denoising(setup.process, setup.model, setup.weight)
-
-    def task(context: tuple[Array, Array, Array]) -> training.Task:
-        points, held_out, keys = context
-
-        def draw(key: Array) -> Array:
-            return points if len(points) <= batch else training.minibatch(key, points, batch)
-
-        def validate(theta: Params) -> Array:
-            bound = lambda key, x: likelihood.elbo(partial(setup.model, theta), key, x, levels)
-            return -jnp.mean(jax.vmap(bound)(keys, held_out))
-
-        return training.Task(loss, draw, validate)
-
-    return task
-
-
-def base_training(run: Run) -> training.Training:
-    """The training of theta: denoising score matching, stopped by the held-out ELBO."""
-    config = run.config
-    held_out = min(4000, config.elbo_points)
-    keys = jax.random.split(run.key(ELBO), held_out)
-    context = (board(config, DATA, config.points), board(config, HELD_OUT, held_out), keys)
-    start = initialised(denoiser_network(config), run.key(START))
-    settings = config.baseline.settings(0.998, 500, 0, schedule="constant")
-    return training.Training(run.key(BASELINE), start, base_task(config), context, settings)
-
-
-def classifier_training(config: CheckerboardConfig) -> genneg.ClassifierTraining:
-    """How classifiers are trained."""
-    settings = config.classifier.settings(0.998, 500, 200)
-    return genneg.ClassifierTraining(settings, config.classifier.batch // 2, config.weighting, config.select)
-
-
-def student_training(config: CheckerboardConfig) -> genneg.StudentTraining:
-    """How students are trained."""
-    return genneg.StudentTraining(config.student.settings(0.998, 500, 200), config.student.batch)
-
-
-# The rows.
-
-DATA, HELD_OUT, TEST, START, BASELINE, ROUNDS, SAMPLES, ELBO, STUDENT, REFIT, REPLAY, SMC, CALIBRATION = range(13)
-"""Purposes of random keys."""
-
-
-def board(config: CheckerboardConfig, purpose: int, n: int) -> Array:
-    """n points of the board, (n, 2)."""
-    key = jax.random.fold_in(jax.random.key(config.data_seed), purpose)
-    return data.draw(key, n, config.cells, config.half_width)
-
-
 def table(lab: Lab) -> None:
     """Every row of the table, in its order."""
     config = lab.config
     setup, how, students = problem(config), classifier_training(config), student_training(config)
-    baseline = lambda run: Guided(run["baseline"])
+    levels = jnp.geomspace(0.002, 80.0, 9)
+    calibrate = partial(measures.calibrate, lab, key=rows.key(Purpose.CALIBRATION), times=levels)
     lab.each(add_data)
     lab.train("baseline", base_training)
-    evaluate(lab, "baseline", setup, baseline, ("baseline",))
+    evaluate(lab, "baseline", setup, rows.baseline, ("baseline",))
 
     settings = genneg.Rounds(
         config.rounds, config.draws.per_class, config.draws.budget, how, config.mode, students, config.stored,
@@ -284,14 +79,15 @@ def table(lab: Lab) -> None:
     )  # fmt: skip
     new_classifier = partial(initialised, classifier_network(config))
     made: tuple[str, ...] = ("baseline",)
-    for number in rows.rounds(lab, setup, settings, new_classifier, lambda run: run.key(ROUNDS)):
+    for number in rows.rounds(lab, setup, settings, new_classifier, rows.key(Purpose.ROUNDS)):
         name = f"round-{number}"
-        calibrate(lab, name, setup, f"{name}/classifier", f"{name}/split")
+        calibrate(name, setup, f"{name}/classifier", f"{name}/split")
         if number == 1:  # the ablation: the same samples and settings, all weights 1
-            fit = lambda run: rows.Fit(*run["round-1/split"], new_classifier(run.key(ROUNDS)), run.key(ROUNDS))
+            key = rows.key(Purpose.ROUNDS)
+            fit = lambda run: rows.Fit(*run["round-1/split"], new_classifier(key(run)), key(run))  # noqa: B023
             rows.classifier(lab, "unweighted", setup, how._replace(weighting="none"), fit)
-            unweighted = lambda run: genneg.append(baseline(run), run["unweighted"])
-            evaluate(lab, "round-1-unweighted", setup, unweighted, ("baseline", "round-1/draws", "unweighted"))
+            phases = ("baseline", "round-1/draws", "unweighted")
+            evaluate(lab, "round-1-unweighted", setup, rows.steered("unweighted"), phases)
         made = (*made, f"{name}/draws", f"{name}/classifier", *[f"{name}/student"] * (config.mode == "distill"))
         evaluate(lab, name, setup, partial(rows.model_after, number), made)
         if config.mode == "stack" and number in (1, config.rounds):
@@ -299,28 +95,21 @@ def table(lab: Lab) -> None:
 
     lab.each(add_rejection)
     first = ("baseline", "round-1/draws")
-    rows.refitted(
-        lab, "refit", setup, lambda run: Points(run["round-1/split"][0].positives), students, lambda run: run.key(REFIT)
-    )
-    evaluate(lab, "refit", setup, lambda run: Guided(run["refit"]), (*first, "refit"))
+    points = lambda run: Points(run["round-1/split"][0].positives)
+    rows.refitted(lab, "refit", setup, points, students, rows.key(Purpose.REFIT))
+    evaluate(lab, "refit", setup, rows.student("refit"), (*first, "refit"))
 
     numbers = range(1, config.rounds + 1)
     start = lambda run: run["round-1/classifier"]["net"]
-    fit = lambda run: rows.replay(run, setup, numbers, start(run), run.key(REPLAY))
+    fit = lambda run: rows.replay(run, setup, numbers, start(run), run.key(Purpose.REPLAY))
     rows.classifier(lab, "replay", setup, how, fit)
-    calibrate(lab, "replay", setup, "replay", "round-1/split")
+    calibrate("replay", setup, "replay", "round-1/split")
     made = ("baseline", *(f"round-{i}/{part}" for i in numbers for part in ("draws", "classifier")), "replay")
-    evaluate(lab, "replay", setup, lambda run: genneg.append(baseline(run), run["replay"]), made)
+    evaluate(lab, "replay", setup, rows.steered("replay"), made)
 
-    populations = partial(smc_samples, lab, setup._replace(steps=config.smc.steps))
+    populations = partial(smc_samples, lab, setup._replace(steps=config.smc.length(config.sampler_steps)))
     lab.once("smc", populations)
     lab.each(add_smc)
-
-
-def calibrate(lab: Lab, name: str, setup: genneg.Problem, classifier: str, split: str) -> None:
-    """The calibration report of a classifier."""
-    times = jnp.geomspace(0.002, 80.0, 9)
-    rows.calibrate(lab, name, setup, classifier, split, lambda run: run.key(CALIBRATION), times)
 
 
 def distil(lab: Lab, number: int, plain: genneg.StudentTraining, made: tuple[str, ...]) -> None:
@@ -330,14 +119,14 @@ def distil(lab: Lab, number: int, plain: genneg.StudentTraining, made: tuple[str
     settings = plain._replace(training=plain.training._replace(rate=5e-3), model=setup.model)
 
     def lesson(run: Run) -> Lesson:
-        key = run.key(STUDENT)
+        key = run.key(Purpose.STUDENT)
         bad = np.concatenate([run[f"round-{i}/split"][0].negatives for i in range(1, number + 1)])
         good = run[f"evaluate/{last}"].accepted
         points = Points(genneg.mixture(good, bad, config.stored, jax.random.fold_in(key, 1)))
         return Lesson(run[last], points, initialised(student_network(config), key), key)
 
     rows.distilled(lab, name, problem(config), lesson, settings)
-    evaluate(lab, name, setup, lambda run: Guided(run[name]), (*made, f"evaluate/{last}", name))
+    evaluate(lab, name, setup, rows.student(name), (*made, f"evaluate/{last}", name))
 
 
 # What is measured.
@@ -370,24 +159,15 @@ def evaluations(
     config, phase = lab.config, f"evaluate {name}"
     scale = lambda run: run.config.guidance_scale
     size = config.samples, config.batch
-    drawn = rows.samples(lab, members, phase, setup, model, lambda run: run.key(SAMPLES), *size, scale)
-    test, bound = board(config, TEST, config.elbo_points), elbo(config.elbo_levels)
-    elbos = rows.bounds(lab, members, setup, bound, model, test, lambda run: run.key(ELBO), scale)
+    drawn = measures.samples(lab, members, phase, setup, model, rows.key(Purpose.SAMPLES), *size, scale)
+    test = board(config, Purpose.TEST, config.elbo_points)
+    bound = static.partial(likelihood.elbo, levels=config.elbo_levels)
+    elbos = measures.bounds(lab, members, setup, bound, model, test, rows.key(Purpose.ELBO), scale)
     found = []
     for (points, _), bounds in zip(drawn, elbos, strict=True):
         good = genneg.verdicts(setup.oracle, points)
         found.append(Evaluation(points[:10_000], points[good][:100_000], tally(config, points), bounds))
     return found
-
-
-@by_value
-def elbo(levels: int) -> rows.Bound:
-    """The ELBO of a point."""
-
-    def bound(model: Denoiser, key: PRNGKey, x0: Sample) -> Scalar:
-        return likelihood.elbo(model, key, x0, levels)
-
-    return bound
 
 
 def measured(run: Run, name: str, guided: Guided, made: Sequence[str]) -> dict[str, Estimate]:
@@ -416,7 +196,7 @@ def oracle_calls(run: Run, made: Sequence[str]) -> float:
 def add_data(run: Run) -> None:
     """The training points, and the largest ELBO that a model of the board can have."""
     config = run.config
-    n, good, outer = tally(config, np.asarray(board(config, DATA, config.points)))
+    n, good, outer = tally(config, np.asarray(board(config, Purpose.DATA, config.points)))
     area = 4 * config.half_width**2 * ((config.cells**2 + 1) // 2) / config.cells**2
     run.add("data", {
         "infraction_rate": rates.rate(n - good, n),
@@ -429,7 +209,7 @@ def add_rejection(run: Run) -> None:
     """The baseline's good samples: exact, at the price of the bad ones."""
     evaluation = run["evaluate/baseline"]
     n, good, outer = (int(count) for count in evaluation.counts)
-    elbo, gain = rows.conditioned(evaluation.elbo, rates.rate(good, n))
+    elbo, gain = measures.conditioned(evaluation.elbo, rates.rate(good, n))
     run.add("rejection", {
         "infraction_rate": rates.rate(0, good),
         "elbo": elbo,
@@ -444,11 +224,11 @@ def add_rejection(run: Run) -> None:
 def smc_samples(lab: Lab, setup: genneg.Problem, run: Run) -> dict[str, Any]:
     """Twisted SMC with the first round's classifier as twist, and the oracle at the end."""
     config = run.config
-    guided = genneg.append(Guided(run["baseline"]), run["round-1/classifier"])
+    guided = rows.steered("round-1/classifier")(run)
     run.progress("smc", 0, 1, {})
-    keys = jax.random.split(run.key(SMC), config.smc.populations)
-    found = rows.populations(lab.mesh, setup, config.smc.particles, guided, keys)
-    result = rows.pooled(found, setup, jax.random.fold_in(run.key(SMC), 1))
+    keys = jax.random.split(run.key(Purpose.SMC), config.smc.populations)
+    found = measures.populations(lab.mesh, setup, config.smc.particles, guided, keys)
+    result = measures.pooled(found, setup, jax.random.fold_in(run.key(Purpose.SMC), 1))
     run.progress("smc", 1, 1, {"alpha": float(jnp.exp(result["log_alpha"]))})
     return result
 
@@ -456,15 +236,16 @@ def smc_samples(lab: Lab, setup: genneg.Problem, run: Run) -> dict[str, Any]:
 def add_smc(run: Run) -> None:
     """The samples of SMC: exact as their number grows."""
     result, config = run["smc"], run.config
+    steps = config.smc.length(config.sampler_steps)
     n, good, outer = (int(count) for count in tally(config, result["samples"]))
-    elbo, gain = rows.conditioned(run["evaluate/baseline"].elbo, rows.alpha_of(result))
+    elbo, gain = measures.conditioned(run["evaluate/baseline"].elbo, measures.alpha_of(result))
     made = ("baseline", "round-1/draws", "round-1/classifier", "smc")
     run.add("smc", {
         "infraction_rate": rates.rate(n - good, n),
         "elbo": elbo,
         "elbo_gain": gain,
         "outer_density": outer_density(outer, good),
-        "evaluations_per_accepted": rates.exact(4 * config.smc.steps * n / float(result["effective"]), n),
+        "evaluations_per_accepted": rates.exact(4 * steps * n / float(result["effective"]), n),
         "oracle_calls": rates.exact(oracle_calls(run, made) + n),
         "seconds": rates.exact(run.seconds(*made)),
     })  # fmt: skip
@@ -488,7 +269,7 @@ def outer_density(outer: int, good: int) -> Estimate:
 def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
     """The paper's Figures 2 and 3 and the calibration, of the first seed's samples and all seeds' numbers."""
     first, config = members[0], members[0].config
-    panels = {"data": np.asarray(board(config, DATA, config.points))}
+    panels = {"data": np.asarray(board(config, Purpose.DATA, config.points))}
     panels |= {name: np.asarray(found.points) for name, found in named(first, "evaluate/")}
     panels["smc"] = first["smc"]["samples"]
     few = {name: points[:3000] for name, points in panels.items()}

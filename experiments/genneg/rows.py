@@ -1,35 +1,32 @@
 """The rows of Gen-neG (2307.16463): what its tables compare, for any model and oracle.
 
 Each function asks the lab for a phase of all runs.  An experiment chooses the models and their settings, and measures
-them: `samples` draws what it counts infractions on, and `bounds` averages its likelihood.
+them (`measures`).
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from experiments.lab.config import Between
 from experiments.lab.phases import Lab, Run
-from gendiff import distributed, runs, smc
-from gendiff.denoiser import Denoiser
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided, Points, Problem, Request, Synthetic
-from gendiff.metrics import rates
-from gendiff.metrics.calibration import Calibration
-from gendiff.metrics.rates import Estimate
-from gendiff.types import Params, PRNGKey, Sample, Scalar
+from gendiff.types import Params, PRNGKey
 
 Model = Callable[[Run], Guided]
 """The model of each run."""
 Key = Callable[[Run], PRNGKey]
 """A random key of each run."""
+
+
+def key(purpose: int) -> Key:
+    """The random key of a purpose, of each run."""
+    return lambda run: run.key(purpose)
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,24 @@ class Draws:
     """The most samples that a round draws for them."""
     batch: Annotated[int, Between(16, 1_000_000)] = 16_384
     """Samples drawn at a time."""
+
+
+# Models.
+
+
+def baseline(run: Run) -> Guided:
+    """The model that was trained on data."""
+    return Guided(run["baseline"])
+
+
+def student(phase: str) -> Model:
+    """The network that a phase distilled or refitted."""
+    return lambda run: Guided(run[phase])
+
+
+def steered(*phases: str) -> Model:
+    """The baseline with the classifiers of phases."""
+    return lambda run: reduce(genneg.append, [run[phase] for phase in phases], baseline(run))
 
 
 # Rounds.
@@ -122,7 +137,7 @@ def rounds(
 
 def model_after(number: int, run: Run) -> Guided:
     """The model of a run after a round; after none, the baseline."""
-    return run[f"round-{number}"] if number else Guided(run["baseline"])
+    return run[f"round-{number}"] if number else baseline(run)
 
 
 def _lesson(
@@ -175,153 +190,3 @@ def refitted(
     """Train the baseline on with accepted samples."""
     asked = lambda run: genneg.refit_training(problem, points(run), run["baseline"], settings, key(run))
     lab.train(phase, asked, mesh=mesh)
-
-
-# Measurements.
-
-
-class Drawn(NamedTuple):
-    """Samples of one run that are to be judged."""
-
-    samples: np.ndarray
-    """(n, *shape)."""
-    seconds: float
-    """Of a sample, without compilation: the median over batches after the first; NaN if there was one batch."""
-
-
-def samples(
-    lab: Lab,
-    members: Sequence[Run],
-    phase: str,
-    problem: Problem,
-    model: Model,
-    key: Key,
-    n: int,
-    size: int,
-    scale: Callable[[Run], float],
-    conditions: Callable[[np.ndarray], Any] | None = None,
-    timed: bool = False,
-) -> list[Drawn]:
-    """Draw n samples of each run, `size` at a time.
-
-    Args:
-      conditions: sample numbers -> their conditions.
-      timed: draw a single batch again, because the first one compiles.
-    """
-    models, parts = [model(run) for run in members], [[] for _ in members]
-    took: list[float] = []
-    for run in members:
-        run.progress(phase, 0, n, {})
-    for first in (*range(0, n, size), *((0,) if timed and n <= size else ())):
-        begun = time.perf_counter()
-        here = None if conditions is None else conditions(np.arange(first, first + size) % n)
-        requests = [
-            Request(guided, jax.random.fold_in(key(run), first), scale(run), here)
-            for run, guided in zip(members, models, strict=True)
-        ]
-        for kept, batch in zip(parts, genneg.draw_all(problem, requests, size, lab.mesh), strict=True):
-            kept.append(batch)
-        took.append(time.perf_counter() - begun)
-        for run in members:
-            run.progress(phase, min(first + size, n), n, {})
-    seconds = float(np.median(took[1:])) / size if took[1:] else float("nan")
-    return [Drawn(np.concatenate(kept)[:n], seconds) for kept in parts]
-
-
-Bound = Callable[[Denoiser, PRNGKey, Sample], Scalar]
-"""A bound on log p(x_0), by value."""
-
-
-def bounds(
-    lab: Lab,
-    members: Sequence[Run],
-    problem: Problem,
-    bound: Bound,
-    model: Model,
-    points: Array,
-    key: Key,
-    scale: Callable[[Run], float],
-    conditions: Any = None,
-) -> list[np.ndarray]:
-    """The bound of each point (n, *shape), for each run; the same key gives the same noise for every model."""
-    arguments = [(model(run), points, conditions, key(run), scale(run)) for run in members]
-    return [
-        distributed.gather(found, len(points)) for found in runs.call(_bounds, (problem, bound), lab.mesh, arguments)
-    ]
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _bounds(
-    problem: Problem, bound: Bound, mesh: Any, guided: Guided, points: Array, conditions: Any, key: Array, scale: float
-) -> Array:
-    def of_point(arguments: tuple[PRNGKey, Sample, Any]) -> Scalar:
-        key, x0, condition = arguments
-        return bound(genneg.denoiser(problem, genneg.bound(problem, guided, condition), scale), key, x0)
-
-    inputs = jax.random.split(key, len(points)), points, conditions
-    return distributed.chunked(of_point, inputs, problem.chunk, mesh, cut=False)
-
-
-def calibrate(lab: Lab, name: str, problem: Problem, classifier: str, split: str, key: Key, times: Array) -> None:
-    """Calibration of a classifier, on the held-out part of its samples, as `calibration/<name>`."""
-    report = lambda run: genneg.calibration(problem, run[classifier], run[split][1], key(run), times)
-    lab.once(f"calibration/{name}", report, Calibration)
-
-
-# Twisted SMC, with a classifier as twist.
-
-
-def populations(
-    mesh: jax.sharding.Mesh,
-    problem: Problem,
-    particles: int,
-    guided: Guided,
-    keys: Array,
-    conditions: Any = None,
-    chunk: int = 1,
-) -> smc.Population:
-    """A population for each key, and for each row of the conditions; `chunk` of them at a time and device."""
-    arguments = distributed.place(mesh, (guided, keys, conditions))
-    return distributed.gather(_populations(problem, particles, chunk, mesh, *arguments), len(keys))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _populations(
-    problem: Problem, particles: int, chunk: int, mesh: Any, guided: Guided, keys: Array, conditions: Any
-) -> smc.Population:
-    grid = problem.process.grid(problem.steps)
-
-    def of_key(arguments: tuple[PRNGKey, Any]) -> smc.Population:
-        key, condition = arguments
-        here = genneg.bound(problem, guided, condition)
-        plain, steered = genneg.denoiser(problem, Guided(here.theta)), genneg.denoiser(problem, here)
-        twist = genneg.twist(problem, here)
-        return smc.twisted(problem.process, plain, steered, twist, grid, key, problem.shape, particles)
-
-    return distributed.chunked(of_key, (keys, conditions), chunk, mesh, cut=False)
-
-
-def pooled(found: smc.Population, problem: Problem, key: PRNGKey) -> dict[str, Any]:
-    """The good particles of independent populations, judged as one, with an interval of log alpha."""
-    count = len(found.log_weights)
-    joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found._replace(resampled=jnp.zeros((1, 1))))
-    good = jnp.asarray(genneg.verdicts(problem.oracle, np.asarray(joined.particles)))
-    judged = smc.judge(joined, good, key)
-    # Populations are independent: their own estimates of alpha give the interval of the pooled one.
-    estimates = np.exp(found.log_weights) * np.asarray(good).reshape(count, -1)
-    estimate = rates.mean(estimates.mean(1))
-    interval = np.log(np.maximum([estimate.low, estimate.high], 1e-12)) - float(judged.log_alpha)
-    return judged._asdict() | {"log_alpha_interval": interval, "resampled": found.resampled}
-
-
-def alpha_of(result: dict[str, Any]) -> Estimate:
-    """The share of good samples, as SMC estimates it."""
-    log_alpha = float(result["log_alpha"])
-    low, high = np.exp(log_alpha + result["log_alpha_interval"])
-    return Estimate(float(np.exp(log_alpha)), float(low), float(high), len(result["samples"]))
-
-
-def conditioned(bounds: np.ndarray, alpha: Estimate) -> tuple[Estimate, Estimate]:
-    """Bound, and its gain, of a model conditioned on good: log p(x) - log alpha on every good x."""
-    gain = Estimate(-np.log(alpha.value), -np.log(alpha.high), -np.log(alpha.low), alpha.n)
-    return rates.shifted(rates.mean(bounds), gain.value), gain

@@ -51,6 +51,8 @@ class Experiment(NamedTuple):
     """The runs of a configuration and its rows -> the text below its table."""
     figures: Callable[[Path, Sequence[Run], Sequence[Row]], None] = lambda folder, members, rows: None
     """Draws into a folder."""
+    load: Callable[[Any], Any] = lambda config: None
+    """Configuration -> what all its runs read, such as a data set (`run.data`), before any folder is made."""
     seeds: str | None = None
     """The option that makes several seeds in one run, from `--seed` on; None if a run has one seed."""
 
@@ -67,8 +69,14 @@ class Experiment(NamedTuple):
 
     def run_all(self, configs: Sequence[Any]) -> list[Results | BaseException]:
         """Run configurations that share their programs (`config.of_program`); one that fails leaves the others."""
+        try:
+            data = self.load(configs[0])
+        except Exception as error:
+            return [_failed(error)] * len(configs)
         opened = [self._opened(config) for config in configs]
         members = [run for found in opened if isinstance(found, list) for run in found]
+        for run in members:
+            run.data = data
         try:
             if members:
                 self.table(Lab(members))
@@ -83,9 +91,7 @@ class Experiment(NamedTuple):
         try:
             return phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
         except Exception as error:
-            if jax.process_count() > 1:  # the other processes wait in their next collective
-                command.end(error)
-            return error
+            return _failed(error)
 
     def _finished(self, members: list[Run]) -> Results | BaseException:
         first = members[0]
@@ -105,6 +111,15 @@ class Experiment(NamedTuple):
     def main(self) -> None:
         """Run the command line."""
         command.main(self.config, self.presets, self.run)
+
+
+def _failed(error: Exception) -> Exception:
+    """The error, to go on with other runs; a notice of preemption stops them all."""
+    if isinstance(error, distributed.Preempted):
+        raise error
+    if jax.process_count() > 1:  # the other processes wait in their next collective
+        command.end(error)
+    return error
 
 
 def find(name: str) -> Experiment:

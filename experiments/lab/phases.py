@@ -19,7 +19,7 @@ import jax
 from jaxtyping import Array
 
 from experiments.lab import command
-from experiments.lab.config import Config
+from experiments.lab.config import Config, ConfigError
 from experiments.lab.folder import Folder
 from experiments.lab.progress import Progress
 from experiments.lab.table import Row
@@ -33,6 +33,8 @@ class Run:
 
     def __init__(self, config: Any, seed: int, folder: Folder, archive: Archive, progress: Progress) -> None:
         self.config, self.seed, self.folder, self.archive, self.progress = config, seed, folder, archive, progress
+        self.data: Any = None
+        """What the experiment loaded, the same for all runs."""
         self.results: dict[str, Any] = {}
         """Phase -> its result."""
         self.rows: list[Row] = []
@@ -74,6 +76,11 @@ class Lab:
         """The configuration of the runs: what differs between them is no part of their programs."""
         return self.runs[0].config
 
+    @property
+    def data(self) -> Any:
+        """What the experiment loaded for the runs."""
+        return self.runs[0].data
+
     def once(
         self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict, like: Any = None
     ) -> None:
@@ -84,6 +91,19 @@ class Lab:
           like: as of `Archive.once`.
         """
         self.each(lambda run: run.results.update({phase: run.archive.once(phase, lambda: compute(run), kind, like)}))
+
+    def unchanged(self, phase: str, checksums: Callable[[Run], dict[str, Any]]) -> None:
+        """Refuse to go on with other data than a run began with; `checksums` gives name -> number."""
+        self.once(phase, checksums)
+
+        def check(run: Run) -> None:
+            for name, value in checksums(run).items():
+                if name not in run[phase] or int(run[phase][name]) != int(value):
+                    raise ConfigError(
+                        f"--output must be of the same {phase}, got another {name} set than it began with"
+                    )
+
+        self.each(check)
 
     def each(self, work: Callable[[Run], Any]) -> None:
         """Do work that is kept nowhere, run by run."""

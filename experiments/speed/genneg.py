@@ -21,12 +21,11 @@ time of the work at that rate.
 import dataclasses
 from typing import Annotated, Any
 
+from experiments.genneg.checkerboard_problem import CheckerboardConfig, Network, classifier_network, denoiser_network
 from experiments.lab.command import main
 from experiments.lab.config import Between, Distinct
 from experiments.lab.folder import Folder
 from experiments.lab.table import Column, Results
-from experiments.genneg import checkerboard
-from experiments.genneg.checkerboard import CheckerboardConfig
 from experiments.speed import table
 from experiments.speed.table import Sides, TimedConfig, Work
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
@@ -55,14 +54,10 @@ class SpeedConfig(TimedConfig):
     train_steps: Annotated[int, Between(1, 100_000)] = 50
     """Training steps timed together."""
 
-    width: Annotated[int, Between(8, 4096)] = CheckerboardConfig.width
-    """Width of the denoiser."""
-    depth: Annotated[int, Between(1, 64)] = CheckerboardConfig.depth
-    """Residual blocks of the denoiser."""
-    classifier_width: Annotated[int, Between(8, 4096)] = CheckerboardConfig.classifier_width
-    """Width of a classifier."""
-    classifier_depth: Annotated[int, Between(1, 64)] = CheckerboardConfig.classifier_depth
-    """Residual blocks of a classifier."""
+    network: Network = CheckerboardConfig.network
+    """The denoiser's."""
+    classifier_network: Network = CheckerboardConfig.classifier_network
+    """A classifier's."""
 
     chunk: Annotated[int, Between(1, 100_000_000)] = 2000
     """Samples at a time of the chunked PyTorch sampler."""
@@ -70,8 +65,8 @@ class SpeedConfig(TimedConfig):
 
 PRESETS = {
     "smoke": SpeedConfig(
-        preset="smoke", samples=200, sampler_steps=4, classifiers=(0, 1), points=50, train_steps=3, width=16,
-        depth=1, classifier_width=16, classifier_depth=1, repetitions=2, matmul=128, chunk=100, rivals="eager",
+        preset="smoke", samples=200, sampler_steps=4, classifiers=(0, 1), points=50, train_steps=3,
+        network=Network(16, 1), classifier_network=Network(16, 1), repetitions=2, matmul=128, chunk=100, rivals="eager",
     ),
     "default": SpeedConfig(),
     "paper": SpeedConfig(preset="paper", samples=100_000, repetitions=7),
@@ -80,11 +75,11 @@ PRESETS = {
 COLUMNS = (*table.SPEED, Column("chunked_ratio", "chunked / gendiff", digits=2), *table.COMPILED)
 NOTES = """\
 Median [smallest, largest] of {repetitions} interleaved calls; ratios are of calls of the same repetition. `matmul` is
-a product of two {matmul} x {matmul} matrices, `skinny` of ({samples} x {width}) and ({width} x {width}), both by JAX
-and by PyTorch eager; peak: {peak:.1f} GF/s. `train-step`: one step on {points} points, Adam with clipped gradients and
-an average of the weights. chunked: PyTorch eager, {chunk} samples at a time. compile: the first call less the median,
-of gendiff with an empty compile cache and in a second process with the first one's, and of `torch.compile` with empty
-caches."""
+a product of two {matmul} x {matmul} matrices, `skinny` of ({samples} x {network[width]}) and
+({network[width]} x {network[width]}), both by JAX and by PyTorch eager; peak: {peak:.1f} GF/s. `train-step`: one step
+on {points} points, Adam with clipped gradients and an average of the weights. chunked: PyTorch eager, {chunk} samples
+at a time. compile: the first call less the median, of gendiff with an empty compile cache and in a second process with
+the first one's, and of `torch.compile` with empty caches."""
 
 
 def run(config: SpeedConfig) -> Results:
@@ -103,7 +98,9 @@ def rows_of(config: SpeedConfig) -> dict[str, Work]:
         **{name: Work(work(config, name), config.samples, 1, sampling) for name in names},
         "train-step": Work(work(config, "train-step"), config.points, config.train_steps, training),
         "matmul": table.product(config),
-        "skinny": Work(2.0 * config.samples * config.width**2, config.samples, PRODUCTS, table.product(config).rivals),
+        "skinny": Work(
+            2.0 * config.samples * config.network.width**2, config.samples, PRODUCTS, table.product(config).rivals
+        ),
     }
 
 
@@ -125,14 +122,16 @@ def setup(config: SpeedConfig) -> dict[str, Any]:
 
 def network_fields(config: SpeedConfig) -> dict[str, Any]:
     """The fields that are the checkerboard experiment's too."""
-    names = ("sampler_steps", "width", "depth", "classifier_width", "classifier_depth")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in ("sampler_steps", "network", "classifier_network")}
 
 
 def work(config: SpeedConfig, name: str) -> float:
     """FLOPs of a batch of samples or of a training step."""
     fields = CheckerboardConfig(**network_fields(config))
-    denoiser, classifier = checkerboard.denoiser_network(fields), checkerboard.classifier_network(fields)
+    denoiser, classifier = (
+        denoiser_network(fields),
+        classifier_network(fields),
+    )
     if name == "train-step":
         return config.points * training_flops(denoiser)
     members = int(name.removeprefix("sample-k"))

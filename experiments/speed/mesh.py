@@ -17,16 +17,17 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from experiments.censoring import mnist
+from experiments.genneg import checkerboard_problem, traffic_problem
 from experiments.lab.command import main
 from experiments.lab.config import Between, Config
 from experiments.lab.folder import Folder
 from experiments.lab.progress import Progress
 from experiments.lab.table import Column, Results, Row
-from experiments.genneg import checkerboard, traffic
 from experiments.speed import table
 from gendiff import distributed, nets, programs, steps, training
-from gendiff.data import traffic as scenes
+from gendiff.data import scenes, traffic
 from gendiff.devices import Placement
+from gendiff.methods import genneg
 from gendiff.metrics import rates
 from gendiff.training import Metrics, Settings, State
 from gendiff.types import Params
@@ -69,11 +70,11 @@ class Trained(NamedTuple):
 
 def on_checkerboard(size: str) -> Trained:
     """The checkerboard's baseline."""
-    board, keys = checkerboard.PRESETS[size], jax.random.split(jax.random.key(0))
+    board, keys = checkerboard_problem.PRESETS[size], jax.random.split(jax.random.key(0))
     points = jnp.zeros((board.points, 2))
-    theta = checkerboard.initialised(checkerboard.denoiser_network(board), keys[0])
+    theta = checkerboard_problem.initialised(checkerboard_problem.denoiser_network(board), keys[0])
     context = points, points, jax.random.split(keys[1], len(points))
-    return Trained(checkerboard.base_task(board), theta, context, Settings(board.baseline_steps))
+    return Trained(checkerboard_problem.base_task(board), theta, context, Settings(board.baseline.steps))
 
 
 def on_mnist(size: str) -> Trained:
@@ -89,12 +90,14 @@ def on_mnist(size: str) -> Trained:
 
 def on_traffic(size: str) -> Trained:
     """That of traffic scenes."""
-    roads, keys, data = traffic.PRESETS[size], jax.random.split(jax.random.key(0)), scenes.embedded("train")
-    places = jax.tree.map(jnp.asarray, traffic.places(data))
-    every = (places, traffic.UNITS.normalised(jnp.asarray(data.vehicles), places.present))
-    theta = nets.fresh(traffic.denoiser_network(roads), keys[0], traffic.rows_of(places, 0))
-    task = traffic.base_task(traffic.problem(roads), roads.base_batch, roads.fewer)
-    return Trained(task, theta, (every, every, jax.random.split(keys[1], len(data.world))), Settings(roads.base_steps))
+    roads, keys, data = traffic_problem.PRESETS[size], jax.random.split(jax.random.key(0)), traffic.embedded("train")
+    places = jax.tree.map(jnp.asarray, scenes.place(data))
+    examples = (places, jnp.asarray(scenes.normalised(data)))
+    theta = nets.fresh(traffic_problem.denoiser_network(roads), keys[0], traffic.take(places, 0))
+    change = scenes.changed(roads.fewer)
+    task = genneg.base_task(traffic_problem.problem(roads), roads.baseline.batch, change)
+    context = (examples, examples, jax.random.split(keys[1], len(data.world)))
+    return Trained(task, theta, context, Settings(roads.baseline.steps))
 
 
 TRAININGS: dict[str, Callable[[str], Trained]] = {

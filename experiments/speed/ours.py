@@ -10,9 +10,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
+from experiments.genneg import checkerboard_problem
+from experiments.genneg.checkerboard_problem import CheckerboardConfig, classifier_network, denoiser_network
 from experiments.lab import start
-from experiments.genneg import checkerboard
-from experiments.genneg.checkerboard import CheckerboardConfig
 from gendiff import distributed, losses, potential, programs
 from gendiff.devices import Placement
 from gendiff.methods import genneg
@@ -38,13 +38,13 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     """
     start.start()
     config = CheckerboardConfig(**setup["fields"])
-    problem, key = checkerboard.problem(config), jax.random.key(setup["seed"])
+    problem, key = checkerboard_problem.problem(config), jax.random.key(setup["seed"])
     theta, classifiers = networks(config, max(setup["members"]), setup["seed"])
-    draw = jax.jit(checkerboard.data.draw, static_argnums=(1, 2, 3))
+    draw = jax.jit(checkerboard_problem.data.draw, static_argnums=(1, 2, 3))
     points = draw(jax.random.fold_in(key, 1), setup["points"], config.cells, config.half_width)
     programs: dict[str, Callable[[], Any]] = {
         "matmul/gendiff": matmul(setup["matmul"], setup["matmul"], 1),
-        "skinny/gendiff": matmul(setup["samples"], config.width, setup["products"]),
+        "skinny/gendiff": matmul(setup["samples"], config.network.width, setup["products"]),
         "train-step/gendiff": train(
             lambda points: Task(losses.denoising(problem.process, problem.model, problem.weight), lambda key: points),
             theta,
@@ -68,7 +68,10 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
 
 def shapes(config: CheckerboardConfig) -> dict[str, dict[str, Any]]:
     """The fields of both networks, "denoiser" and "classifier"."""
-    both = {"denoiser": checkerboard.denoiser_network(config), "classifier": checkerboard.classifier_network(config)}
+    both = {
+        "denoiser": denoiser_network(config),
+        "classifier": classifier_network(config),
+    }
     names = ("width", "depth", "fourier", "sharpness", "data_std")
     return {key: {name: getattr(net, name) for name in names if hasattr(net, name)} for key, net in both.items()}
 
@@ -88,9 +91,9 @@ def networks(config: CheckerboardConfig, count: int, seed: int) -> tuple[Params,
         shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(2), jnp.zeros(()))
         return jax.tree.map_with_path(draw, shapes)
 
-    classifier = checkerboard.classifier_network(config)
+    classifier = classifier_network(config)
     classifiers = [{"net": start(classifier), "shift": jnp.float32(0.1 * i)} for i in range(count)]
-    return start(checkerboard.denoiser_network(config)), classifiers
+    return start(denoiser_network(config)), classifiers
 
 
 def stack(theta: Params, classifiers: list[Params]) -> Guided:

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments.genneg import traffic_problem
+from experiments.genneg.traffic_problem import TrafficConfig
 from experiments.lab import start
-from experiments.genneg import traffic
-from experiments.genneg.traffic import TrafficConfig
 from experiments.speed import ours
 from gendiff import distributed, losses, potential, sampling
 from gendiff.data import traffic as data
+from gendiff.data.scenes import UNITS, changed
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided, Problem
-from gendiff.nets.scene_transformer import Place, SceneNetwork
+from gendiff.nets.scene_network import SceneNetwork
+from gendiff.nets.scene_transformer import Place
 from gendiff.oracles import traffic as oracle
-from gendiff.training import Settings
 from gendiff.types import Params, PRNGKey, Samples
 
 PARITY = 4
@@ -52,7 +53,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     """
     start.start()
     config, key = settings_of(setup), jax.random.key(setup["seed"])
-    problem, guided = traffic.problem(config), networks(config, setup["seed"])
+    problem, guided = traffic_problem.problem(config), networks(config, setup["seed"])
     vehicles, places = scenes(JUDGED, setup["cells"], setup["seed"])
     few = Place(*(each[:PARITY] for each in places))
     inputs, answers = questions(problem, guided, vehicles[:PARITY], few, key)
@@ -62,14 +63,17 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
     chain = problem.process
     every = jnp.arange((chain.steps or 0) + 1)
     told = {
-        "fields": {"denoiser": fields(traffic.denoiser_network(config)), "classifier": fields(classifier_of(config))},
-        "units": tuple(traffic.UNITS),
+        "fields": {
+            "denoiser": fields(traffic_problem.denoiser_network(config)),
+            "classifier": fields(classifier_of(config)),
+        },
+        "units": tuple(UNITS),
         "alpha": chain.alpha(every),
         "sigma": chain.sigma(every),
         "denoiser": state_dict(guided.theta),
         "classifier": state_dict(jax.tree.map(lambda a: a[0], guided.classifiers["net"])),
         "times": chain.grid(config.sampler_steps),
-        "rate": config.base_rate,
+        "rate": config.baseline.rate,
         "inputs": inputs | {"vehicles": vehicles, "present": places.present, "distance": places.distance},
         "answers": answers,
     }
@@ -87,13 +91,13 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
 def settings_of(setup: Mapping[str, Any]) -> TrafficConfig:
     """The experiment's configuration: steps of one call, a sampler without noise, guidance in all of them."""
     return dataclasses.replace(
-        traffic.PRESETS[setup["preset"]], sampler_steps=setup["sample_steps"], eta=0.0, least_signal=0.0
+        traffic_problem.PRESETS[setup["preset"]], sampler_steps=setup["sample_steps"], eta=0.0, least_signal=0.0
     )
 
 
 def classifier_of(config: TrafficConfig) -> SceneNetwork:
     """The network of a classifier of vehicles."""
-    return traffic.classifier_network(config, "agent")
+    return traffic_problem.classifier_network(config, "agent")
 
 
 def fields(net: SceneNetwork) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def networks(config: TrafficConfig, seed: int) -> Guided:
 
     start = lambda net: jax.tree.map_with_path(draw, shapes(net))
     classifier = {"net": start(classifier_of(config)), "shift": jnp.zeros(())}
-    return Guided(start(traffic.denoiser_network(config)), potential.stacked(classifier))
+    return Guided(start(traffic_problem.denoiser_network(config)), potential.stacked(classifier))
 
 
 def state_dict(params: Params) -> dict[str, np.ndarray]:
@@ -185,15 +189,9 @@ def scenes(count: int, cells: int, seed: int) -> tuple[Array, Place]:
     return jnp.asarray(vehicles[rows]), Place(jnp.asarray(distance[rows]), jnp.asarray(present[rows]))
 
 
-@partial(jax.jit, static_argnums=0)
 def check(mesh: jax.sharding.Mesh | None, vehicles: Samples, places: Place) -> oracle.Infractions:
     """What is wrong with scenes in metres."""
-
-    def one(given: tuple[Array, Place]) -> oracle.Infractions:
-        vehicles, place = given
-        return oracle.infractions(vehicles, place.present, place.distance.astype(jnp.float32), data.HALF)
-
-    return distributed.chunked(one, (vehicles, places), CHUNK, mesh)
+    return oracle.of_scenes(vehicles, places.present, places.distance, data.HALF, chunk=CHUNK, mesh=mesh)
 
 
 def judge(vehicles: Samples, places: Place, steps: int) -> Callable[[], Any]:
@@ -217,10 +215,10 @@ def denoising(problem: Problem) -> losses.Loss:
 def train(config: TrafficConfig, theta: Params, cells: int, batch: int, steps: int, key: PRNGKey) -> Callable[[], Any]:
     """Goes on training the baseline."""
     vehicles, places = scenes(SCENES, cells, config.seed)
-    every = (places, traffic.UNITS.normalised(vehicles, places.present))
+    every = (places, UNITS.normalised(vehicles, places.present))
     held = jax.tree.map(lambda a: a[:1], every)
-    settings = Settings(config.base_steps, config.base_rate, warmup=min(500, config.base_steps // 5))
-    task = traffic.base_task(traffic.problem(config), batch, config.fewer)
+    settings = config.baseline.settings(0.999, 250, 500)
+    task = genneg.base_task(traffic_problem.problem(config), batch, changed(config.fewer))
     context = every, held, key[None]
     return ours.train(task, theta, context, settings, steps, key, distributed.training_mesh(batch, every_core=True))
 
@@ -271,7 +269,7 @@ def questions(
     """
     keys = jax.random.split(jax.random.fold_in(key, 1), len(vehicles))
     start = jax.random.normal(jax.random.fold_in(key, 2), vehicles.shape)
-    x0 = traffic.UNITS.normalised(vehicles, places.present)
+    x0 = UNITS.normalised(vehicles, places.present)
     x, t = jax.vmap(partial(losses.noised, problem.process))(keys, x0)
     bound = bind(problem, guided, places)
     # The key whose halves are `keys`, so that the noise is that of x.

@@ -24,12 +24,11 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 
+from experiments.genneg import traffic_problem
 from experiments.lab.command import main
 from experiments.lab.config import Between, ConfigError
 from experiments.lab.folder import Folder
 from experiments.lab.table import Results
-from experiments.genneg import traffic
-from experiments.genneg.traffic import TrafficConfig
 from experiments.speed import ours_traffic as ours
 from experiments.speed import table
 from experiments.speed.table import Sides, TimedConfig, Work, flops
@@ -55,7 +54,7 @@ class SpeedConfig(TimedConfig):
     """Scenes that the oracle is asked about at a time."""
     oracle_steps: Annotated[int, Between(1, 100_000)] = 4
     """Times it is, in a call."""
-    batch: Annotated[int, Between(1, 100_000)] = TrafficConfig.base_batch
+    batch: Annotated[int, Between(1, 100_000)] = traffic_problem.PRESETS["default"].baseline.batch
     """Scenes of a training step."""
     train_steps: Annotated[int, Between(1, 100_000)] = 32
     """Steps timed together: as many as `training.train` makes between two looks at the clock."""
@@ -77,7 +76,7 @@ PRESETS = {
     ),
     "default": SpeedConfig(),
     "paper": SpeedConfig(
-        preset="paper", networks="paper", oracle_scenes=16_384, batch=traffic.PRESETS["paper"].base_batch,
+        preset="paper", networks="paper", oracle_scenes=16_384, batch=traffic_problem.PRESETS["paper"].baseline.batch,
         repetitions=7,
     ),
 }  # fmt: skip
@@ -123,10 +122,10 @@ def rows_of(config: SpeedConfig) -> dict[str, Work]:
 @cache
 def evaluations(preset: str, cells: int, batch: int, samples: int) -> tuple[float, float]:
     """FLOPs of the gradient of a batch's loss, and of the guided denoiser on samples at one noise level."""
-    config = traffic.PRESETS[preset]
-    problem = traffic.problem(config)
+    config = traffic_problem.PRESETS[preset]
+    problem = traffic_problem.problem(config)
     loss = losses.mean(ours.denoising(problem))
-    theta, classifier = ours.shapes(traffic.denoiser_network(config)), ours.shapes(ours.classifier_of(config))
+    theta, classifier = ours.shapes(traffic_problem.denoiser_network(config)), ours.shapes(ours.classifier_of(config))
     x, places = ours.shaped((batch, data.VEHICLES, 7)), ours.place_shapes(cells, batch)
     trained = flops(jax.grad(loss), theta, jax.random.key(0), (places, x))
     x, places = ours.shaped((samples, data.VEHICLES, 7)), ours.place_shapes(cells, samples)

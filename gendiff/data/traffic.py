@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from gendiff.oracles import traffic as oracle
 from gendiff.oracles.drivable import signed_distance
 from gendiff.training import capacity, padded
 
+T = TypeVar("T")
 VEHICLES = 12
 HALF = 50.0
 """Half the width of a window, in metres."""
@@ -158,9 +159,9 @@ def empty(how: Cut = Cut()) -> Scenes:  # noqa: B008 (immutable)
     return Scenes(**{name: np.zeros((0, *shape), kinds.get(name, np.float32)) for name, shape in shapes.items()})
 
 
-def take(scenes: Scenes, which: Any) -> Scenes:
-    """Select scenes by numbers, a slice or a mask."""
-    return Scenes(*(part[which] for part in scenes))
+def take(scenes: T, which: Any) -> T:
+    """Select scenes, or rows of another tree of arrays, by numbers, a slice or a mask."""
+    return jax.tree.map(lambda part: part[which], scenes)
 
 
 def joined(parts: Sequence[Scenes]) -> Scenes:

@@ -139,6 +139,14 @@ def shifted(estimate: Estimate, offset: float) -> Estimate:
     return Estimate(estimate.value + offset, estimate.low + offset, estimate.high + offset, estimate.n)
 
 
+def per_success(failures: Estimate) -> Estimate | None:
+    """Return the trials per success, of a rate of failures; None if every trial failed."""
+    if failures.value == 1:
+        return None
+    low, value, high = (1 / max(1 - bound, 1e-12) for bound in (failures.low, failures.value, failures.high))
+    return Estimate(value, low, high, failures.n)
+
+
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """Return the mean over independent runs with Student's interval of the runs' values; n is the sum.
 

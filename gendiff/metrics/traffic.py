@@ -1,13 +1,19 @@
-"""Realism of traffic scenes: marginals of speed, heading and gaps, and their distances to real marginals."""
+"""Metrics of traffic scenes: rates of infractions, and realism.
+
+Realism is the distance of the marginals of speed, heading and gaps to real marginals.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from scipy.stats import wasserstein_distance
 
 from gendiff import check
+from gendiff.metrics import rates
+from gendiff.metrics.rates import Estimate
 from gendiff.oracles import boxes
+from gendiff.oracles import traffic as oracle
 from gendiff.oracles.drivable import distance_at
 
 LANE = 1.5
@@ -15,6 +21,8 @@ LANE = 1.5
 PROBE = 1.0
 """Step of the finite differences that give the direction of the road's edge, in metres."""
 
+RATES = ("collision_rate", "offroad_rate", "infraction_rate")
+"""Names of the rates of infractions."""
 Marginals = dict[str, Float[np.ndarray, " n"]]
 
 
@@ -94,3 +102,35 @@ def differences(generated: Marginals, real: Marginals) -> dict[str, float]:
     for name, pair in both.items():
         check.number(f"differences: {name}", np.concatenate(pair))
     return {name: float(wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf for name, pair in both.items()}
+
+
+def distances(
+    vehicles: Float[np.ndarray, "s k 7"],
+    present: Bool[np.ndarray, "s k"],
+    distance: Float[np.ndarray, "s c c"],
+    half: float,
+    real: Marginals,
+) -> dict[str, Estimate]:
+    """Return "speed_distance", "heading_distance" and "gap_distance" to real marginals, without scenes that are not
+    finite."""
+    finite = np.isfinite(vehicles).all((1, 2))
+    found = marginals(vehicles[finite], present[finite], distance[finite], half)
+    return {
+        f"{name}_distance": rates.exact(value, len(found[name])) for name, value in differences(found, real).items()
+    }
+
+
+def infraction_rates(holds: Bool[np.ndarray, "s m"], maps: Int[np.ndarray, " s"]) -> dict[str, Estimate]:
+    """Return the shares of scenes with an overlap, with a vehicle off the road, and with either.
+
+    Args:
+      holds: the constraints that each scene keeps (`gendiff.oracles.traffic.constraints`).
+      maps: number of each scene's map; intervals are the bootstrap over maps.
+    """
+    return {name: rates.clustered(~good, maps) for name, good in zip(RATES, kept(holds), strict=True)}
+
+
+def kept(holds: Bool[np.ndarray, "s m"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return whether scenes have no overlap, no vehicle off the road, and neither."""
+    pairs, on_road = oracle.parts(holds)
+    return pairs.all(1), on_road.all(1), np.asarray(holds).all(1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from gendiff.geometry import outline
 from gendiff.nets.mlp import sine_cosine, sinusoidal
-from gendiff.types import Params, Scalar
+from gendiff.types import Scalar
 
 Head: TypeAlias = Literal["denoise", "scene", "agent", "pair"]
 ABSENT = 1e4
@@ -71,8 +71,7 @@ class MapEncoder(nn.Module):
     square: int = 16
     """Cells along a square's side."""
     every: int = 4
-    """Stride at which the encoder reads cells, in both directions.  A coarse stride suffices, because distances change
-    slowly; vehicles read the precise distances at their own places (`roadside`)."""
+    """Stride at which the encoder reads cells; vehicles read precise distances at their own places (`roadside`)."""
 
     @nn.compact
     def __call__(self, distance: Float[Array, "c c"]) -> Memory:
@@ -152,13 +151,12 @@ def relations(vehicles: Float[Array, "k 7"], noise: Scalar) -> Float[Array, "k k
     apart = jnp.maximum(along, across)
     apart = jnp.maximum(apart, apart.T)
     gaps = jnp.stack([along, across, apart], -1)
-    same = jnp.eye(len(vehicles))
     return jnp.concatenate(
         [
             way / 25,
             mine / 25,
             turn,
-            jnp.stack([far / 25, jnp.log(1 + far) / 3, same], -1),
+            jnp.stack([far / 25, jnp.log(1 + far) / 3, jnp.eye(len(vehicles))], -1),
             gaps / 25,
             jnp.tanh(gaps / 3),
             jnp.tanh(gaps / (noise + 0.3)),
@@ -349,45 +347,3 @@ class RelativeAttention(nn.Module):
         mixed += jnp.einsum("ihf,hef->ihe", jnp.einsum("hij,ijf->ihf", share, r), read[2])
         small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
         return nn.Dense(d, kernel_init=small, name="out")(mixed.reshape(k, d))
-
-
-class SceneNetwork(NamedTuple):
-    """Map encoder and transformer as a network: `init`, `bind` the parameters to a place, `apply`."""
-
-    units: Units
-    head: Head = "denoise"
-    width: int = 128
-    layers: int = 4
-    heads: int = 8
-    expansion: int = 2
-    hidden: int = 32
-
-    @property
-    def encoder(self) -> MapEncoder:
-        """Module for the map."""
-        return MapEncoder(self.width, self.heads)
-
-    @property
-    def trunk(self) -> SceneTransformer:
-        """Module for the vehicles."""
-        return SceneTransformer(self.units, self.head, self.width, self.layers, self.heads, self.expansion, self.hidden)
-
-    def init(self, key: Array, place: Place) -> Params:
-        """Draw initial parameters {"map": .., "scene": ..}."""
-        map_key, scene_key = jax.random.split(key)
-        memory, encoder = self.encoder.init_with_output(map_key, place.distance)
-        u = jnp.zeros((len(place.present), 7))
-        return {"map": encoder, "scene": self.trunk.init(scene_key, u, jnp.zeros(()), place, memory)}
-
-    def bind(self, params: Params, place: Place) -> Params:
-        """Return parameters for a place, with the encoded map, which does not depend on vehicles or noise."""
-        return {
-            "scene": params["scene"],
-            "place": place,
-            "memory": self.encoder.apply(params["map"], place.distance),
-        }
-
-    def apply(self, bound: Params, u: Float[Array, "k 7"], c_noise: Scalar) -> Array:
-        """Return the head's output, for parameters bound to a place."""
-        out: Any = self.trunk.apply(bound["scene"], u, c_noise, bound["place"], bound["memory"])
-        return out

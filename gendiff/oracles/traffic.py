@@ -1,12 +1,15 @@
 """Infractions in a scene of traffic: overlapping vehicles, and vehicles off the drivable area."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from gendiff import check
+from gendiff import check, distributed
 from gendiff.oracles import boxes, drivable
 from gendiff.types import wide
 
@@ -50,6 +53,30 @@ def infractions(
     return Infractions(pairs, jnp.any(pairs, -1), off, boxes.degenerate(vehicles[:, :6]) & present)
 
 
+@partial(jax.jit, static_argnames=("half", "metres", "chunk", "mesh"))
+def of_scenes(
+    vehicles: Float[Array, "n k f"],
+    present: Bool[Array, "n k"],
+    distance: Float[Array, "n h w"],
+    half: float,
+    metres: Callable[[Array], Array] | None = None,
+    chunk: int = 256,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Infractions:
+    """Find the infractions of many scenes, `chunk` at a time and device.
+
+    Args:
+      metres: turns vehicles in other coordinates, such as a network's, to metres.
+    """
+
+    def of_scene(scene: tuple[Array, Array, Array]) -> Infractions:
+        vehicles, present, distance = scene
+        own = vehicles if metres is None else metres(vehicles)
+        return infractions(own, present, distance.astype(jnp.float32), half)
+
+    return distributed.chunked(of_scene, (jnp.asarray(vehicles), present, distance), chunk, mesh)
+
+
 def constraints(found: Infractions) -> Bool[Array, "*s m"]:
     """Return m = k (k - 1) / 2 + k constraints, True if they hold.
 
@@ -66,11 +93,21 @@ def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
     Raises:
       ValueError: m is not k (k + 1) / 2 for any k.
     """
-    holds = np.asarray(holds)
-    k = round((np.sqrt(1 + 8 * holds.shape[-1]) - 1) / 2)
-    check.shape("by_agent: holds", holds, (*holds.shape[:-1], k * (k + 1) // 2))
-    pairs, good = holds[..., :-k], holds[..., -k:].copy()
-    for pair, (i, j) in enumerate(zip(*np.triu_indices(k, 1), strict=True)):
+    pairs, on_road = parts(holds)
+    good = on_road.copy()
+    for pair, (i, j) in enumerate(zip(*np.triu_indices(good.shape[-1], 1), strict=True)):
         good[..., i] &= pairs[..., pair]
         good[..., j] &= pairs[..., pair]
     return good
+
+
+def parts(holds: Bool[np.ndarray, "*s m"]) -> tuple[Bool[np.ndarray, "*s p"], Bool[np.ndarray, "*s k"]]:
+    """Return the constraints of pairs of vehicles and those of vehicles.
+
+    Raises:
+      ValueError: m is not k (k + 1) / 2 for any k.
+    """
+    holds = np.asarray(holds)
+    k = round((np.sqrt(1 + 8 * holds.shape[-1]) - 1) / 2)
+    check.shape("by_agent: holds", holds, (*holds.shape[:-1], k * (k + 1) // 2))
+    return holds[..., :-k], holds[..., -k:]

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.genneg import checkerboard
+from experiments.genneg import checkerboard, checkerboard_problem
 from experiments.lab.phases import Lab, Run
 from gendiff.checkpoint import Archive
 from gendiff.methods import genneg
@@ -113,7 +113,7 @@ def test_a_second_run_reads_everything_and_says_the_same(whole: Path) -> None:
 def test_guidance_scaled_by_two_is_that_of_two_equal_classifiers() -> None:
     config = replace(checkerboard.PRESETS["smoke"], samples=200, elbo_points=50)
     key = jax.random.key(5)
-    theta = checkerboard.initialised(checkerboard.denoiser_network(config), key)
+    theta = checkerboard.initialised(checkerboard_problem.denoiser_network(config), key)
     net = checkerboard.initialised(checkerboard.classifier_network(config), jax.random.clone(key))
     classifier = {"net": jax.tree.map(lambda a: a + 0.1, net), "shift": np.float32(0.3)}
     none = genneg.Guided(theta)
@@ -195,7 +195,7 @@ from pathlib import Path
 
 import jax, tyro
 from experiments.lab import start
-from experiments.genneg import checkerboard
+from experiments.genneg import checkerboard, checkerboard_problem
 
 compiled = []
 jax.monitoring.register_event_duration_secs_listener(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from experiments.censoring import mnist
-from experiments.genneg import checkerboard, traffic
+from experiments.genneg import checkerboard_problem, traffic_problem
 from experiments.relative_reward import maze2d
 from gendiff import devices, distributed, losses, programs, training
-from gendiff.data import traffic as scenes
+from gendiff.data import scenes, traffic
 from gendiff.data.episodes import Windows
 from gendiff.devices import Placement
 from gendiff.methods import censoring, genneg, relative_reward
@@ -87,21 +87,19 @@ def of_mnist():
 
 
 def of_traffic():
-    config = traffic.PRESETS["smoke"]
-    setup, held = traffic.problem(config), scenes.take(scenes.embedded("test"), np.arange(16))
-    given = jax.tree.map(jnp.asarray, traffic.places(held))
-    theta = jax.jit(traffic.denoiser_network(config).init)(jax.random.key(0), jax.tree.map(lambda a: a[0], given))
-    phi = jax.jit(traffic.classifier_network(config, "agent").init)(
-        jax.random.key(1), jax.tree.map(lambda a: a[0], given)
-    )
+    config = traffic_problem.PRESETS["smoke"]
+    setup, held = traffic_problem.problem(config), traffic.take(traffic.embedded("test"), np.arange(16))
+    given = jax.tree.map(jnp.asarray, scenes.place(held))
+    theta = jax.jit(traffic_problem.denoiser_network(config).init)(jax.random.key(0), traffic.take(given, 0))
+    phi = jax.jit(traffic_problem.classifier_network(config, "agent").init)(jax.random.key(1), traffic.take(given, 0))
     guided = genneg.append(genneg.Guided(theta), {"net": phi, "shift": jnp.zeros(())})
-    x = traffic.UNITS.normalised(jnp.asarray(held.vehicles), given.present)
+    x = jnp.asarray(scenes.normalised(held))
     context = ((given, x), (given, x), jax.random.split(jax.random.key(2), 16))
     static, asked = (setup, UNEVEN), (guided, jax.random.key(3), 1.0, jax.tree.map(lambda a: a[:UNEVEN], given))
     pool = {"x": np.asarray(x), "row": np.arange(16), "labels": np.ones((16, 12), bool)}
     synthetic = genneg.Synthetic(pool, pool | {"labels": ~pool["labels"]}, 16, 16)
     trainings = [
-        partial(steps_text, traffic.base_task(setup, 16, 0.1), theta, context),
+        partial(steps_text, genneg.base_task(setup, 16, scenes.changed(0.1)), theta, context),
         partial(classifier_text, setup, phi, synthetic, given),
         partial(student_text, setup, guided, x, given, np.arange(16)),
     ]
@@ -109,17 +107,17 @@ def of_traffic():
 
 
 def of_checkerboard():
-    config = checkerboard.PRESETS["smoke"]
-    setup = checkerboard.problem(config)
-    theta = checkerboard.initialised(checkerboard.denoiser_network(config), jax.random.key(0))
-    net = checkerboard.initialised(checkerboard.classifier_network(config), jax.random.key(1))
+    config = checkerboard_problem.PRESETS["smoke"]
+    setup = checkerboard_problem.problem(config)
+    theta = checkerboard_problem.initialised(checkerboard_problem.denoiser_network(config), jax.random.key(0))
+    net = checkerboard_problem.initialised(checkerboard_problem.classifier_network(config), jax.random.key(1))
     guided = genneg.append(genneg.Guided(theta), {"net": net, "shift": jnp.zeros(())})
     points = jnp.zeros((64, 2))
     context = (points, points, jax.random.split(jax.random.key(2), 64))
     static, asked = (setup, UNEVEN), (guided, jax.random.key(3), 1.0, None)
     drawn = np.zeros((16, 2), np.float32)
     trainings = [
-        partial(steps_text, checkerboard.base_task(config), theta, context),
+        partial(steps_text, checkerboard_problem.base_task(config), theta, context),
         partial(classifier_text, setup, net, genneg.Synthetic(drawn, drawn, 16, 16), None),
         partial(student_text, setup, guided, points, None, None),
     ]

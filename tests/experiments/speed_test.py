@@ -55,9 +55,12 @@ def test_compare_refuses(wrong):
 @pytest.mark.parametrize("row", ["sample-k0", "sample-k2", "train-step"])
 def test_work_is_what_the_compiler_counts(row):
     # XLA's count holds elementwise work too, so it is larger, and at width 256 by a little only.
-    config = dataclasses.replace(SMALL, width=256, depth=2, classifier_width=256, classifier_depth=2)
+    config = dataclasses.replace(SMALL, network=genneg.Network(256, 2), classifier_network=genneg.Network(256, 2))
     fields = genneg.CheckerboardConfig(**genneg.network_fields(config))
-    denoiser, classifier = genneg.checkerboard.denoiser_network(fields), genneg.checkerboard.classifier_network(fields)
+    denoiser, classifier = (
+        genneg.denoiser_network(fields),
+        genneg.classifier_network(fields),
+    )
     start = lambda net: net.init(jax.random.key(0), jnp.zeros(2), jnp.zeros(()))
     points, noise = jnp.ones((64, 2)), jnp.float32(0.1)
 

@@ -113,6 +113,15 @@ def test_exact_scaled_and_shifted():
             merged([])
 
 
+def test_trials_per_success():
+    found = rates.per_success(rates.rate(60, 100))
+    assert found is not None
+    assert found.value == pytest.approx(2.5)
+    assert found.low < 2.5 < found.high
+    assert found.n == 100
+    assert rates.per_success(rates.rate(10, 10)) is None
+
+
 def test_over_seeds_is_the_interval_of_the_runs():
     runs = [rates.rate(events, 1000) for events in (10, 30, 20)]
     merged = rates.over_seeds(runs)

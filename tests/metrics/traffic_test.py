@@ -43,6 +43,24 @@ def test_distances_between_marginals():
     assert traffic.differences({"speed": real["speed"], "gap": np.zeros(0)}, real)["gap"] == np.inf
 
 
+def test_distances_leave_out_scenes_that_are_not_finite():
+    given = scene((0, 2, 4, 0, 3), (10, 2, 6, 0, 5))
+    present, real = np.ones((2, 2), bool), traffic.marginals(given, np.ones((1, 2), bool), road()[None], HALF)
+    both = np.concatenate([given, np.full_like(given, np.nan)])
+    found = traffic.distances(both, present, np.stack([road()] * 2), HALF, real)
+    assert {name: estimate.value for name, estimate in found.items()} == dict.fromkeys(found, 0.0)
+    assert found["speed_distance"].n == 2
+
+
+def test_rates_of_infractions_are_of_scenes():
+    holds = np.ones((4, 6), bool)  # three vehicles: three pairs and three places
+    holds[0, 1] = holds[1, 4] = holds[2, 0] = holds[2, 5] = False
+    found = traffic.infraction_rates(holds, np.arange(4))
+    assert {name: estimate.value for name, estimate in found.items()} == {
+        "collision_rate": 0.5, "offroad_rate": 0.5, "infraction_rate": 0.75
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

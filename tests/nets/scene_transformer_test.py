@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from gendiff.geometry import outline
 from gendiff.nets.mlp import sinusoidal
+from gendiff.nets.scene_network import SceneNetwork
 from gendiff.nets.scene_transformer import (
     ABSENT,
     Place,
     RelativeAttention,
-    SceneNetwork,
     Units,
     relations,
     roadside,

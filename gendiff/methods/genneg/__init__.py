@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gendiff import check, training
 from gendiff.checkpoint import Archive
+from gendiff.methods.genneg.base import base_task
 from gendiff.methods.genneg.classifiers import (
     ClassifierTraining,
     Round,
@@ -36,6 +37,7 @@ from gendiff.methods.genneg.model import (
     draw,
     draw_all,
     drawn,
+    guided_share,
     logit,
     twist,
 )
@@ -56,11 +58,11 @@ from gendiff.types import Params, PRNGKey
 
 __all__ = [
     "ClassifierTraining", "Guided", "Lesson", "Points", "Problem", "Report", "Request", "Round", "Rounds",
-    "StudentTraining", "Synthetic", "accepted", "append", "bound", "calibration", "classifier_context",
+    "StudentTraining", "Synthetic", "accepted", "append", "base_task", "bound", "calibration", "classifier_context",
     "classifier_loss", "classifier_task", "classifier_training", "collect", "collect_all", "denoiser",
     "denoising_loss", "distill", "distill_trainings", "draw", "draw_all", "drawn", "fit_classifier", "fitted",
-    "host", "logit", "mixture", "probability", "refit", "refit_training", "replay", "run", "split", "student_task",
-    "teach", "twist", "verdicts",
+    "guided_share", "host", "logit", "mixture", "probability", "refit", "refit_training", "replay", "run", "split",
+    "student_task", "teach", "twist", "verdicts",
 ]  # fmt: skip
 
 Report = Callable[[str, int, int, dict[str, float]], None]

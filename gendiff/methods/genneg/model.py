@@ -91,6 +91,13 @@ def twist(problem: Problem, guided: Guided) -> Potential:
     return log_c if problem.within is None else potential.limited(log_c, problem.within)
 
 
+def guided_share(problem: Problem) -> float:
+    """The share of the sampler's steps that classifiers guide."""
+    if problem.within is None:
+        return 1.0
+    return float(np.mean(jax.vmap(problem.within)(problem.process.grid(problem.steps)[:-1])))
+
+
 def append(guided: Guided, classifier: Params) -> Guided:
     """The model with one more classifier."""
     if guided.classifiers is None:
