@@ -45,10 +45,11 @@ def documents(folder: Path, runs: Sequence[Run]) -> dict[Path, str]:
         if findings.exists():
             title = findings.read_text(encoding="utf-8").splitlines()[0]
             written = f"<!-- {WRITER} --docs writes this page: change {name}/findings.md, or the results beside it. -->"
-            again = f"The exact commit and options of a row: {code(f'{WRITER} {folder.name} --row {name} ROW')}"
-            parts = [title, written, of_paper(name), f"{INTERVALS} {again}", *sections(name, runs, folder, level=2)]
+            again = f"The commit and every option of a row: {code(f'{WRITER} docs/results --row {name} ROW')}."
+            notes = [f"{INTERVALS} {again}"] if any(run.experiment == name for run in runs) else []
             include = f"```{{include}} {name}/findings.md\n:start-line: 1\n```"
-            pages[folder / f"{name}.md"] = "\n\n".join([*parts, include]) + "\n"
+            parts = [title, written, of_paper(name), *notes, *sections(name, runs, folder, level=2), include]
+            pages[folder / f"{name}.md"] = "\n\n".join(parts) + "\n"
     return pages
 
 
@@ -65,7 +66,7 @@ def of_paper(name: str) -> str:
     paper = known(name).paper
     if paper is None:
         return "Its packages are not installed." if name in NAMES else "Of no paper."
-    return f"{paper.title}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.part}"
+    return f"{paper.title}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.part}."
 
 
 def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = False, level: int = 3) -> Iterator[str]:
@@ -75,7 +76,7 @@ def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = Fa
         yield from _section(table, base, level)
     if tables:
         return
-    yield f"No results. Run {code(f'python -m experiments.{name}')}"
+    yield f"No results are here. Run {code(f'python -m experiments.{name}')}."
     paper = known(name).paper
     if paper and paper.rows:
         rows = {row: (Measured({}, dict(numbers)), 0) for row, numbers in paper.rows.items()}

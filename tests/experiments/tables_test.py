@@ -317,6 +317,44 @@ def test_an_experiment_of_no_paper_is_shown_and_never_imported(tmp_path: Path) -
     assert "Of no paper." in markdown
 
 
+# The documentation.
+
+
+def test_the_docs_show_the_committed_results() -> None:
+    folder = ROOT / "docs" / "results"
+    runs, warnings = read(folder)
+    pages = page.documents(folder, runs)
+    assert not warnings
+    assert {*pages, folder / "index.md"} == set(folder.glob("*.md"))
+    for path, text in pages.items():
+        assert path.read_text() == text, "run: python -m experiments.tables --docs docs/results"
+        assert sum(file.stat().st_size for file in path.with_suffix("").iterdir()) <= 1e6
+
+
+def test_a_page_of_the_docs(tmp_path: Path, monkeypatch, capsys) -> None:
+    """It has the table, its figures and its findings, and does not depend on where it is written."""
+    folder = make(
+        tmp_path, "genneg.checkerboard", rows=[row("round-1-unweighted", 0.0033, {"infraction_rate": 0.0003})]
+    )
+    (folder / "samples.png").write_bytes(PIXEL)
+    (folder / "findings.md").write_text("# A title\n\nA finding.\n")
+    assert call(monkeypatch, "--docs", tmp_path) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'genneg.checkerboard.md'}\n"
+    text = (tmp_path / "genneg.checkerboard.md").read_text()
+    assert text.startswith("# A title\n")
+    assert "A finding." not in text
+    assert "```{include} genneg.checkerboard/findings.md\n:start-line: 1\n```" in text
+    assert "![samples.png](genneg.checkerboard/samples.png)" in text
+    assert re.search(r"`round-1-unweighted` +\| 0.330 \[0.000, 10.000\] +\| 0.030", text)
+    for part in ("2307.16463", "a" * 40, "a processor, 2 cores", "2023-11-14 22:15 UTC"):
+        assert part in text
+    assert str(tmp_path) not in text
+    (folder / "results.json").write_text("{")
+    assert call(monkeypatch, "--docs", tmp_path) == 2
+    assert "--docs must be a folder whose results can be read" in capsys.readouterr().err
+    assert (tmp_path / "genneg.checkerboard.md").read_text() == text
+
+
 # What reproduces a row.
 
 
