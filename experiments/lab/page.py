@@ -12,7 +12,7 @@ from experiments.lab import results
 from experiments.lab.experiment import NAMES, Experiment
 from experiments.lab.reproduce import today
 from experiments.lab.results import Measured, Run, Table, cleaned, difference, expected, joined_rows, joined_runs, known
-from experiments.lab.table import Column, markdown
+from experiments.lab.table import cell, markdown, theirs
 
 INTERVALS = (
     "Intervals are 95 %: over seeds where there are several (Student's), else the run's own, which its notes explain. "
@@ -43,6 +43,8 @@ def documents(folder: Path, runs: Sequence[Run]) -> dict[Path, str]:
     for name in NAMES:
         findings = folder / name / "findings.md"
         if findings.exists():
+            if not known(name).presets:
+                raise ValueError(f"--docs needs the packages of {name}: install those that the warning names")
             title = findings.read_text(encoding="utf-8").splitlines()[0]
             written = f"<!-- {WRITER} --docs writes this page: change {name}/findings.md, or the results beside it. -->"
             again = f"The commit and every option of a row: {code(f'{WRITER} docs/results --row {name} ROW')}."
@@ -81,7 +83,7 @@ def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = Fa
     if paper and paper.rows:
         rows = {row: (Measured({}, dict(numbers)), 0) for row, numbers in paper.rows.items()}
         given = results.columns(name, [row for row, _ in rows.values()])
-        body = [[code(row), *(_of_paper(own, column) for column in given)] for row, (own, _) in rows.items()]
+        body = [[code(row), *(theirs(own, column) for column in given)] for row, (own, _) in rows.items()]
         yield "The paper's numbers:"
         yield markdown(["row", *(column.title for column in given)], body)
 
@@ -133,14 +135,10 @@ def comparison(table: Table) -> str:
         if count < len(table.runs):
             cells = [escaped(f"{row} ({f'{count} of {len(table.runs)} runs' if count else 'missing'})")]
         for column in given:
-            cells.append(results.shown(measured.metrics.get(column.metric), column))
-            cells += [_of_paper(measured, column)] * (column.metric in reported)
+            cells.append(cell(measured.metrics.get(column.metric), column))
+            cells += [theirs(measured, column)] * (column.metric in reported)
         body.append(cells)
     return markdown(head, body)
-
-
-def _of_paper(row: Measured, column: Column) -> str:
-    return results.number(row.paper[column.metric], column) if column.metric in row.paper else "-"
 
 
 def _notes(path: Path) -> str:

@@ -21,7 +21,7 @@ from experiments.genneg import checkerboard, traffic
 from experiments.lab import page, reproduce, results
 from experiments.lab.config import Config, parse
 from experiments.lab.experiment import find
-from experiments.lab.folder import Folder, fields, flat
+from experiments.lab.folder import FORMAT, Folder, fields, flat
 from experiments.lab.table import Row
 from experiments.relative_reward import maze2d
 from gendiff.metrics import rates
@@ -44,13 +44,16 @@ def make(root: Path, name: str = "run", experiment: str = "genneg.checkerboard",
     folder.mkdir(parents=True)
     document = {
         "experiment": experiment,
+        "format": FORMAT,
         "commit": changes.pop("commit", "a" * 40),
         "device": changes.pop("device", "a processor, 2 cores"),
         "rows": changes.pop("rows", [row("round-1", changes.pop("value", 0.01))]),
     }
     preset = MODULES[experiment].PRESETS[changes.pop("preset", "smoke")]
     config = json.loads(json.dumps(fields(preset) | {"output": str(folder)} | changes, default=str))
-    (folder / "config.json").write_text(json.dumps(config | {"experiment": experiment, "output": None}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"experiment": experiment, "format": FORMAT, "output": None})
+    )
     (folder / "results.json").write_text(json.dumps(document | {"config": config}))
     lines = [{"time": 1.7e9 + 60 * i, "phase": "baseline", "done": i, "of": 2} for i in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -245,6 +248,20 @@ def test_a_folder_written_by_the_contract_is_read(tmp_path: Path) -> None:
     assert run.experiment == "genneg.checkerboard"
 
 
+def test_results_of_another_format_are_shown_without_today_s_presets(tmp_path: Path) -> None:
+    """Their options have other names, so no row is missing and today's code has no command for them."""
+    folder = make(tmp_path)
+    document = json.loads((folder / "results.json").read_text())
+    del document["format"]
+    (folder / "results.json").write_text(json.dumps(document))
+    markdown = written(tmp_path)
+    assert "### preset smoke with options of format 1; seed 0" in markdown
+    assert "round-1" in markdown
+    assert "rows missing" not in markdown
+    assert "--seed 0" not in markdown
+    assert "--elbo-levels 8" in reproduce.reproduce(read(tmp_path)[0], "genneg.checkerboard", "round-1")
+
+
 # Files of any content.
 
 
@@ -406,7 +423,7 @@ def test_options_of_a_group(tmp_path: Path, monkeypatch) -> None:
     what = find("genneg.checkerboard")._replace(presets={"smoke": Grouped("smoke")})
     monkeypatch.setattr(results, "known", lambda name: what)
     config = {"preset": "smoke", "seed": 1, "training": {"steps": 5, "fast": False}}
-    (tmp_path / "config.json").write_text(json.dumps(config | {"experiment": what.name}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"experiment": what.name, "format": FORMAT}))
     (run,) = read(tmp_path)[0]
     changed = Grouped("smoke", training=Group(5, False))
     assert results.difference(run) == (changed, {"training.steps": 5, "training.fast": False})
