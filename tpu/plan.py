@@ -31,9 +31,9 @@ from tabulate import tabulate
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
-from experiments.relative_reward import maze2d
+from experiments.relative_reward import maze2d, paths
 from gendiff import devices, distributed, programs, training
-from gendiff.data.episodes import Windows
+from gendiff.data.windows import Windows
 from gendiff.devices import Placement
 from gendiff.losses import Aligned
 from gendiff.methods import censoring, genneg, relative_reward
@@ -419,20 +419,17 @@ def mnist_programs() -> dict[str, Program]:
 def maze_programs() -> dict[str, Program]:
     """Relative rewards in mazes."""
     config = maze2d.PRESETS[PAPER]
-    family = maze2d.FAMILIES[1]
-    chain, size = maze2d.chain(config.diffusion_steps), len(maze2d.COORDINATES)
+    families = maze2d.families("umaze")
+    given, asked, size = families[1].models(config), families[1].rewards(config), len(maze2d.COORDINATES)
     path = of((config.horizon, size))
-    theta = jax.eval_shape(maze2d.unet_of(config).init, KEY, path, NUMBER)
-    problem = maze2d.reward_problem(config, family.switches, config.window)
-    network = maze2d.reward_of(config, family.switches, config.window)
-    phi = jax.eval_shape(network.init, KEY, path, NUMBER)
+    theta = jax.eval_shape(paths.unet_of(config).init, KEY, path, NUMBER)
+    phi = jax.eval_shape(asked.network.init, KEY, path, NUMBER)
 
     n = config.transitions
     windows: Any = Windows(of((n, size)), of((n,), jnp.int32), of((n,), jnp.int32), of((2,)))  # type: ignore[arg-type]
     own = {"windows": windows, "count": WHOLE, "known": of((config.horizon, size), bool)}
-    often = maze2d.often(config.steps)
-    settings = training.Settings(config.steps, config.rate, config.decay, often, 100, config.schedule, clip=None)
-    models = SideBySide(maze2d.diffuser_task(config), theta, own, True, settings)
+    settings = config.models.settings(config.decay, warmup=100, clip=None)
+    models = SideBySide(paths.diffuser_task(config), theta, own, True, settings)
 
     pool = config.pool
     shapes: Any = (
@@ -442,25 +439,23 @@ def maze_programs() -> dict[str, Program]:
         of((pool, *path.shape)),
     )
     examples = Aligned(*shapes)
-    settings = training.Settings(
-        config.reward_steps, config.reward_rate, 0.0, maze2d.often(config.reward_steps),
-        schedule=config.reward_schedule, clip=None,
-    )  # fmt: skip
-    task = relative_reward.reward_task(problem)
+    settings = config.rewards.settings(0.0, clip=None)
+    task = relative_reward.reward_task(asked.problem)
     rewards = SideBySide(task, phi, (examples, {"goal": WHOLE}), (False, True), settings)
 
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         known = of((config.horizon, size), bool)
-        given = shaped((known, theta, phi, NUMBER, many(path, n), KEY), distributed.replicated(mesh))
-        return maze2d._plans.lower(chain, maze2d.model(config), problem.network, family.switches, mesh, *given)
+        arguments = shaped((theta, phi, NUMBER, known, many(path, n), KEY), distributed.replicated(mesh))
+        static = (given.process, given.model, asked.problem.network, given.switches)
+        return relative_reward.steered.lower(*static, mesh, *arguments)
 
     return {
         "models": Program(
-            "replicas", "diffusion models side by side", len(maze2d.FAMILIES) * (maze2d.GOALS + 1), "runs",
-            config.steps, models.lower, False, costs=models.step, mesh=models.mesh,
+            "replicas", "diffusion models side by side", len(families) * (maze2d.GOALS + 1), "runs",
+            config.models.steps, models.lower, False, costs=models.step, mesh=models.mesh,
         ),
         "rewards": Program(
-            "replicas", "rewards side by side", maze2d.GOALS * config.seeds, "runs", config.reward_steps,
+            "replicas", "rewards side by side", maze2d.GOALS * config.seeds, "runs", config.rewards.steps,
             rewards.lower, False, costs=rewards.step, mesh=rewards.mesh,
         ),
         "sampler": Program(

@@ -11,10 +11,10 @@ import pytest
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
-from experiments.relative_reward import maze2d
+from experiments.relative_reward import maze2d, paths
 from gendiff import devices, distributed, losses, programs, training
 from gendiff.data import traffic as scenes
-from gendiff.data.episodes import Windows
+from gendiff.data.windows import Windows
 from gendiff.devices import Placement
 from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.training import Settings
@@ -137,15 +137,14 @@ def runs_text(task, params, context, own):
 
 def of_maze():
     config = maze2d.PRESETS["smoke"]
-    family, chain = maze2d.FAMILIES[1], maze2d.chain(config.diffusion_steps)
-    problem = maze2d.reward_problem(config, family.switches, config.window)
-    network = maze2d.reward_of(config, family.switches, config.window)
+    family = maze2d.families("umaze")[1]
+    models, rewards = family.models(config), family.rewards(config)
     path = jnp.zeros((config.horizon, len(maze2d.COORDINATES)))
-    theta = jax.jit(maze2d.unet_of(config).init)(jax.random.key(0), path, jnp.zeros(()))
-    phi = jax.jit(network.init)(jax.random.key(1), path, jnp.zeros(()))
-    paths, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
+    theta = jax.jit(paths.unet_of(config).init)(jax.random.key(0), path, jnp.zeros(()))
+    phi = jax.jit(rewards.network.init)(jax.random.key(1), path, jnp.zeros(()))
+    x0, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
     targets = jnp.broadcast_to(path, (64, maze2d.GOALS, *path.shape))
-    examples = losses.Aligned(paths, jnp.ones(64, jnp.int32), targets, paths)
+    examples = losses.Aligned(x0, jnp.ones(64, jnp.int32), targets, x0)
     # One run each of 8 devices: rewards of one pool, and models of one data set.
     rows = np.zeros((8, 64, path.shape[1]), np.float32)
     begin = np.zeros((8, 16), np.int32)
@@ -156,12 +155,12 @@ def of_maze():
     }
     goals = {"goal": np.arange(8) % 4}
     runs = [
-        partial(runs_text, relative_reward.reward_task(problem), phi, (examples, goals), (False, True)),
-        partial(runs_text, maze2d.diffuser_task(config), theta, own, True),
+        partial(runs_text, relative_reward.reward_task(rewards.problem), phi, (examples, goals), (False, True)),
+        partial(runs_text, paths.diffuser_task(config), theta, own, True),
     ]
-    static = (chain, maze2d.model(config), problem.network, family.switches)
-    given = (known, theta, phi, jnp.float32(1.0), paths[:UNEVEN], jax.random.key(2))
-    return runs, partial(samples_text, maze2d._plans, static, given)
+    static = (models.process, models.model, rewards.problem.network, models.switches)
+    given = (theta, phi, jnp.float32(1.0), known, x0[:UNEVEN], jax.random.key(2))
+    return runs, partial(samples_text, relative_reward.steered, static, given)
 
 
 SLOW = pytest.param(of_mnist, marks=pytest.mark.slow)  # minutes of compilation

@@ -411,3 +411,18 @@ def test_a_model_that_gives_nan_makes_no_examples():
     broken = Diffusion("expert", CHAIN, lambda x, t: x / 0.0, (2,))
     with pytest.raises(ValueError, match=r"relative reward: targets, .* must be a finite number, got (nan|inf|-inf)"):
         relative_reward.pool_of_models(base, [broken], PRINCIPLED, jax.random.key(0), jnp.ones((4, 2)))
+
+
+def test_bounds_cover_every_time_once():
+    for steps in (20, 100):
+        bounds = relative_reward.tenths(process.ddpm(process.cosine_betas(steps)))
+        assert bounds[0] == 1
+        assert bounds[-1] == steps + 1
+        assert np.all(np.diff(bounds) > 0)
+
+
+def test_means_and_deviations_by_time():
+    values = np.array([[1.0, 3.0, 10.0], [2.0, 2.0, -1.0]])
+    mean, spread = relative_reward.by_time(values, np.array([1, 1, 3]), 3)
+    np.testing.assert_array_equal(mean, [[0, 2, 0, 0], [0, 2, 0, 0]])
+    np.testing.assert_allclose(spread, [[1, 1, 1, 1], [1, 1e-12, 1, 1]])
