@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Bool, Float
-from scipy.stats import wasserstein_distance
 
 from gendiff import check
 from gendiff.oracles import boxes
@@ -93,4 +93,5 @@ def differences(generated: Marginals, real: Marginals) -> dict[str, float]:
     both = {name: (generated[name], real[name]) for name in real}
     for name, pair in both.items():
         check.number(f"differences: {name}", np.concatenate(pair))
-    return {name: float(wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf for name, pair in both.items()}
+    distance = lambda pair: float(scipy.stats.wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf
+    return {name: distance(pair) for name, pair in both.items()}

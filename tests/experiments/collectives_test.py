@@ -40,6 +40,11 @@ def test_the_parse_sees_collectives():
     assert collectives(gathered.lower(jnp.zeros(64)).compile().as_text()) == {"all-gather": 1}
 
 
+def blank(function, *arguments):
+    """Zeros of the shapes of the results: no text depends on numbers, and to compute them is a program more."""
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(function, *arguments))
+
+
 def placed(tree):
     return distributed.place(distributed.make_mesh(), tree)
 
@@ -59,7 +64,7 @@ def classifier_text(setup, phi, synthetic, conditions):
 
 
 def student_text(setup, guided, x0, conditions, rows):
-    examples = genneg.teach(setup, None, guided, x0, jax.random.key(5), conditions, rows)
+    examples = blank(partial(genneg.teach, setup, None), guided, x0, jax.random.key(5), conditions, rows)
     task = genneg.student_task(losses.regression(setup.model, setup.weight), 8, setup.bind)
     return steps_text(task, guided.theta, (examples, rows, len(x0), conditions))
 
@@ -71,9 +76,10 @@ def samples_text(program, static, given):
 def of_mnist():
     config = mnist.PRESETS["smoke"]
     setup = mnist.problem(config)
-    theta = mnist.initialised(mnist.unet_of(config), config, jax.random.key(0))
+    theta = blank(lambda: mnist.initialised(mnist.unet_of(config), config, jax.random.key(0)))
     images = np.zeros((64, config.size, config.size, 1), np.float32)
-    rewards = jax.tree.map(lambda a: a[None], mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
+    reward = blank(lambda: mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
+    rewards = jax.tree.map(lambda a: a[None], reward)
     how = censoring.Censoring(scale=0.0, recurrence=1)
     static, given = (setup, how, UNEVEN), (theta, rewards, jax.random.key(2), 1.0, 2)
     k = 3
@@ -90,10 +96,9 @@ def of_traffic():
     config = traffic.PRESETS["smoke"]
     setup, held = traffic.problem(config), scenes.take(scenes.embedded("test"), np.arange(16))
     given = jax.tree.map(jnp.asarray, traffic.places(held))
-    theta = jax.jit(traffic.denoiser_network(config).init)(jax.random.key(0), jax.tree.map(lambda a: a[0], given))
-    phi = jax.jit(traffic.classifier_network(config, "agent").init)(
-        jax.random.key(1), jax.tree.map(lambda a: a[0], given)
-    )
+    place = jax.tree.map(lambda a: a[0], given)
+    theta = blank(traffic.denoiser_network(config).init, jax.random.key(0), place)
+    phi = blank(traffic.classifier_network(config, "agent").init, jax.random.key(1), place)
     guided = genneg.append(genneg.Guided(theta), {"net": phi, "shift": jnp.zeros(())})
     x = traffic.UNITS.normalised(jnp.asarray(held.vehicles), given.present)
     context = ((given, x), (given, x), jax.random.split(jax.random.key(2), 16))
@@ -111,8 +116,8 @@ def of_traffic():
 def of_checkerboard():
     config = checkerboard.PRESETS["smoke"]
     setup = checkerboard.problem(config)
-    theta = checkerboard.initialised(checkerboard.denoiser_network(config), jax.random.key(0))
-    net = checkerboard.initialised(checkerboard.classifier_network(config), jax.random.key(1))
+    theta = blank(lambda: checkerboard.initialised(checkerboard.denoiser_network(config), jax.random.key(0)))
+    net = blank(lambda: checkerboard.initialised(checkerboard.classifier_network(config), jax.random.key(1)))
     guided = genneg.append(genneg.Guided(theta), {"net": net, "shift": jnp.zeros(())})
     points = jnp.zeros((64, 2))
     context = (points, points, jax.random.split(jax.random.key(2), 64))
@@ -140,8 +145,8 @@ def of_maze():
     family = maze2d.families("umaze")[1]
     models, rewards = family.models(config), family.rewards(config)
     path = jnp.zeros((config.horizon, len(maze2d.COORDINATES)))
-    theta = jax.jit(paths.unet_of(config).init)(jax.random.key(0), path, jnp.zeros(()))
-    phi = jax.jit(rewards.network.init)(jax.random.key(1), path, jnp.zeros(()))
+    theta = blank(paths.unet_of(config).init, jax.random.key(0), path, jnp.zeros(()))
+    phi = blank(rewards.network.init, jax.random.key(1), path, jnp.zeros(()))
     x0, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
     targets = jnp.broadcast_to(path, (64, maze2d.GOALS, *path.shape))
     examples = losses.Aligned(x0, jnp.ones(64, jnp.int32), targets, x0)

@@ -94,7 +94,7 @@ def test_parameter_counts_of_the_paper():
 def test_kept_base_model_is_small_and_fits_the_default():
     assert mnist.KEPT.stat().st_size < 5e6
     default = mnist.MnistConfig()
-    like = mnist.initialised(mnist.unet_of(default), default, jax.random.key(0))
+    like = jax.eval_shape(lambda: mnist.initialised(mnist.unet_of(default), default, jax.random.key(0)))
     theta = mnist.kept(like, default)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
     with pytest.raises(ValueError, match=r"--base kept: mnist_16\.npz holds another network than the default"):
