@@ -21,12 +21,12 @@ time of the work at that rate.
 import dataclasses
 from typing import Annotated, Any
 
+from experiments.genneg import checkerboard
+from experiments.genneg.checkerboard import CheckerboardConfig
 from experiments.lab.command import main
 from experiments.lab.config import Between, Distinct
 from experiments.lab.folder import Folder
 from experiments.lab.table import Column, Results
-from experiments.genneg import checkerboard
-from experiments.genneg.checkerboard import CheckerboardConfig
 from experiments.speed import table
 from experiments.speed.table import Sides, TimedConfig, Work
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP

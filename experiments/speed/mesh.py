@@ -17,12 +17,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from experiments.censoring import mnist
+from experiments.genneg import checkerboard, traffic
 from experiments.lab.command import main
 from experiments.lab.config import Between, Config
 from experiments.lab.folder import Folder
 from experiments.lab.progress import Progress
 from experiments.lab.table import Column, Results, Row
-from experiments.genneg import checkerboard, traffic
 from experiments.speed import table
 from gendiff import distributed, nets, programs, steps, training
 from gendiff.data import traffic as scenes

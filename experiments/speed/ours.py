@@ -10,9 +10,9 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array
 
-from experiments.lab import start
 from experiments.genneg import checkerboard
 from experiments.genneg.checkerboard import CheckerboardConfig
+from experiments.lab import start
 from gendiff import distributed, losses, potential, programs
 from gendiff.devices import Placement
 from gendiff.methods import genneg

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.lab import start
 from experiments.censoring import mnist
 from experiments.censoring.mnist import MnistConfig
+from experiments.lab import start
 from experiments.speed import ours
 from gendiff import distributed, losses, potential, process
 from gendiff.convert import guided_diffusion

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.lab import start
 from experiments.genneg import traffic
 from experiments.genneg.traffic import TrafficConfig
+from experiments.lab import start
 from experiments.speed import ours
 from gendiff import distributed, losses, potential, sampling
 from gendiff.data import traffic as data

@@ -24,12 +24,12 @@ from typing import Annotated, Literal
 import jax
 import jax.numpy as jnp
 
+from experiments.genneg import traffic
+from experiments.genneg.traffic import TrafficConfig
 from experiments.lab.command import main
 from experiments.lab.config import Between, ConfigError
 from experiments.lab.folder import Folder
 from experiments.lab.table import Results
-from experiments.genneg import traffic
-from experiments.genneg.traffic import TrafficConfig
 from experiments.speed import ours_traffic as ours
 from experiments.speed import table
 from experiments.speed.table import Sides, TimedConfig, Work, flops

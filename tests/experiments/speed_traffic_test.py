@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.lab.config import ConfigError, parse
 from experiments.genneg import traffic as experiment
+from experiments.lab.config import ConfigError, parse
 from experiments.speed import ours_traffic, table, traffic
 from experiments.speed.worker import Worker
 from gendiff.nets.scene_transformer import Place

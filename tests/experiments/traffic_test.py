@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.lab.config import ConfigError, parse
 from experiments.genneg import traffic
+from experiments.lab.config import ConfigError, parse
 from gendiff.data import traffic as data
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided
