@@ -32,7 +32,7 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Files that take longest come first, so that at the end no worker waits for another's.
-LONGEST = ("processes", "experiments/traffic", "experiments/collectives", "experiments/checkerboard")
+LONGEST = ("processes", "experiments/checkerboard", "experiments/collectives", "experiments/traffic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
