@@ -119,9 +119,12 @@ class Family(NamedTuple):
 
     def rewards(self, config: PathsConfig, window: int = 0, experts: Sequence[int] = (), **seeds: int) -> Rewards:
         """Rewards of the window, experts and seeds of the configuration, or of others."""
-        window, experts = window or config.window, experts or range(self.place.experts)
-        problem = reward_problem(config, self.switches, window)
-        return Rewards(problem, reward_of(config, self.switches, window), experts, **{"seeds": config.seeds} | seeds)
+        strided, activation = self.switches.strided, self.switches.activation
+        network = WindowMLP(window or config.window, config.widths, strided, activation)
+        model = denoiser.zero_based(network.apply)
+        problem = PairProblem(chain(config.diffusion_steps), model, config.rewards.batch)
+        experts = experts or range(self.place.experts)
+        return Rewards(problem, network, experts, **{"seeds": config.seeds} | seeds)
 
     def thetas(self, run: Run) -> Any:
         """Parameters of the base model, then of the experts, stacked on axis 0."""
@@ -160,17 +163,6 @@ def clamped(model: denoiser.Model) -> denoiser.Model:
 def unet_of(config: PathsConfig) -> TemporalUnet:
     """The diffusion models' network; 3,682,118 parameters in the preset `paper` of Maze2D."""
     return TemporalUnet(config.width, config.multipliers)
-
-
-def reward_of(config: PathsConfig, switches: Switches, window: int) -> WindowMLP:
-    """The rewards' network."""
-    return WindowMLP(window, config.widths, switches.strided, switches.activation)
-
-
-def reward_problem(config: PathsConfig, switches: Switches, window: int) -> PairProblem:
-    """What rewards are trained on."""
-    network = denoiser.zero_based(reward_of(config, switches, window).apply)
-    return PairProblem(chain(config.diffusion_steps), network, config.rewards.batch)
 
 
 def diffuser_task(config: PathsConfig) -> Callable[[dict[str, Any]], training.Task]:

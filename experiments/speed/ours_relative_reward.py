@@ -13,6 +13,7 @@ from jaxtyping import Array
 from experiments.lab import start
 from experiments.relative_reward import maze2d, paths
 from experiments.relative_reward.maze2d import MazeConfig
+from experiments.relative_reward.rows import Rewards
 from experiments.speed import memory, ours
 from gendiff import distributed, losses, potential, process, sampling, training
 from gendiff.convert import diffuser
@@ -80,9 +81,14 @@ def known(config: MazeConfig) -> np.ndarray:
     return maze2d.families("umaze")[0].known(config)
 
 
+def published(config: MazeConfig) -> Rewards:
+    """The rewards of the row `published`."""
+    return maze2d.families("umaze")[0].rewards(config)
+
+
 def reward_of(config: MazeConfig) -> WindowMLP:
     """The rewards' network, as published."""
-    return paths.reward_of(config, PUBLISHED, config.window)
+    return published(config).network
 
 
 def fields(config: MazeConfig) -> dict[str, dict[str, Any]]:
@@ -131,7 +137,7 @@ def reward_name(path: tuple[str, ...]) -> str:
 
 def logit(config: MazeConfig) -> potential.Logit:
     """The rewards' network in steps from 1."""
-    return paths.reward_problem(config, PUBLISHED, config.window).network
+    return published(config).problem.network
 
 
 def train_reward(
@@ -168,7 +174,7 @@ def train_cached(
 ) -> Callable[[], Any]:
     """Trains the rewards of all goals on one pool of examples."""
     goals = potential.leading_size(rewards)
-    problem = paths.reward_problem(config, PUBLISHED, config.window)._replace(batch=batch)
+    problem = published(config).problem._replace(batch=batch)
     draw = lambda i, *more: jax.random.normal(jax.random.fold_in(key, i), (pool, *more, *shape(config)))
     times = 1 + jnp.arange(pool) % config.diffusion_steps
     examples = Aligned(draw(0), times, draw(1, goals), jnp.ones((pool, *shape(config))))

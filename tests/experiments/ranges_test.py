@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from experiments import contract, sweep
+from experiments import sweep
+from experiments.lab import command
 from experiments.lab.config import Between, Config, ConfigError
 from experiments.lab.experiment import find
 
@@ -23,18 +24,26 @@ def presets(name: str) -> dict[str, Config]:
     return importlib.import_module(f"experiments.{name}").PRESETS
 
 
-def ranges(config: Config) -> dict[str, tuple[Any, Between]]:
-    """Each field with a number in it: its type and its range.  A field of another kind, such as a nested
-    configuration, is an error: this test would not see into it."""
+def ranges(config: Any, prefix: str = "") -> dict[str, tuple[Any, Between]]:
+    """Each option with a number in it, of groups too: its type and its range.  Another kind of option is an error,
+    because this test would not see into it."""
     found = {}
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         limits = [each for each in get_args(hint)[1:] if isinstance(each, Between)]
         kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
         if limits:
-            found[name] = kind, limits[0]
+            found[prefix + name] = kind, limits[0]
+        elif dataclasses.is_dataclass(kind):
+            found |= ranges(getattr(config, name), f"{prefix}{name}.")
         else:
             assert kind in (str, bool, Path | None) or get_origin(kind) is Literal or name == "mazes", (name, hint)
     return found
+
+
+def replaced(config: Any, option: str, value: Any) -> Any:
+    """The configuration with another value of an option, or of a group's."""
+    name, _, rest = option.partition(".")
+    return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
 
 
 def outside(kind: Any, limits: Between) -> list[Any]:
@@ -50,20 +59,22 @@ def outside(kind: Any, limits: Between) -> list[Any]:
 def test_every_number_out_of_range_is_one_error(name: str) -> None:
     config = presets(name)["default"]
     checked = 0
-    for field, (kind, limits) in ranges(config).items():
+    known = ranges(config)
+    for option, (kind, limits) in known.items():
         for value in outside(kind, limits):
             with pytest.raises(ConfigError) as caught:
-                dataclasses.replace(config, **{field: value})
-            assert str(caught.value).startswith(f"--{field.replace('_', '-')} must "), value
+                replaced(config, option, value)
+            assert str(caught.value).startswith(f"--{option.replace('_', '-')} must "), value
             assert "\n" not in str(caught.value)
             checked += 1
-    assert checked >= 5 * len(dataclasses.fields(config)) / 2
+    assert len(known) >= len(dataclasses.fields(config)) / 2
+    assert checked >= 5 * len(known)
 
 
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("genneg.checkerboard", ["--patience", "-1"], "--patience must be 10 to 10000000, got -1"),
+        ("genneg.checkerboard", ["--baseline.patience", "-1"], "--baseline.patience must be 10 to 100000000, got -1"),
         ("genneg.traffic", ["--eta", "nan"], "--eta must be 0.0 to 1.0, got nan"),
         ("genneg.traffic", ["--eta", "5"], "--eta must be 0.0 to 1.0, got 5.0"),
         ("genneg.traffic", ["--seed", "-1"], "--seed must be 0 to 2147483647, got -1"),
@@ -71,6 +82,7 @@ def test_every_number_out_of_range_is_one_error(name: str) -> None:
         ("censoring.mnist", ["--sweep", "1", "nan"], "--sweep must be 1e-06 to 1000.0, got nan"),
         ("censoring.mnist", ["--resnet-widths"], "--resnet-widths must have 1 or more numbers, got 0"),
         ("relative_reward.maze2d", ["--decay", "2"], "--decay must be 0.0 to 0.99999, got 2.0"),
+        ("relative_reward.maze2d", ["--rewards.rate", "2"], "--rewards.rate must be 1e-07 to 1.0, got 2.0"),
         ("relative_reward.maze2d", ["--multipliers", "1", "0"], "--multipliers must be 1 to 64, got 0"),
         ("relative_reward.maze2d", ["--mazes"], "--mazes must have 1 or more values, got none"),
     ],
@@ -82,7 +94,7 @@ def test_a_command_says_it_in_one_line_with_status_2(
     monkeypatch.setattr("sys.argv", ["experiment", *words])
     known = presets(name)
     with pytest.raises(SystemExit) as left:
-        contract.main(type(known["default"]), known, lambda config: pytest.fail("it ran"))
+        command.main(type(known["default"]), known, lambda config: pytest.fail("it ran"))
     assert left.value.code == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {said}", "(GENDIFF_TRACEBACK=1 shows where)"]
 
