@@ -68,7 +68,7 @@ def test_results_have_one_shape(tmp_path: Path) -> None:
     rows = [Row("baseline", {"infraction_rate": rates.rate(1, 8)}, {"infraction_rate": 0.0003})]
     results = folder.finish(rows, [Column("infraction_rate", "infraction %", percent=True)])
     document = json.loads((tmp_path / "results.json").read_text())
-    assert set(document) == {"experiment", "format", "commit", "device", "processes", "config", "rows"}
+    assert set(document) == {"experiment", "format", "commit", "device", "versions", "processes", "config", "rows"}
     row = document["rows"][0]
     assert (row["name"], row["paper"]) == ("baseline", {"infraction_rate": 0.0003})
     assert set(row["metrics"]["infraction_rate"]) == {"value", "low", "high", "n"}
