@@ -395,7 +395,7 @@ def mnist_programs() -> dict[str, Program]:
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         given = shaped((theta, many(phi, config.members), KEY, NUMBER, WHOLE), distributed.replicated(mesh))
         settings = censoring.Censoring(scale=0.0)  # as `censoring.draw`: the scale is an argument
-        return censoring._draw.lower(setup, settings, n, mesh, *given)
+        return censoring.drawn.lower(setup, settings, n, mesh, *given)
 
     return {
         "base": Program(

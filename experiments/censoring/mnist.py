@@ -221,10 +221,10 @@ BASE, SECOND, LABELS, REWARDS, SAMPLES, BOOTSTRAP, ACTIVE, IMITATION, REJECTION,
 TUNING_TRIAL = 1_000_000
 
 
-def problem(config: MnistConfig) -> censoring.Problem:
+def problem(config: MnistConfig) -> censoring.LabelProblem:
     """DDPM with 1,000 linear steps; networks count them from 0, as public checkpoints do."""
     chain = process.ddpm(process.linear_betas(1000))
-    return censoring.Problem(
+    return censoring.LabelProblem(
         process=chain,
         model=denoiser.from_epsilon(chain, denoiser.zero_based(unet_of(config).apply)),
         network=denoiser.zero_based(reward_of(config).apply),
@@ -233,7 +233,7 @@ def problem(config: MnistConfig) -> censoring.Problem:
     )
 
 
-def clean_problem(config: MnistConfig) -> censoring.Problem:
+def clean_problem(config: MnistConfig) -> censoring.LabelProblem:
     """The same with time-independent rewards, in the reference's range: without ImageNet's mean and deviation."""
     net = resnet_of(config)
     return problem(config)._replace(
@@ -257,7 +257,7 @@ def coloured(x0: Sample) -> Array:
 
 
 @static.by_value
-def base_task(setup: censoring.Problem, batch: int) -> Callable[[Array], training.Task]:
+def base_task(setup: censoring.LabelProblem, batch: int) -> Callable[[Array], training.Task]:
     """Images -> the task of a base model, Ho et al.'s simple loss on eps."""
     loss = losses.denoising(setup.process, setup.model, losses.epsilon_weight(setup.process))
     return lambda images: training.Task(loss, lambda key: training.minibatch(key, images, batch))
@@ -432,8 +432,8 @@ class Run:
         draw = lambda key: censoring.draw(self.problem, theta, None, Censoring(), key, self.seen_at_once, self.mesh)
         phase = f"trial-{trial}/labels"
         rater = self.rater(phase.replace("/", "-"), config.labels, config.labels)
-        collect = partial(censoring.collect, draw, rater, config.labels, config.labels, config.label_budget)
-        return self.archive.once(phase, lambda: collect(self.fold(LABELS, trial))._asdict(), Labelled)
+        mark = partial(censoring.mark, draw, rater, config.labels, config.labels, config.label_budget)
+        return self.archive.once(phase, lambda: mark(self.fold(LABELS, trial))._asdict(), Labelled)
 
     def pairs(self, theta: Params, trial: int) -> list[tuple[Samples, Samples]]:
         """What each member of a trial's ensemble learns from."""
@@ -649,14 +649,17 @@ class Run:
         shares = (1 / 6, 1 / 2, 1.0) if len(per_round) == 3 else (1.0,)
         ends = tuple(max(1, round(3 * config.reward_steps * share)) for share in shares)
         prepare = lambda marked, key: self.prepare([marked[:2]], key)
+        how = censoring.Imitation(
+            ends, per_round[0], self.reward_training(config.imitation_weight, ends[-1]), settings, self.seen_at_once,
+            config.label_budget,
+        )  # fmt: skip
         trials: list[list[Samples]] = [[] for _ in per_round]
         costs: list[dict[str, Any]] = []
         for trial in range(config.few_trials):
             rounds = censoring.imitate(
-                self.problem, theta, self.new_reward,
-                self.rater(f"{name}-{trial}", per_round[0], per_round[0]), ends, per_round[0],
-                self.reward_training(config.imitation_weight, ends[-1]), settings, prepare, self.fold(IMITATION, trial),
-                self.archive, self.seen_at_once, config.label_budget, self.mesh, self.progress, f"trial-{trial}/{name}",
+                self.problem, theta, self.new_reward, self.rater(f"{name}-{trial}", per_round[0], per_round[0]),
+                prepare, how, self.fold(IMITATION, trial), self.archive, self.mesh, self.progress,
+                f"trial-{trial}/{name}",
             )  # fmt: skip
             for each in rounds:
                 phase = f"{name}-{each.number}/samples-{trial}"

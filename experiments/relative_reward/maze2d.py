@@ -419,11 +419,11 @@ class Maze:
         def compute() -> Aligned:
             thetas = self.models[family.name]
             network = clamped(model(config)) if family.switches == PUBLISHED else model(config)
-            return relative_reward.pool(
-                self.process, network, family.switches, at(thetas, 0), at(thetas, slice(1, None)),
-                jnp.asarray(self.known(family)), self.fold(purpose, 1),
-                self.paths(self.windows(None, family, held_out), n, self.fold(purpose, 0)), piece, self.mesh, report,
-            )  # fmt: skip
+            paths = self.paths(self.windows(None, family, held_out), n, self.fold(purpose, 0))
+            known, key = jnp.asarray(self.known(family)), self.fold(purpose, 1)
+            request = relative_reward.PoolRequest(at(thetas, 0), at(thetas, slice(1, None)), known, key, paths)
+            pools = relative_reward.pools(self.process, network, family.switches, [request], piece, self.mesh, report)
+            return pools[0]
 
         return self.archive.once(phase, compute, Aligned)
 
@@ -442,7 +442,8 @@ class Maze:
 
         def compute() -> Params:
             key = self.fold(REWARDS, 1000 + 100 * window + first)
-            return relative_reward.fit(problem, pool, which, start, self.reward_settings(), key, host).last
+            asked = relative_reward.reward_training(problem, pool, which, start, self.reward_settings(), key)
+            return training.train(*asked._replace(host=host)).last
 
         return self.archive.once(phase, compute)
 

@@ -18,7 +18,7 @@ from experiments.speed import ours
 from gendiff import distributed, losses, potential, process
 from gendiff.convert import guided_diffusion
 from gendiff.methods import censoring
-from gendiff.methods.censoring import Censoring, Problem
+from gendiff.methods.censoring import Censoring, LabelProblem
 from gendiff.nets.unet import HalfUNet, UNet
 from gendiff.training import Settings
 from gendiff.types import Params
@@ -121,7 +121,7 @@ def state_dict(params: Params) -> dict[str, np.ndarray]:
     }
 
 
-def sample(problem: Problem, theta: Params, rewards: Params, n: int, key: Array) -> Callable[[], Any]:
+def sample(problem: LabelProblem, theta: Params, rewards: Params, n: int, key: Array) -> Callable[[], Any]:
     """Draws n censored samples on all devices; the parameters are there already, as in a long run."""
     mesh = distributed.make_mesh()
     theta, rewards = distributed.place(mesh, (theta, rewards))
@@ -151,7 +151,9 @@ def train_rewards(config: MnistConfig, rewards: list[Params], batch: int, steps:
 
 
 @partial(jax.jit, static_argnums=0)
-def questions(problem: Problem, theta: Params, rewards: Params, key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+def questions(
+    problem: LabelProblem, theta: Params, rewards: Params, key: Array
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both sides are asked of their networks, and gendiff's answers.
 
     Returns:
@@ -174,7 +176,7 @@ def questions(problem: Problem, theta: Params, rewards: Params, key: Array) -> t
 
 @partial(jax.jit, static_argnums=0)
 def trained(
-    problem: Problem, theta: Params, rewards: list[Params], key: Array
+    problem: LabelProblem, theta: Params, rewards: list[Params], key: Array
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same for the losses.
 
@@ -208,7 +210,7 @@ def trained(
     return inputs, answers | {"reward_loss": reward_loss, "reward_gradient_norm": norm(reward_gradient)}
 
 
-def short(problem: Problem, theta: Params, rewards: Params, key: Array) -> tuple[Array, Array]:
+def short(problem: LabelProblem, theta: Params, rewards: Params, key: Array) -> tuple[Array, Array]:
     """The noise (steps + 1, n, h, w, 1) that `sampling.refine` draws, the first of x_T, and the censored samples."""
     keys = jax.random.split(key, PARITY)
     draw = lambda i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), problem.shape))(keys)

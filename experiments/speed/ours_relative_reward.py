@@ -14,7 +14,7 @@ from experiments.lab import start
 from experiments.relative_reward import maze2d
 from experiments.relative_reward.maze2d import MazeConfig
 from experiments.speed import memory, ours
-from gendiff import distributed, losses, potential, process, sampling
+from gendiff import distributed, losses, potential, process, sampling, training
 from gendiff.convert import diffuser
 from gendiff.losses import Aligned
 from gendiff.methods import relative_reward
@@ -174,9 +174,10 @@ def train_cached(
     draw = lambda i, *more: jax.random.normal(jax.random.fold_in(key, i), (pool, *more, *shape(config)))
     times = 1 + jnp.arange(pool) % config.diffusion_steps
     examples = Aligned(draw(0), times, draw(1, goals), jnp.ones((pool, *shape(config))))
-    fit = partial(relative_reward.fit, problem, examples, jnp.arange(goals), rewards, settings(config, steps), key)
+    arguments = (problem, examples, jnp.arange(goals), rewards, settings(config, steps), key)
     host = Host(distributed.make_mesh())
-    return lambda: jax.block_until_ready(fit(host).last)
+    asked = lambda: relative_reward.reward_training(*arguments)._replace(host=host)
+    return lambda: jax.block_until_ready(training.train(*asked()).last)
 
 
 def train(config: MazeConfig, theta: Params, paths: Samples, batch: int, steps: int, key: PRNGKey) -> Callable[[], Any]:

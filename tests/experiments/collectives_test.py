@@ -83,7 +83,7 @@ def of_mnist():
         partial(steps_text, mnist.base_task(setup, 16), theta, images),
         partial(steps_text, censoring.reward_task(setup, 16), several, labelled),
     ]
-    return trainings, partial(samples_text, censoring._draw, static, given)
+    return trainings, partial(samples_text, censoring.drawn, static, given)
 
 
 def of_traffic():

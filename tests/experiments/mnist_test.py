@@ -154,7 +154,7 @@ def test_labels_and_members_are_drawn_with_different_keys(tmp_path, monkeypatch)
     keys = []
     none = np.zeros((0, 16, 16, 1), np.float32)
     marked = mnist.Labelled(none, none, 0)
-    for name in ("collect", "bootstrap"):
+    for name in ("mark", "bootstrap"):
         monkeypatch.setattr(mnist.censoring, name, lambda *given: keys.append(jax.random.key_data(given[-1])) or marked)
     run.pairs(None, 3)
     assert not np.array_equal(*keys)

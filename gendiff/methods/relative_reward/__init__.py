@@ -3,8 +3,8 @@ and Henriques 2023, "Extracting reward functions from diffusion models", NeurIPS
 
     two frozen models, base b and expert e, over one process     `Diffusion`, `check_pair`
     their difference at noisy samples                             `examples` (Algorithm 1), `along_paths` (Algorithm 2)
-    the same, stored for many rewards                             `pool`, `pool_of_models`
-    rho(x_t, t) <- | grad rho - factor(t) (e - b)(x_t, t) |^2     `reward_training`, `fit`
+    the same, stored for many rewards                             `pools`, `pool_of_models`
+    rho(x_t, t) <- | grad rho - factor(t) (e - b)(x_t, t) |^2     `reward_training`
     base model + grad rho / factor(t)                             `steer`: a perfect rho turns base into expert
 
 Every difference of two models is one factor of t times the difference of their denoisers (`factor`):
@@ -33,6 +33,7 @@ from gendiff.methods.relative_reward.targets import (
     PRINCIPLED,
     PUBLISHED,
     Diffusion,
+    PoolRequest,
     Switches,
     aligned,
     along_paths,
@@ -40,11 +41,9 @@ from gendiff.methods.relative_reward.targets import (
     check_pair,
     examples,
     factor,
-    pool,
     pool_of_models,
-    pool_of_pieces,
-    pool_pieces,
     pooled,
+    pools,
 )
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
@@ -52,9 +51,9 @@ from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Sample, Scalar, Time
 
 __all__ = [
-    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "Switches", "aligned", "along_paths", "asymmetry",
-    "base_mean", "check_pair", "difference", "examples", "factor", "fit", "line_integral", "pool", "pool_of_models",
-    "pool_of_pieces", "pool_pieces", "pooled", "quality", "reward_task", "reward_training", "steer", "strength",
+    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "PoolRequest", "Switches", "aligned", "along_paths",
+    "asymmetry", "base_mean", "check_pair", "difference", "examples", "factor", "line_integral",
+    "pool_of_models", "pooled", "pools", "quality", "reward_task", "reward_training", "steer", "strength",
 ]  # fmt: skip
 
 
@@ -76,14 +75,16 @@ def reward_training(
     start: Params,
     settings: training.Settings,
     key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
 ) -> training.Training:
     """The training of K rewards at once, spread over the devices, on one pool of examples.
 
     Args:
-      examples: as of `pool`, with targets (n, G, *shape).
+      examples: a pool, with targets (n, G, *shape).
       goals: (K,), the expert of each reward, in 0 .. G - 1.
       start: K parameter trees stacked on axis 0.
+
+    Returns:
+      The arguments of `training.train`.  The rewards are `last` of its state (published), not the averages.
 
     Raises:
       ValueError: a target is not finite, and the message has its place; a goal has no expert; batch < 1.
@@ -104,20 +105,7 @@ def reward_training(
     check.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=experts - 1, whole=True)
     context = (examples, {"goal": jnp.asarray(goals, jnp.int32)})
     keys = training.keys(key, len(goals))
-    return training.Training(keys, start, reward_task(problem), context, settings, host, own=(False, True))
-
-
-def fit(
-    problem: PairProblem,
-    examples: Aligned,
-    goals: Array,
-    start: Params,
-    settings: training.Settings,
-    key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
-) -> training.State:
-    """Train K rewards (see `reward_training`): `last` of the state; the published evaluations use no averages."""
-    return training.train(*reward_training(problem, examples, goals, start, settings, key, host))
+    return training.Training(keys, start, reward_task(problem), context, settings, own=(False, True))
 
 
 @by_value
