@@ -769,7 +769,7 @@ def row_names(config: MnistConfig) -> list[str]:
 EXPERIMENT = Experiment(
     "censoring.mnist", MnistConfig, PRESETS, run, COLUMNS, row_names,
     Paper("Censored sampling of diffusion models using 3 minutes of human feedback", "2307.02770", "section 5.1"),
-    extras=("data", "feedback"),
+    extras=("feedback",),
 )  # fmt: skip
 
 
