@@ -1,172 +1,198 @@
 """The rows of censored sampling (2307.02770): what its tables compare, for any model of images and any judge.
 
-A `Study` asks the lab for the phases of all runs and trials.  An experiment chooses the models, rewards and judge:
-
-    trial-<t>/labels      marked samples of the model           trial-<t>/ensemble, union, universal   rewards
-    <row>/samples-<t>     samples of a row, with their time     scale, universal-scale                 omega
+An experiment describes its model and rewards by a `Study`, and asks for rows.  The parts of a trial are in trials.py,
+and the rows on which labels to ask for in labelling.py.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
+from experiments.censoring.trials import (
+    REJECTION,
+    Censor,
+    Study,
+    draw,
+    evaluations,
+    fit_ensemble,
+    fit_union,
+    fit_universal,
+    fold,
+    uncensored,
+    union,
+    universal_settings,
+)
 from experiments.lab import figures
-from experiments.lab.phases import Lab, Run
+from experiments.lab.phases import Run
 from experiments.lab.table import Row
-from gendiff import distributed, potential
+from gendiff import potential
 from gendiff.feedback import batches
 from gendiff.methods import censoring
-from gendiff.methods.censoring import Censoring, Imitation, Labelled, LabelProblem, Request, RewardTraining
+from gendiff.methods.censoring import Censoring, Rater
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
-from gendiff.steps import packed, unpacked
-from gendiff.types import Params, PRNGKey, Sample, Samples
 
-BASE, SECOND, LABELS, REWARDS, SAMPLES, BOOTSTRAP, ACTIVE, IMITATION, REJECTION, POOL, CLEAN = range(11)
-"""Purposes of random keys."""
 TUNING = 1_000_000
-"""Number of the trial that chooses scales."""
-Measured = dict[str, Estimate]
-Rewards = Callable[[Run, int], Params]
-"""(run, trial) -> rewards stacked on axis 0, or None."""
-Settings = Callable[[Run], Censoring]
+"""The trial on which scales are chosen: labels and noise that no other row uses."""
 
 
-def fold(run: Run, purpose: int, trial: int) -> PRNGKey:
-    """The random key of a purpose in a trial."""
-    return jax.random.fold_in(run.key(purpose), trial)
+def row_names(config: Any) -> list[str]:
+    """Names of the rows of a run, in their order."""
+    sweeps = ["omega"] + ["universal-omega"] * (not config.guidance.universal_scale)
+    return [
+        "uncensored", "single", "union", "ensemble", "ensemble-recurrence", "ensemble-backward",
+        "ensemble-recurrence-backward", "universal", "rejection",
+        *(f"{sweep}-{scale:g}" for sweep in sweeps for scale in config.guidance.sweep),
+        *(f"{way}-{n}" for way in ("random", "active") for n in config.active.labels),
+        "uncensored-malign-dominant", "non-imitation", "imitation-1", "imitation-2", "imitation-3",
+    ]  # fmt: skip
 
 
-def none(run: Run, trial: int) -> None:
-    """No rewards."""
+def row(study: Study, name: str, censor: Censor, trials: int, used: Callable[[Run], float] = lambda run: 0) -> None:
+    """Draw the samples of all trials, and add their row; `used` is the number of labels."""
+    for trial in range(trials):
+        draw(study, name, trial, censor)
+
+    def add_row(run: Run) -> None:
+        rewards, settings = censor(run, 0)
+        members = 0 if rewards is None else potential.leading_size(rewards)
+        add(study, run, name, range(trials), evaluations(study, settings, members), used(run))
+
+    study.lab.each(add_row)
 
 
-def rewards_of(kind: str) -> Rewards:
-    """The rewards of a kind: ensemble, union, universal."""
-    return lambda run, trial: run[f"trial-{trial}/{kind}"]
+def add(study: Study, run: Run, name: str, trials: Sequence[int], cost: float, used: float) -> None:
+    """Add the row of samples that are drawn."""
+    metrics = measured(study, run, name, trials) | {
+        "evaluations_per_sample": rates.exact(cost),
+        "seconds_per_sample": rates.exact(float(np.median([run[f"{name}/samples-{t}"]["seconds"] for t in trials]))),
+        "labels": rates.exact(used),
+    }
+    labelling = batches.seconds(run.folder.path / "labels")
+    run.add(name, metrics | ({"labelling_seconds": rates.exact(labelling)} if used and labelling is not None else {}))
 
 
-def plain(run: Run) -> Censoring:
-    """Settings where no scale matters."""
-    return Censoring()
+def measured(study: Study, run: Run, name: str, trials: Sequence[int]) -> dict[str, Estimate]:
+    """Malign rate, precision and recall of samples that are drawn, over trials."""
+    found = [study.measure(run[f"{name}/samples-{trial}"]["samples"]) for trial in trials]
+    return {metric: rates.over_trials([of_trial[metric] for of_trial in found]) for metric in found[0]}
 
 
-class Reward(NamedTuple):
-    """Rewards of one kind, time-dependent or of clean images."""
-
-    problem: LabelProblem
-    new: Callable[[PRNGKey], Params]
-    """key -> parameters of one reward."""
-    purpose: int = REWARDS
-    """Of its random keys."""
+def guided(kind: str, settings: Callable[[Run], Censoring], first: bool = False) -> Censor:
+    """The rewards of a trial, of the kind ensemble, union or universal; or the first of them alone."""
+    members = slice(1 if first else None)
+    return lambda run, trial: (jax.tree.map(lambda a: a[members], run[f"trial-{trial}/{kind}"]), settings(run))
 
 
-@dataclass(frozen=True)
-class Study:
-    """A model of all runs, and what censors it.  The options are those of `CensoringConfig`."""
+def labels_of(study: Study, run: Run, trials: Sequence[int]) -> float:
+    """Labels of an ensemble, all its members together, on average over trials."""
+    return study.config.labels.per_class + float(np.mean([len(union(study, run, trial)[0][1]) for trial in trials]))
 
-    lab: Lab
-    model: str
-    """Phase of the model's parameters."""
-    noisy: Reward
-    """The rewards of noisy images."""
-    clean: Reward
-    """The rewards of clean images, for universal guidance."""
-    judge: Callable[[Samples], np.ndarray]
-    """Samples -> (n,) True where benign: the oracle of labels."""
-    measure: Callable[[Samples], Measured]
-    """Samples of a trial -> malign_rate, precision and recall."""
-    change: Callable[[PRNGKey, Sample], Sample]
-    """Augmentation of labelled images."""
-    meaning: str
-    """Of malign, for a person who labels."""
 
-    @property
-    def config(self) -> Any:
-        """The options of all runs, but for those that differ between them."""
-        return self.lab.config
+# The rows of a model that is mostly benign.
 
-    # Labels and rewards.
 
-    def rater(self, run: Run, name: str) -> censoring.Rater:
-        """The oracle, or a person at a page for each batch, who may leave samples out."""
-        if self.config.labels.rater == "oracle":
-            return self.judge
-        n = self.config.labels.per_class
+def guidance_rows(study: Study) -> None:
+    """Single, union and ensemble, and ways to guide; scales come from `choose_scales`."""
+    config, guidance, clean = study.config, study.config.guidance, universal_settings(study)
+    for trial in range(max(config.trials, config.few_trials)):
+        fit_ensemble(study, trial)
+    for trial in range(config.trials):
+        fit_union(study, trial)
+    for trial in range(config.few_trials):
+        fit_universal(study, trial)
+    own, shared = lambda run: Censoring(run["scale"]), lambda run: Censoring(run["scale"] * config.members)
+    used = lambda run: labels_of(study, run, range(config.trials))
+    row(study, "uncensored", uncensored, config.trials)
+    row(study, "single", guided("ensemble", shared, True), config.trials, lambda run: 2 * config.labels.per_class)
+    row(study, "union", guided("union", shared), config.trials, used)
+    row(study, "ensemble", guided("ensemble", own), config.trials, used)
+    again = {"recurrence": guidance.recurrence}
+    back = {"backward": guidance.backward, "backward_rate": guidance.backward_rate}
+    for name, changes in (("recurrence", again), ("backward", back), ("recurrence-backward", again | back)):
+        changed = lambda run, changes=changes: own(run)._replace(**changes)
+        row(study, f"ensemble-{name}", guided("ensemble", changed), config.few_trials, used)
+    scaled = lambda run: clean._replace(scale=run["universal-scale"])
+    row(study, "universal", guided("universal", scaled), config.few_trials, used)
+    study.lab.each(lambda run: rejection(study, run, used(run)))
 
-        def marked(images: Samples) -> list[float]:
-            try:
-                return batches.marks(images, run.folder.path / "labels", name, n, n, self.meaning)
-            except ValueError:  # too few labels, because a signal closed the page
-                distributed.stop_if_noticed("every label")
-                raise
 
-        return lambda images: np.asarray(distributed.first(lambda: marked(images)))  # the page is one process's
+def rejection(study: Study, run: Run, used: float) -> None:
+    """The uncensored samples, each kept with the probability of its reward."""
+    config, trials, kept = study.config, range(study.config.trials), []
+    for trial in trials:
+        drawn, rewards = run[f"uncensored/samples-{trial}"], run[f"trial-{trial}/ensemble"]
+        key = fold(run, REJECTION, trial)
+        kept.append(censoring.reject(study.noisy.problem, rewards, drawn["samples"], key, run["scale"]))
+        run.results[f"rejection/samples-{trial}"] = drawn | {"samples": drawn["samples"][kept[-1]]}
+    share = float(np.mean(kept))
+    for trial in trials:
+        run[f"rejection/samples-{trial}"]["seconds"] /= share or np.nan
+    if min(keep.sum() for keep in kept) <= 3:
+        run.remarks.append(f"Rejection keeps {100 * share:.1f} % of the samples: too few for a row.")
+    else:
+        add(study, run, "rejection", trials, (config.sampler_steps + config.members) / share, used)
 
-    def mark(self, phase: str, name: str, n: int, key: Callable[[Run], Array], ask: Callable[[Run], Any]) -> None:
-        """Mark samples until there are n of each class; `ask` gives (rewards, settings) of their sampler."""
-        config = self.config
-        # As many at a time as are drawn for a row: one compiled program less.
-        size = config.samples // 2 if config.labels.rater == "oracle" else min(config.labels.budget, 400)
 
-        def compute(members: list[Run]) -> list[Labelled]:
-            def drawn(places: list[int], keys: list[Array]) -> Sequence[Samples]:
-                asked = [Request(run[self.model], *ask(run), k) for run, k in zip(_at(members, places), keys, strict=True)]
-                return censoring.draw_all(self.noisy.problem, asked, size, self.lab.mesh)
+# The trade-off over omega.
 
-            raters = [self.rater(run, name) for run in members]
-            return censoring.mark_all(drawn, raters, n, n, config.labels.budget, [key(run) for run in members])
 
-        self.lab.together(phase, compute, Labelled)
+def choose_scales(study: Study) -> None:
+    """Draw the trade-off curves, and choose the scales that are 0: `scale` and `universal-scale` of each run."""
+    guidance = study.config.guidance
+    fit_ensemble(study, TUNING)
+    draw(study, "omega-0", TUNING, uncensored)
+    sweep(study, "omega", "ensemble", Censoring())
+    study.lab.each(lambda run: run.results.update({"scale": run.config.guidance.scale or chosen(run["omega"])}))
+    if not guidance.universal_scale:
+        fit_universal(study, TUNING)
+        sweep(study, "universal-omega", "universal", universal_settings(study))
+    scale = lambda run: guidance.universal_scale or chosen(run["universal-omega"])
+    study.lab.each(lambda run: run.results.update({"universal-scale": scale(run)}))
 
-    def pairs(self, run: Run, trial: int) -> list[tuple[Samples, Samples]]:
-        """The labels of each member of a trial's ensemble."""
-        marked, key = run[f"trial-{trial}/labels"], fold(run, BOOTSTRAP, trial)
-        return censoring.bootstrap(marked, self.config.members, self.config.labels.per_class, key)
 
-    def union(self, run: Run, trial: int) -> list[tuple[Samples, Samples]]:
-        """The labels of all members as one set."""
-        return [censoring.union(self.pairs(run, trial))]
+def sweep(study: Study, name: str, kind: str, settings: Censoring) -> None:
+    """Draw the samples of each scale; the curve of a run is scale -> malign rate, precision and recall."""
+    scales = study.config.guidance.sweep
+    for scale in scales:
+        draw(study, f"{name}-{scale:g}", TUNING, guided(kind, lambda run, scale=scale: settings._replace(scale=scale)))
+    at = lambda run, row: measured(study, run, row, [TUNING])
+    curve = lambda run: {0.0: at(run, "omega-0")} | {scale: at(run, f"{name}-{scale:g}") for scale in scales}
+    study.lab.each(lambda run: run.results.update({name: curve(run)}))
 
-    def ensemble(self, trial: int) -> None:
-        """The labels and the ensemble of a trial."""
-        name = f"trial-{trial}"
-        self.mark(f"{name}/labels", f"{name}-labels", self.config.labels.per_class,
-                  lambda run: fold(run, LABELS, trial), lambda run: (None, Censoring()))  # fmt: skip
-        self.fit(f"{name}/ensemble", self.noisy, lambda run: self.pairs(run, trial), self.config.weights.ensemble, trial)
 
-    def universal(self, trial: int) -> None:
-        """The ensemble of a trial that sees clean images, with the same labels."""
-        pairs = lambda run: self.pairs(run, trial)
-        self.fit(f"trial-{trial}/universal", self.clean, pairs, self.config.weights.ensemble, trial)
+def sweep_rows(study: Study) -> None:
+    """Add the rows of the trade-off curves."""
 
-    def fit(self, phase: str, reward: Reward, pairs: Callable[[Run], list], alpha: float, number: int, times: int = 1) -> None:
-        """Train a reward on each pair, `times` as long as one of an ensemble; `number` is that of their keys."""
-        sets: dict[Run, censoring.Sets] = {}
+    def add_rows(run: Run) -> None:
+        for name, settings in (("omega", Censoring()), ("universal-omega", universal_settings(study))):
+            for scale in study.config.guidance.sweep if name in run.results else ():
+                cost, used = evaluations(study, settings, study.config.members), labels_of(study, run, [TUNING])
+                add(study, run, f"{name}-{scale:g}", [TUNING], cost, used)
 
-        def asked(run: Run) -> Any:
-            chosen, key = pairs(run), fold(run, reward.purpose, number)
-            sets[run] = self.augmented(chosen, jax.random.fold_in(key, 0))
-            start = potential.stacked(*(reward.new(jax.random.fold_in(key, 10 + k)) for k in range(len(chosen))))
-            how = self.how(alpha, times * self.config.reward.steps)
-            return censoring.reward_training(reward.problem, sets[run], start, how, jax.random.fold_in(key, 1))
+    study.lab.each(add_rows)
 
-        self.lab.train(phase, asked, lambda run, state: censoring.fitted(reward.problem, state, sets[run]).last)
 
-    def augmented(self, pairs: list, key: Array) -> censoring.Sets:
-        """Training sets of rewards, with changed copies."""
-        return censoring.augmented(pairs, self.config.labels.copies, key, self.change)
+def chosen(curve: dict[float, dict[str, Estimate]], least: float = 0.85) -> float:
+    """The scale with the fewest malign samples among those that keep `least` of the uncensored model's recall."""
+    recall = least * curve[0.0]["recall"].value
+    able = {scale: at["malign_rate"].value for scale, at in curve.items() if scale and at["recall"].value >= recall}
+    return min(able, key=lambda scale: able[scale]) if able else min(scale for scale in curve if scale)
 
-    def how(self, alpha: float, steps: int) -> RewardTraining:
-        """How a reward is trained."""
-        given = self.config.reward
-        settings = given.settings(0.0, 50, 0, schedule="linear", clip=None, weight_decay=0.05)
-        settings = settings._replace(steps=steps, every=min(50, steps))
-        return RewardTraining(settings, given.batch, alpha)
+
+def draw_figures(judge: Rater, folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
+    """Sample sheets, the trade-off curve, and labels against rate."""
+    first, metrics = members[0], {row.name: row.metrics for row in table}
+    many = ("omega", "universal-omega", "random", "active")
+    drawn = {name: first[f"{name}/samples-0"]["samples"] for name in metrics if not name.startswith(many)}
+    figures.image_sheets(folder / "samples.png", {name: (images, judge(images)) for name, images in drawn.items()})
+    at = lambda found: (found["recall"], found["malign_rate"])
+    curve = {scale: at(found) for scale, found in first["omega"].items()}
+    others = {name: at(metrics[name]) for name in ("single", "union", "ensemble")}
+    figures.trade_off(folder / "trade-off.png", curve, others)
+    sizes = first.config.active.labels
+    rate = lambda way: [(n, metrics[f"{way}-{n}"]["malign_rate"]) for n in sizes]
+    figures.by_labels(folder / "labels.png", {way: rate(way) for way in ("random", "active")})
