@@ -27,7 +27,7 @@ from experiments.lab.config import Config, ConfigError, of_program
 from experiments.lab.experiment import Experiment, find
 from experiments.lab.folder import Folder, write
 from experiments.lab.progress import Progress
-from experiments.lab.table import markdown
+from experiments.lab.table import cell, markdown
 from gendiff import distributed
 from gendiff.command import BAD_INPUT, say
 
@@ -191,7 +191,7 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
         titles = results.columns(table.first.experiment, [row for row, _ in rows.values()])
         head = ["row", *[column.title for column in titles], "seeds"]
         body = [
-            [name, *[results.shown(row.metrics.get(column.metric), column) for column in titles], str(count)]
+            [name, *[cell(row.metrics.get(column.metric), column) for column in titles], str(count)]
             for name, (row, count) in rows.items()
         ]
         blocks.append(f"{results.describe(table.first)}\n\n{markdown(head, body)}")

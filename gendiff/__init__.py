@@ -6,7 +6,7 @@ too: `gd.losses`, `gd.smc`, `gd.training`.  The papers' algorithms are in `gendi
 imported when it is first used.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import sys as _sys
 from typing import TYPE_CHECKING

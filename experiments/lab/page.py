@@ -12,7 +12,7 @@ from experiments.lab import results
 from experiments.lab.experiment import NAMES, Experiment
 from experiments.lab.reproduce import today
 from experiments.lab.results import Measured, Run, Table, cleaned, difference, expected, joined_rows, joined_runs, known
-from experiments.lab.table import Column, markdown
+from experiments.lab.table import cell, markdown, theirs
 
 INTERVALS = (
     "Intervals are 95 %: over seeds where there are several (Student's), else the run's own, which its notes explain. "
@@ -43,12 +43,15 @@ def documents(folder: Path, runs: Sequence[Run]) -> dict[Path, str]:
     for name in NAMES:
         findings = folder / name / "findings.md"
         if findings.exists():
+            if not known(name).presets:
+                raise ValueError(f"--docs needs the packages of {name}: install those that the warning names")
             title = findings.read_text(encoding="utf-8").splitlines()[0]
             written = f"<!-- {WRITER} --docs writes this page: change {name}/findings.md, or the results beside it. -->"
-            again = f"The exact commit and options of a row: {code(f'{WRITER} {folder.name} --row {name} ROW')}"
-            parts = [title, written, of_paper(name), f"{INTERVALS} {again}", *sections(name, runs, folder, level=2)]
+            again = f"The commit and every option of a row: {code(f'{WRITER} docs/results --row {name} ROW')}."
+            notes = [f"{INTERVALS} {again}"] if any(run.experiment == name for run in runs) else []
             include = f"```{{include}} {name}/findings.md\n:start-line: 1\n```"
-            pages[folder / f"{name}.md"] = "\n\n".join([*parts, include]) + "\n"
+            parts = [title, written, of_paper(name), *notes, *sections(name, runs, folder, level=2), include]
+            pages[folder / f"{name}.md"] = "\n\n".join(parts) + "\n"
     return pages
 
 
@@ -65,7 +68,7 @@ def of_paper(name: str) -> str:
     paper = known(name).paper
     if paper is None:
         return "Its packages are not installed." if name in NAMES else "Of no paper."
-    return f"{paper.title}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.part}"
+    return f"{paper.title}, [arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv}), {paper.part}."
 
 
 def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = False, level: int = 3) -> Iterator[str]:
@@ -75,12 +78,12 @@ def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = Fa
         yield from _section(table, base, level)
     if tables:
         return
-    yield f"No results. Run {code(f'python -m experiments.{name}')}"
+    yield f"No results are here. Run {code(f'python -m experiments.{name}')}."
     paper = known(name).paper
     if paper and paper.rows:
         rows = {row: (Measured({}, dict(numbers)), 0) for row, numbers in paper.rows.items()}
         given = results.columns(name, [row for row, _ in rows.values()])
-        body = [[code(row), *(_of_paper(own, column) for column in given)] for row, (own, _) in rows.items()]
+        body = [[code(row), *(theirs(own, column) for column in given)] for row, (own, _) in rows.items()]
         yield "The paper's numbers:"
         yield markdown(["row", *(column.title for column in given)], body)
 
@@ -132,14 +135,10 @@ def comparison(table: Table) -> str:
         if count < len(table.runs):
             cells = [escaped(f"{row} ({f'{count} of {len(table.runs)} runs' if count else 'missing'})")]
         for column in given:
-            cells.append(results.shown(measured.metrics.get(column.metric), column))
-            cells += [_of_paper(measured, column)] * (column.metric in reported)
+            cells.append(cell(measured.metrics.get(column.metric), column))
+            cells += [theirs(measured, column)] * (column.metric in reported)
         body.append(cells)
     return markdown(head, body)
-
-
-def _of_paper(row: Measured, column: Column) -> str:
-    return results.number(row.paper[column.metric], column) if column.metric in row.paper else "-"
 
 
 def _notes(path: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.lab import results
 from experiments.lab.results import Run, Table, cleaned, joined_rows, joined_runs, known
+from experiments.lab.table import cell, theirs
 
 
 def reproduce(runs: Sequence[Run], experiment: str, row: str, join_commits: bool = False) -> str:
@@ -32,9 +33,9 @@ def _reproduced(table: Table, row: str) -> str:
     over = f", mean over {count} runs" if count > 1 else ""
     lines = [f"# {table.first.experiment}, {results.describe(table.first)}", f"# Measured for {row}{over}:"]
     for column in results.columns(table.first.experiment, [measured]):
-        lines.append(f"#   {column.title}: {results.shown(measured.metrics.get(column.metric), column)}")
+        lines.append(f"#   {column.title}: {cell(measured.metrics.get(column.metric), column)}")
         if column.metric in measured.paper:
-            lines[-1] += f" (the paper: {results.number(measured.paper[column.metric], column)})"
+            lines[-1] += f" (the paper: {theirs(measured, column)})"
     for run in table.runs:
         if run.rows and row in run.rows:
             took = "" if run.seconds is None else f", the whole run in {run.seconds:,.0f} s from first to last report"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from experiments.lab.config import Config
 from experiments.lab.experiment import NAMES, Experiment, find
-from experiments.lab.folder import fields, flat
+from experiments.lab.folder import FORMAT, fields, flat
 from experiments.lab.table import Column
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
@@ -26,12 +26,12 @@ from gendiff.metrics.rates import Estimate
 @cache
 def known(name: str) -> Experiment:
     """The experiment of a name; an empty one for other names, and where a package is missing, with a warning."""
-    nothing = Experiment(name, Config, {}, lambda config: NotImplemented)
+    nothing = Experiment(name, Config, {}, lambda lab: None)
     if name not in NAMES:
         return nothing
     try:
         return find(name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         print(f"warning: experiments.{name}: its presets and columns are not known ({error})", file=sys.stderr)
         return nothing
 
@@ -60,6 +60,8 @@ class Run(NamedTuple):
     experiment: str
     config: dict[str, Any]
     """Option -> value, without the folder; options of a group are `group.option`."""
+    format: int
+    """Of the file: another one than `folder.FORMAT` has other options than today's."""
     rows: dict[str, Measured] | None = None
     """None: unfinished."""
     commit: str = "unknown"
@@ -113,10 +115,11 @@ def read(folder: Path, warn: Callable[[str], None]) -> Run | None:
         options = {
             name: value for name, value in flat(config).items() if name not in ("experiment", "format", "output")
         }
-        types = type(held["experiment"]), type(options["preset"]), type(options["seed"])
-        if types != (str, str, int):
-            raise ValueError("experiment, preset or seed is of another type")
-        run = Run(folder, held["experiment"], options)
+        number = held.get("format", 1)
+        types = type(held["experiment"]), type(options["preset"]), type(options["seed"]), type(number)
+        if types != (str, str, int, int):
+            raise ValueError("experiment, preset, seed or format is of another type")
+        run = Run(folder, held["experiment"], options, number)
         if path.name == "results.json":
             rows = dict(map(_row, held["rows"]))
             run = run._replace(rows=rows, commit=str(held["commit"]), device=str(held["device"]))
@@ -174,11 +177,13 @@ class Difference(NamedTuple):
     config: Config | None
     """As today's class; None if there is no such preset, or options have changed."""
     changed: dict[str, Any]
-    """Options whose value is not the preset's; all of them if the preset is not known."""
+    """Options whose value is not the preset's; all of them if the preset is not known, none of another format."""
 
 
 def difference(run: Run) -> Difference:
     """Compare a run's configuration with today's preset."""
+    if run.format != FORMAT:
+        return Difference(None, {})
     options = {name: value for name, value in run.config.items() if name not in ("preset", "seed")}
     preset = known(run.experiment).presets.get(run.preset)
     if preset is None:
@@ -206,6 +211,7 @@ def describe(run: Run) -> str:
     """A configuration in words: its preset, and what differs from it."""
     changed = [(name, value if isinstance(value, list) else [value]) for name, value in difference(run).changed.items()]
     fields = ", ".join(f"{name} = {' '.join(map(str, values))}" for name, values in changed)
+    fields = fields if run.format == FORMAT else f"options of format {run.format}"
     return f"preset {run.preset}" + (f" with {fields}" if fields else "")
 
 
@@ -298,34 +304,9 @@ def expected(table: Table) -> list[str]:
     return [] if config is None else known(table.first.experiment).rows(config)
 
 
-# Numbers.
-
-UNKNOWN = -1
-"""Digits of a column that no experiment describes."""
-
-
 def columns(experiment: str, rows: Iterable[Measured]) -> list[Column]:
     """The experiment's columns that any row has, and then what else was measured."""
     found = dict.fromkeys(metric for row in rows for metric in (*row.metrics, *row.paper))
     titled = [column for column in known(experiment).columns if column.metric in found]
     others = [metric for metric in found if metric not in {column.metric for column in titled}]
-    return titled + [Column(metric, metric, digits=UNKNOWN) for metric in others]
-
-
-def number(value: float, column: Column) -> str:
-    """A value in the column's units; `?` if it is not finite."""
-    if not math.isfinite(value):
-        return "?"
-    if column.digits == UNKNOWN:
-        return f"{value:,.4g}"
-    return f"{value * (100 if column.percent else 1):,.{column.digits}f}"
-
-
-def shown(estimate: Estimate | None, column: Column) -> str:
-    """value [low, high]; a count or a measured time has no interval, `-` was not measured."""
-    if estimate is None:
-        return "-"
-    text = number(estimate.value, column)
-    if estimate.low == estimate.high:
-        return text
-    return f"{text} [{number(estimate.low, column)}, {number(estimate.high, column)}]"
+    return titled + [Column(metric, metric, digits=None) for metric in others]
