@@ -60,10 +60,10 @@ def train(trainings: Sequence[Training]) -> list[State]:
 
 
 def _likeness(asked: Training) -> Hashable:
-    alone = (
-        isinstance(asked.params, State) or asked.data is not None or asked.host.fully_sharded or np.ndim(asked.key) > 0
-    )
-    return object() if alone else (asked.task, asked.settings, shapes((asked.params, asked.context)))
+    if asked.data is not None or asked.host.fully_sharded or np.ndim(asked.key) > 0:
+        return object()
+    stands = int(asked.params.step) if isinstance(asked.params, State) else 0  # runs go on from one step
+    return asked.task, asked.settings, stands, shapes((asked.params, asked.context))
 
 
 def _groups(likenesses: Sequence[Hashable]) -> list[list[int]]:

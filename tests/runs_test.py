@@ -152,6 +152,24 @@ def test_runs_that_end_by_themselves_are_resumed_together(tmp_path, programs):
     assert programs == [3, 3, 3]
 
 
+def test_runs_go_on_from_states_of_one_step_together(programs):
+    """As rounds of imitation do; a state that stands elsewhere goes on alone."""
+    longer = Settings(20, 0.05, every=4)
+
+    def further(states):
+        return [
+            asked(seed)._replace(key=jax.random.key(9 + seed), params=state, settings=longer)
+            for seed, state in enumerate(states)
+        ]
+
+    states = lambda: [training.train(*asked(seed, steps=8 if seed == 2 else 12)) for seed in range(3)]
+    expected = [parameters(training.train(*alone)) for alone in further(states())]
+    begun = states()
+    programs.clear()
+    close([parameters(state) for state in runs.train(further(begun))], expected)
+    assert sorted(programs) == [1, 2]
+
+
 def test_a_notice_stops_all(monkeypatch):
     monkeypatch.setattr(distributed, "preempted", lambda: True)
     with pytest.raises(distributed.Preempted):

@@ -380,14 +380,14 @@ def mnist_programs() -> dict[str, Program]:
 
     def base(batch: int) -> Trained:
         settings = training.Settings(
-            config.base_steps, config.base_rate, config.base_decay, 100, 100, config.base_schedule
+            config.training.steps, config.training.rate, config.decay, 100, 100, config.schedule
         )
         return Trained(mnist.base_task(setup, batch), theta, many(image, images), settings)
 
     def reward(batch: int) -> Trained:
-        k, steps = config.members, config.reward_steps
+        k, steps = config.members, config.reward.steps
         settings = training.Settings(
-            steps, config.reward_rate, 0.0, 50, schedule="linear", clip=None, weight_decay=0.05
+            steps, config.reward.rate, 0.0, 50, schedule="linear", clip=None, weight_decay=0.05
         )
         context = (many(image, sets), of((sets,)))
         return Trained(censoring.reward_task(setup, batch), many(phi, k), (*many(context, k), WHOLE, NUMBER), settings)
@@ -399,14 +399,14 @@ def mnist_programs() -> dict[str, Program]:
 
     return {
         "base": Program(
-            "training", "base model", config.base_batch, "images", config.base_steps, **trainings(base, False)
+            "training", "base model", config.training.batch, "images", config.training.steps, **trainings(base, False)
         ),
         "base-sharded": Program(
-            "sharded", "base model, fully sharded", config.base_batch, "images", config.base_steps,
+            "sharded", "base model, fully sharded", config.training.batch, "images", config.training.steps,
             **trainings(base, False, True),
         ),
         "reward": Program(
-            "training", f"{config.members} rewards", config.reward_batch, "images", config.reward_steps,
+            "training", f"{config.members} rewards", config.reward.batch, "images", config.reward.steps,
             **trainings(reward, False),
         ),
         "sampler": Program(

@@ -80,7 +80,7 @@ class Config:
 class Training:
     """How a network is trained."""
 
-    steps: Annotated[int, Between(10, 100_000_000)] = 1000
+    steps: Annotated[int, Between(1, 100_000_000)] = 1000
     """Training steps, at most."""
     batch: Annotated[int, Between(1, 1_000_000)] = 64
     """Examples of a step."""

@@ -65,8 +65,12 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
             for more, of in zip((inputs, answers), trained(problem, theta, rewards, key), strict=True):
                 more |= of
             inputs["noise"], answers["samples"] = short(problem, theta, potential.stacked(*rewards), key)
-            same = ("base_rate", "base_decay", "reward_rate", "benign_weight")
-            told["training"] = {field: getattr(config, field) for field in same}
+            told["training"] = {
+                "base_rate": config.training.rate,
+                "base_decay": config.decay,
+                "reward_rate": config.reward.rate,
+                "benign_weight": config.weights.ensemble,
+            }
         told["nets"][name] = {
             "fields": {"unet": fields(mnist.unet_of(config)), "reward": fields(mnist.reward_of(config))},
             "size": config.size,
@@ -131,7 +135,7 @@ def sample(problem: LabelProblem, theta: Params, rewards: Params, n: int, key: A
 def train(config: MnistConfig, theta: Params, batch: int, steps: int, key: Array) -> Callable[[], Any]:
     """Goes on training the base model."""
     images = jax.random.uniform(key, (1000, config.size, config.size, 1), minval=-1.0)
-    settings = Settings(config.base_steps, config.base_rate, config.base_decay, schedule=config.base_schedule)
+    settings = Settings(config.training.steps, config.training.rate, config.decay, schedule=config.schedule)
     task = mnist.base_task(mnist.problem(config), batch)
     return ours.train(task, theta, images, settings, steps, key, distributed.make_mesh())
 
@@ -141,9 +145,9 @@ def train_rewards(config: MnistConfig, rewards: list[Params], batch: int, steps:
     shape = (len(rewards), LABELLED, config.size, config.size, 1)
     labels = jnp.tile(jnp.array([0.0, 1.0]), (len(rewards), LABELLED // 2))
     images = jax.random.uniform(key, shape, minval=-1.0)
-    context = (images, labels, jnp.int32(LABELLED), jnp.float32(config.benign_weight))
+    context = (images, labels, jnp.int32(LABELLED), jnp.float32(config.weights.ensemble))
     settings = Settings(
-        config.reward_steps, config.reward_rate, decay=0.0, schedule="linear", clip=None, weight_decay=0.05
+        config.reward.steps, config.reward.rate, decay=0.0, schedule="linear", clip=None, weight_decay=0.05
     )
     task = censoring.reward_task(mnist.problem(config), batch)
     mesh = distributed.training_mesh()

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import sweep
 from experiments.lab import command
-from experiments.lab.config import Between, Config, ConfigError
+from experiments.lab.config import Between, Config, ConfigError, options
 from experiments.lab.experiment import find
 
 PAPERS = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
@@ -25,25 +25,26 @@ def presets(name: str) -> dict[str, Config]:
 
 
 def ranges(config: Any, prefix: str = "") -> dict[str, tuple[Any, Between]]:
-    """Each option with a number in it, of groups too: its type and its range.  Another kind of option is an error,
-    because this test would not see into it."""
+    """Each option with a number in it, those of groups too: its type and its range.  An option of a kind that this test
+    does not see into is an error."""
     found = {}
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        limits = [each for each in get_args(hint)[1:] if isinstance(each, Between)]
+    for field, hint in get_type_hints(type(config), include_extras=True).items():
+        name, value = prefix + field, getattr(config, field)
+        limits = [mark for mark in get_args(hint)[1:] if isinstance(mark, Between)]
         kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if limits:
-            found[prefix + name] = kind, limits[0]
-        elif dataclasses.is_dataclass(kind):
-            found |= ranges(getattr(config, name), f"{prefix}{name}.")
+        if dataclasses.is_dataclass(value):
+            found |= ranges(value, f"{name}.")
+        elif limits:
+            found[name] = kind, limits[0]
         else:
             assert kind in (str, bool, Path | None) or get_origin(kind) is Literal or name == "mazes", (name, hint)
     return found
 
 
 def replaced(config: Any, option: str, value: Any) -> Any:
-    """The configuration with another value of an option, or of a group's."""
-    name, _, rest = option.partition(".")
-    return dataclasses.replace(config, **{name: replaced(getattr(config, name), rest, value) if rest else value})
+    """The configuration with another value of an option, which may be of a group."""
+    field, dot, inner = option.partition(".")
+    return dataclasses.replace(config, **{field: replaced(getattr(config, field), inner, value) if dot else value})
 
 
 def outside(kind: Any, limits: Between) -> list[Any]:
@@ -59,16 +60,14 @@ def outside(kind: Any, limits: Between) -> list[Any]:
 def test_every_number_out_of_range_is_one_error(name: str) -> None:
     config = presets(name)["default"]
     checked = 0
-    known = ranges(config)
-    for option, (kind, limits) in known.items():
+    for field, (kind, limits) in ranges(config).items():
         for value in outside(kind, limits):
             with pytest.raises(ConfigError) as caught:
-                replaced(config, option, value)
-            assert str(caught.value).startswith(f"--{option.replace('_', '-')} must "), value
+                replaced(config, field, value)
+            assert str(caught.value).startswith(f"--{field.replace('_', '-')} must "), value
             assert "\n" not in str(caught.value)
             checked += 1
-    assert len(known) >= len(dataclasses.fields(config)) / 2
-    assert checked >= 5 * len(known)
+    assert checked >= 5 * len(list(options(config))) / 2
 
 
 @pytest.mark.parametrize(
@@ -78,11 +77,11 @@ def test_every_number_out_of_range_is_one_error(name: str) -> None:
         ("genneg.traffic", ["--eta", "nan"], "--eta must be 0.0 to 1.0, got nan"),
         ("genneg.traffic", ["--eta", "5"], "--eta must be 0.0 to 1.0, got 5.0"),
         ("genneg.traffic", ["--seed", "-1"], "--seed must be 0 to 2147483647, got -1"),
-        ("censoring.mnist", ["--base-rate", "inf"], "--base-rate must be 1e-07 to 1.0, got inf"),
-        ("censoring.mnist", ["--sweep", "1", "nan"], "--sweep must be 1e-06 to 1000.0, got nan"),
-        ("censoring.mnist", ["--resnet-widths"], "--resnet-widths must have 1 or more numbers, got 0"),
-        ("relative_reward.maze2d", ["--decay", "2"], "--decay must be 0.0 to 0.99999, got 2.0"),
+        ("censoring.mnist", ["--training.rate", "inf"], "--training.rate must be 1e-07 to 1.0, got inf"),
+        ("censoring.mnist", ["--guidance.sweep", "1", "nan"], "--guidance.sweep must be 1e-06 to 1000.0, got nan"),
+        ("censoring.mnist", ["--resnet.widths"], "--resnet.widths must have 1 or more numbers, got 0"),
         ("relative_reward.maze2d", ["--rewards.rate", "2"], "--rewards.rate must be 1e-07 to 1.0, got 2.0"),
+        ("relative_reward.maze2d", ["--decay", "2"], "--decay must be 0.0 to 0.99999, got 2.0"),
         ("relative_reward.maze2d", ["--multipliers", "1", "0"], "--multipliers must be 1 to 64, got 0"),
         ("relative_reward.maze2d", ["--mazes"], "--mazes must have 1 or more values, got none"),
     ],

@@ -208,7 +208,8 @@ def test_expected_rows_are_those_of_the_experiment(experiment: str) -> None:
     for preset in what.presets.values():
         names = what.rows(preset)
         assert len(set(names)) == len(names) >= 8
-    source = Path(MODULES[experiment].__file__).read_text()
+    module = Path(MODULES[experiment].__file__)
+    source = "".join(path.read_text() for path in (module, module.with_name("rows.py")) if path.exists())
     stems = {name.split("/")[0] for name in names if not any(letter.isdigit() for letter in name)}
     assert not [stem for stem in stems if f'"{stem}"' not in source and stem.rsplit("-", 1)[0] not in source]
     paper = {name.split("/")[0] for name in (what.paper.rows if what.paper else ())}
@@ -219,8 +220,8 @@ def test_expected_rows_follow_the_configuration() -> None:
     smoke = checkerboard.PRESETS["smoke"]
     assert "distilled-1" in checkerboard.row_names(smoke)
     assert "round-5" in checkerboard.row_names(checkerboard.PRESETS["paper"])
-    assert "omega-0.25" in mnist.row_names(mnist.PRESETS["paper"])
-    assert "active-50" in mnist.row_names(mnist.PRESETS["default"])
+    assert "omega-0.25" in mnist.EXPERIMENT.rows(mnist.PRESETS["paper"])
+    assert "active-50" in mnist.EXPERIMENT.rows(mnist.PRESETS["default"])
     assert "principled/umaze" in maze2d.row_names(maze2d.PRESETS["default"])
     assert "principled/umaze" not in maze2d.row_names(maze2d.PRESETS["smoke"])
 
@@ -390,7 +391,7 @@ def test_the_command_has_the_configuration(tmp_path: Path, experiment, preset) -
     changes: dict[str, dict[str, Any]] = {
         "genneg.checkerboard": {"mode": "distill", "half_width": 2.5},
         "genneg.traffic": {"recorded": "/a folder/of scenes", "fewer": 0.5},
-        "censoring.mnist": {"keep": True, "sweep": [0.5, 3.0], "base_rate": 1e-5},
+        "censoring.mnist": {"keep": True, "share": 0.3, "data_seed": 5},
         "relative_reward.maze2d": {"mazes": ["large", "umaze"], "radius": 0.25},
     }
     make(tmp_path, experiment=experiment, preset=preset, seed=3, **changes[experiment])
