@@ -129,8 +129,8 @@ class Mixture(NamedTuple):
 
         def score(x: jax.Array, t: jax.Array) -> jax.Array:
             share = jax.nn.softmax(self.log_joint(process, x, t))
-            each = (process.alpha(t) * self.means.astype(np.float32) - x[None]) / self.variance(process, t)[:, None]
-            return share @ each
+            scores = (process.alpha(t) * self.means.astype(np.float32) - x[None]) / self.variance(process, t)[:, None]
+            return share @ scores
 
         return score
 
