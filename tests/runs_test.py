@@ -158,11 +158,11 @@ def test_runs_go_on_from_states_of_one_step_together(programs):
 
     def further(states):
         return [
-            asked(seed)._replace(key=jax.random.key(9 + seed), params=state, settings=longer)
+            of_seed(seed)._replace(key=jax.random.key(9 + seed), params=state, settings=longer)
             for seed, state in enumerate(states)
         ]
 
-    states = lambda: [training.train(*asked(seed, steps=8 if seed == 2 else 12)) for seed in range(3)]
+    states = lambda: [training.train(*of_seed(seed, steps=8 if seed == 2 else 12)) for seed in range(3)]
     expected = [parameters(training.train(*alone)) for alone in further(states())]
     begun = states()
     programs.clear()
