@@ -22,13 +22,12 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from experiments import tables
-from experiments.lab import command, config, start
+from experiments.lab import command, config, results, start
 from experiments.lab.config import Config, ConfigError, of_program
 from experiments.lab.experiment import Experiment, find
 from experiments.lab.folder import Folder, write
 from experiments.lab.progress import Progress
-from experiments.lab.table import markdown
+from experiments.lab.table import cell, markdown
 from gendiff import distributed
 from gendiff.command import BAD_INPUT, say
 
@@ -175,7 +174,7 @@ def finished(what: Experiment, planned: Planned) -> bool:
     folder = planned.config.output
     assert folder is not None
     warnings: list[str] = []
-    if not (folder / "results.json").exists() or not (run := tables.read(folder, warnings.append)) or run.rows is None:
+    if not (folder / "results.json").exists() or not (run := results.read(folder, warnings.append)) or run.rows is None:
         return False
     return Folder.check(folder, what.name, planned.config)
 
@@ -183,19 +182,19 @@ def finished(what: Experiment, planned: Planned) -> bool:
 def report(folder: Path, planned: Sequence[Planned]) -> str:
     """The table of all runs that are finished, in table.md and sweep.json too."""
     warnings: list[str] = []
-    runs = [tables.read(folder / each.name, warnings.append) for each in planned]
-    joined = tables.joined_runs([run for run in runs if run is not None and run.rows is not None], join_commits=True)
+    runs = [results.read(folder / each.name, warnings.append) for each in planned]
+    joined = results.joined_runs([run for run in runs if run is not None and run.rows is not None], join_commits=True)
     blocks: list[str] = []
     document = []
     for table in joined:
-        rows = tables.joined_rows(table)
-        titles = tables.columns(table.first.experiment, [row for row, _ in rows.values()])
+        rows = results.joined_rows(table)
+        titles = results.columns(table.first.experiment, [row for row, _ in rows.values()])
         head = ["row", *[column.title for column in titles], "seeds"]
         body = [
-            [name, *[tables.shown(row.metrics.get(column.metric), column) for column in titles], str(count)]
+            [name, *[cell(row.metrics.get(column.metric), column) for column in titles], str(count)]
             for name, (row, count) in rows.items()
         ]
-        blocks.append(f"{tables.describe(table.first)}\n\n{markdown(head, body)}")
+        blocks.append(f"{results.describe(table.first)}\n\n{markdown(head, body)}")
         document.append(
             {
                 "config": {name: value for name, value in table.first.config.items() if name != "seed"},

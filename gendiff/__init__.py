@@ -1,22 +1,22 @@
 """gendiff: steer diffusion models with potentials.
 
 `import gendiff as gd` gives the five words: processes (`gd.edm`), denoisers (`gd.from_epsilon`), potentials
-(`gd.stack`), guidance (`gd.guide`), kernels and samplers (`gd.heun`, `gd.sample`).  Modules are attributes
-too: `gd.losses`, `gd.smc`, `gd.training`.  The papers' algorithms are in `gendiff.methods`.  A word or a module is
-imported when it is first used.
+(`gd.stack`), guidance (`gd.guide`), kernels and samplers (`gd.heun`, `gd.sample`).  Modules are attributes too:
+`gd.losses`, `gd.smc`, `gd.training`.  The papers' algorithms are in `gendiff.methods`.  First use imports a word or a
+module.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import sys as _sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gendiff.words import *  # noqa: F403
-else:  # a type checker that sees this function accepts any name
+else:  # because a type checker that sees `__getattr__` accepts any name
 
     def __getattr__(name: str) -> object:
-        """Import a word, or a module of the package, when it is first used."""
+        """Import a word or a module of the package at its first use."""
         import importlib
         from importlib.util import find_spec
 
@@ -40,7 +40,7 @@ else:  # a type checker that sees this function accepts any name
         return sorted({"__version__", *modules, *(word for word in words if not word.startswith("_"))})
 
 
-if _sys.argv[:1] == ["-m"]:  # while Python looks for the module of `python -m gendiff...` or `python -m experiments...`
+if _sys.argv[:1] == ["-m"]:  # Python is looking for the module of `python -m gendiff...` or `python -m experiments...`
     from gendiff import command as _command
 
     _command.starting()

@@ -1,7 +1,6 @@
-"""Checks of arguments: one error for one kind of bad input, `where: name must be .., got ..`.
+"""Checks of arguments, which raise `where: name must be .., got ..` or return their value for use in place.
 
-Values that JAX traces have no number yet and pass; shapes are known in traced code too and are always checked.  Every
-check returns what it was given, so that it can stand where the value is used.
+Traced values have no number yet and pass; their shapes are checked.
 """
 
 import math
@@ -26,21 +25,29 @@ def number(
     whole: bool = False,
     infinite: bool = False,
 ) -> T:
-    """Return `value`, a number, or an array of numbers, within the bounds; NaN is outside of all bounds.
+    """Return `value`, a number or an array of numbers within the bounds; NaN is outside of all bounds.
 
     Args:
       name: such as "elbo: levels".
-      at_least, at_most: bounds that are allowed themselves.
-      above, below: bounds that are not.
-      whole: only integers (also NumPy's and JAX's) are allowed; a Boolean is none.
-      infinite: infinities within the bounds are allowed.
+      at_least, at_most: inclusive bounds.
+      above, below: exclusive bounds.
+      whole: allow only integers (also NumPy's and JAX's), no Booleans.
+      infinite: allow infinities within the bounds.
 
     Raises:
-      ValueError: it is outside, or is no number.
+      ValueError: `value` is out of bounds or no number.
     """
     if isinstance(value, jax.core.Tracer):
         return value
-    wanted = _bounds(at_least, above, at_most, below, whole, infinite)
+    signs = (">=", np.greater_equal), (">", np.greater), ("<=", np.less_equal), ("<", np.less)
+    pairs = zip(signs, (at_least, above, at_most, below), strict=True)
+    limits = [(sign, compare, bound) for (sign, compare), bound in pairs if bound is not None]
+    words = [f"{sign} {bound:g}" for sign, _, bound in limits if math.isfinite(bound)]
+    if not words:
+        words = ["a whole number" if whole else "a number" if infinite else "a finite number"]
+    elif whole:
+        words.append("whole")
+    wanted = " and ".join(words)
     plain: Any = value
     try:
         array = np.asarray(operator.index(plain) if whole and np.ndim(plain) == 0 else plain)
@@ -52,47 +59,24 @@ def number(
     array = array.astype(np.float64) if kind == "V" else array
     inside = np.ones(array.shape, bool) if infinite else np.isfinite(array)
     inside &= ~np.isnan(array)
-    limits = ((at_least, np.greater_equal), (above, np.greater), (at_most, np.less_equal), (below, np.less))
-    for bound, compare in limits:
-        if bound is not None:
-            inside &= compare(array, bound)
+    for _, compare, bound in limits:
+        inside &= compare(array, bound)
     if not inside.all():
         got = value if array.ndim == 0 else f"{array[~inside].flat[0]} among {array.size} values"
         raise ValueError(f"{name} must be {wanted}, got {got}")
     return value
 
 
-def _bounds(
-    at_least: float | None, above: float | None, at_most: float | None, below: float | None, whole: bool, infinite: bool
-) -> str:
-    words = [
-        f"{sign} {bound:g}"
-        for sign, bound in ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
-        if bound is not None and math.isfinite(bound)
-    ]
-    kind = "a whole number" if whole else "a number" if infinite else "a finite number"
-    return " and ".join(words) + ("" if not whole else " and whole") if words else kind
-
-
 def choice(name: str, value: T, choices: Sequence[T]) -> T:
-    """Return `value`, one of `choices`.
-
-    Raises:
-      ValueError: it is none of them.
-    """
+    """Return `value`; raise ValueError if it is not among `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def shape(name: str, value: T, wanted: Sequence[int | None]) -> T:
-    """Return `value`, an array (or a `jax.ShapeDtypeStruct`) of a shape; None stands for any length.
-
-    NumPy's broadcasting would turn a wrong shape into a plausible number.
-
-    Raises:
-      ValueError: it has another shape; both are named.
-    """
+    """Return `value`, an array or `jax.ShapeDtypeStruct`; raise ValueError if its shape is not `wanted` (None: any
+    length), because broadcasting would turn a wrong shape into a plausible number."""
     plain: Any = value
     got = np.shape(plain)
     if len(got) != len(wanted) or any(w is not None and w != g for w, g in zip(wanted, got, strict=True)):
@@ -102,11 +86,7 @@ def shape(name: str, value: T, wanted: Sequence[int | None]) -> T:
 
 
 def broadcasts(name: str, value: T, wanted: Sequence[int]) -> T:
-    """Return `value`, an array that broadcasts to a shape without widening it, such as a mask (n, 1) for (n, d).
-
-    Raises:
-      ValueError: it does not; both shapes are named.
-    """
+    """Return `value`; raise ValueError unless it broadcasts to `wanted` without widening it, as (n, 1) to (n, d)."""
     plain: Any = value
     got = np.shape(plain)
     if len(got) > len(wanted) or any(g not in (1, w) for g, w in zip(got[::-1], tuple(wanted)[::-1], strict=False)):
@@ -115,10 +95,10 @@ def broadcasts(name: str, value: T, wanted: Sequence[int]) -> T:
 
 
 def rows(name: str, tree: Any) -> int:
-    """Return the number of rows of a pytree: the length of axis 0, which all its arrays share.
+    """Return the length of axis 0, which all arrays of a pytree share.
 
     Raises:
-      ValueError: there is no array, one has no axis, or the lengths differ.
+      ValueError: the tree has no array, an array has no axis, or the lengths differ.
     """
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
     if not shapes:

@@ -1,4 +1,4 @@
-"""Oriented boxes as points.  What is an overlap is for `gendiff.oracles.boxes`."""
+"""Oriented boxes as points; `gendiff.oracles.boxes` decides overlaps."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +11,16 @@ Boxes = Float[Array, "*n 6"]
 """x, y of the centre, length along and width across the heading, cos and sin of the heading."""
 Points = Float[Array, "*n p 2"]
 
-# NumPy's: an array of JAX would start its devices when this file is imported.
+# NumPy, because a JAX array would start the devices when this file is imported.
 AROUND = np.array([(1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1)], np.float32) / 2
-"""Corners and, between them, the middles of the edges, in units of length and width."""
+"""Corners, alternating with the middles of the edges, in units of length and width."""
 
 
 def outline(boxes: Boxes, corners_only: bool = False) -> Points:
-    """The four corners, in order around the box, and the middle of the edge after each: (8, 2), or (4, 2).
+    """Points in order around each box, (8, 2): corners alternating with middles of edges; or the corners, (4, 2).
 
     Raises:
-      ValueError: the last axis of the boxes has another length than 6.
+      ValueError: the last axis of the boxes does not have length 6.
     """
     boxes = wide(boxes)
     check.shape("outline: boxes", boxes, (*boxes.shape[:-1], 6))

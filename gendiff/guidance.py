@@ -1,6 +1,6 @@
-"""Guidance: Denoiser -> Denoiser.  Steering, inpainting and clipping are all of this one type and compose with
-`chain`."""
+"""Guidance: Denoiser -> Denoiser.  Steering, inpainting and clipping have this type; `chain` composes them."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -20,26 +20,20 @@ from gendiff.types import Sample, Scalar, Time
 Guidance: TypeAlias = Callable[[Denoiser], Denoiser]
 """Denoiser -> the steered denoiser."""
 Strength: TypeAlias = Callable[[Time], Scalar]
-"""t -> the factor between grad log r and the shift of x_0."""
+"""t -> factor that turns grad log r into a shift of x_0."""
 Reward: TypeAlias = Callable[[Sample], Scalar]
 """log r of a clean sample."""
 
 
 @by_value
 def chain(*guidances: Guidance) -> Guidance:
-    """Applies guidances from first to last: `chain(a, b)(denoiser)` is `b(a(denoiser))`; `chain()` changes nothing."""
-
-    def guidance(denoiser: Denoiser) -> Denoiser:
-        for each in guidances:
-            denoiser = each(denoiser)
-        return denoiser
-
-    return guidance
+    """Apply guidances from first to last: `chain(a, b)(denoiser)` is `b(a(denoiser))`; `chain()` changes nothing."""
+    return lambda denoiser: functools.reduce(lambda steered, guidance: guidance(steered), guidances, denoiser)
 
 
 @by_value
 def score_strength(process: Process) -> Strength:
-    """sigma^2 / alpha: x_0 is shifted as the score is by grad log r (Tweedie)."""
+    """sigma^2 / alpha, the shift of x_0 that adds grad log r to the score (Tweedie)."""
     return lambda t: process.sigma(t) ** 2 / process.alpha(t)
 
 
@@ -47,11 +41,11 @@ def score_strength(process: Process) -> Strength:
 def mean_strength(process: Process, next_time: Callable[[Time], Time], variance: str = "posterior") -> Strength:
     """The shift of x_0 that moves the mean of an ancestral step by Sigma grad log r.
 
-    With mu = c_x x + c_0 x_0 it is Sigma / c_0: sigma_s^2 / alpha_s for the posterior variance, and sigma_t^2 / alpha_s
-    for beta_t, on any grid of times.
+    With mu = c_x x + c_0 x_0 it is Sigma / c_0, on any grid: sigma_s^2 / alpha_s for the posterior variance,
+    sigma_t^2 / alpha_s for beta_t.
 
     Args:
-      next_time: t -> s, the sampler's next time (`lambda t: t - 1` on the full chain of a DDPM; `successor(grid)`).
+      next_time: t -> s, the sampler's next time: `successor(grid)`, or `lambda t: t - 1` on a full chain.
       variance: "posterior" or "beta", the Sigma of the sampler.
     """
     check.choice("mean_strength: variance", variance, ("posterior", "beta"))
@@ -64,7 +58,7 @@ def mean_strength(process: Process, next_time: Callable[[Time], Time], variance:
 
 
 def successor(grid: Float[Array, " steps+1"]) -> Callable[[Time], Time]:
-    """t -> the next time of a grid that falls, the largest that is below t; ValueError where the grid does not fall."""
+    """t -> the largest time of a grid below t; raises ValueError if the grid does not fall."""
     falling("successor: grid", grid)
     return lambda t: jnp.max(jnp.where(grid < t, grid, grid[-1]))
 
@@ -74,8 +68,8 @@ def steer(potential: Potential, strength: Strength, within: Interval | None = No
     """x_0 + strength(t) grad log r, with the gradient at the noisy x, not through the denoiser.
 
     Args:
-      within: where it steers (guidance in a limited interval, Kynkäänniemi et al. 2404.07724); elsewhere, in a sampler,
-        whose samples are all at one time, log r is not evaluated.
+      within: the times that are guided (Kynkäänniemi et al. 2404.07724); None: all.  A sampler, whose samples share
+        t, does not evaluate log r at the others.
 
     Raises:
       ValueError: log r or the strength is no scalar, or x_0 does not have the shape of x.
@@ -96,9 +90,9 @@ def steer(potential: Potential, strength: Strength, within: Interval | None = No
 def guide(
     process: Process, potential: Potential, scale: Scalar | float = 1.0, within: Interval | None = None
 ) -> Guidance:
-    """Steers with the score form, x_0 + scale sigma^2 / alpha grad log r.
+    """Steer in the score form, x_0 + scale sigma^2 / alpha grad log r.
 
-    By Tweedie's formula this is score + scale grad log r: the denoiser of p_t(x) r(x, t)^scale (Gen-neG, eq. 8).  A
+    By Tweedie's formula this is score + scale grad log r, the denoiser of p_t(x) r(x, t)^scale (Gen-neG, eq. 8).  A
     Bayes classifier needs scale 1.
     """
     check.number("guide: scale", scale)
@@ -114,10 +108,10 @@ def guide_mean(
     scale: Scalar | float = 1.0,
     variance: str = "posterior",
 ) -> Guidance:
-    """Steers with the mean form, mu + scale Sigma grad log r, of Dhariwal and Nichol (2021), Algorithm 1.
+    """Steer in the mean form, mu + scale Sigma grad log r (Dhariwal and Nichol 2021, Algorithm 1).
 
-    With the posterior variance the last step (s = 0) is not guided at all, where infractions are decided: prefer
-    `guide`.  Censored sampling's DDPM mode is this with variance "beta".  Arguments: see `mean_strength`.
+    Prefer `guide`, because the posterior variance leaves the last step (s = 0) unguided, which decides infractions.
+    Censored sampling's DDPM mode has variance "beta".  Arguments: see `mean_strength`.
     """
     check.number("guide_mean: scale", scale)
     strength = mean_strength(process, next_time, variance)
@@ -126,11 +120,7 @@ def guide_mean(
 
 @by_value
 def universal(reward: Reward, strength: Strength) -> Guidance:
-    """x_0 + strength(t) grad_x log r(x_0_hat(x)), with the gradient through the denoiser (Bansal et al. 2023).
-
-    Args:
-      reward: log r of a clean sample.
-    """
+    """x_0 + strength(t) grad_x log r(x_0_hat(x)), with the gradient through the denoiser (Bansal et al. 2023)."""
     gradient = jax.grad(scalar("universal", reward))
 
     def guidance(denoiser: Denoiser) -> Denoiser:
@@ -145,10 +135,9 @@ def universal(reward: Reward, strength: Strength) -> Guidance:
 
 @by_value
 def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: float = 1.0) -> Guidance:
-    """`steps` of Adam from x_0_hat up log r, with fresh moments each time, kept within [low, high] (2307.02770).
+    """Climb log r from x_0_hat by `steps` of Adam with fresh moments, clipped to [low, high] (2307.02770).
 
-    Adam moves a pixel by about `rate` a step whatever the gradient, so none moves by more than about steps * rate.
-    steps = 0 only clips.
+    Adam moves a pixel by about `rate` a step for any gradient, so by at most about steps * rate.  steps = 0 only clips.
 
     Raises:
       ValueError: steps < 0, rate < 0 or low > high; log r is no scalar.
@@ -176,7 +165,7 @@ def backward(reward: Reward, steps: int, rate: float, low: float = -1.0, high: f
 
 @by_value
 def clip(low: float | Array, high: float | Array) -> Guidance:
-    """Clips x_0 to [low, high], in data units (static thresholding); raises ValueError where low > high."""
+    """Clip x_0 to [low, high], in data units (static thresholding); raises ValueError if low > high."""
     _range("clip", low, high)
 
     def clipped(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
@@ -188,14 +177,14 @@ def clip(low: float | Array, high: float | Array) -> Guidance:
 
 
 def _range(caller: str, low: float | Array, high: float | Array) -> None:
-    """Raises ValueError where low > high or NaN: `jnp.clip` would give `high`, or NaN, everywhere."""
+    """Raise ValueError if low > high or NaN, because `jnp.clip` would return `high`, or NaN, everywhere."""
     if not any(isinstance(bound, jax.core.Tracer) for bound in (low, high)):
         check.number(f"{caller}: high - low", np.subtract(high, low), at_least=0, infinite=True)
 
 
 @by_value
 def inpaint(known: Sample, mask: Bool[Array, "*shape"]) -> Guidance:
-    """Replaces x_0 by `known` where `mask` is true; both broadcast to the shape of x, or there is a ValueError."""
+    """Replace x_0 by `known` where `mask` is True; raises ValueError if they do not broadcast to the shape of x."""
 
     def guided(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
         for name, value in (("mask", mask), ("known", known)):

@@ -1,8 +1,8 @@
 """Likelihood of one example under a (guided) denoiser, in nats: bounds for both processes, and the exact ODE density.
 
-A bound holds for the reverse diffusion with the given denoiser, guided or not; the ODE likelihood is that of the
-deterministic sampler.  They agree only for an exact model: do not mix the two in one table.  To compare models use the
-same keys for the same points (common random numbers): the error of the difference is about ten times smaller.
+The bounds hold for the reverse diffusion with a denoiser, the ODE likelihood for the deterministic sampler.  Do not mix
+them in one table, because they agree only for an exact model.  To compare models, use the same keys for the same points
+(common random numbers): the difference has about a tenth of the error.
 """
 
 import jax
@@ -25,17 +25,16 @@ def elbo(denoiser: Denoiser, key: PRNGKey, x0: Sample, levels: int, low: float =
     Args:
       x0: one example of any shape, d numbers.
       levels: number of stratified draws of ln sigma, >= 1.
-      low, high: noise levels, 0 < low < high; the same for all models that are compared.
+      low, high: noise levels, 0 < low < high; all models that are compared need the same.
 
     Raises:
-      ValueError: a number is out of range, or the denoiser gives another shape than that of x0.
+      ValueError: a number is out of range, or the denoiser's x_0 does not have the shape of x0.
     """
     check.number("elbo: levels", levels, at_least=1, whole=True)
     _levels("elbo", low, high)
     d = x0.size
     offset_key, noise_key = jax.random.split(key)
-    # The strata are walked in one scan with t the same for a whole vmapped batch of points; their offset is each
-    # point's own, so that the average over points is smooth in ln sigma.
+    # One scan over the strata.  Every point has its own offset, so that the average over points is smooth in ln sigma.
     span = jnp.log(high / low)
     offset = jax.random.uniform(offset_key)
 
@@ -51,22 +50,28 @@ def elbo(denoiser: Denoiser, key: PRNGKey, x0: Sample, levels: int, low: float =
 
 
 def _levels(caller: str, low: float, high: float) -> None:
-    """Raises ValueError unless 0 < low < high."""
+    """Raise ValueError unless 0 < low < high."""
     check.number(f"{caller}: low", low, above=0)
     check.number(f"{caller}: high", high, above=0)
     if not any(isinstance(level, jax.core.Tracer) for level in (low, high)):
         check.number(f"{caller}: high", high, above=float(low))
 
 
+def _chain(caller: str, process: Process) -> int:
+    """T of a discrete chain; ValueError in continuous time."""
+    if process.steps is None:
+        raise ValueError(f"{caller}: process must be a discrete chain, got one in continuous time: use ddpm")
+    return process.steps
+
+
 def ddpm_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, variance: str = "beta") -> Scalar:
     """Bound on log p(x_0) for a DDPM, the sum of all T terms (Ho et al. 2020, eq. 5).
 
     Args:
-      variance: "beta" or "posterior", the fixed variance of p(x_{t-1} | x_t).  "beta" is the tighter bound by far,
-        also for samplers that use the other; in the decoder p(x_0 | x_1) it is beta_1 in both cases.
+      variance: "beta" or "posterior", the fixed variance of p(x_{t-1} | x_t); in the decoder p(x_0 | x_1) always
+        beta_1.  "beta" is the tighter bound by far, also for samplers with "posterior".
     """
-    if process.steps is None:
-        raise ValueError("ddpm_elbo: expected a discrete chain (ddpm), given a process in continuous time")
+    steps = _chain("ddpm_elbo", process)
     check.choice("ddpm_elbo: variance", variance, ("beta", "posterior"))
     d = x0.size
 
@@ -83,23 +88,21 @@ def ddpm_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, va
         # At t = 1 the posterior is x_0 itself, and the term is the decoder's log-density.
         return jnp.where(first, error + 0.5 * d * jnp.log(2 * jnp.pi * beta), divergence)
 
-    last = jnp.array(process.steps)
+    last = jnp.array(steps)
     alpha, sigma = process.alpha(last), process.sigma(last)
     prior = 0.5 * jnp.sum((alpha * x0) ** 2) + 0.5 * d * (sigma**2 - 1 - 2 * jnp.log(sigma))
-    return -(prior + jnp.sum(jax.lax.map(term, jnp.arange(1, process.steps + 1))))
+    return -(prior + jnp.sum(jax.lax.map(term, jnp.arange(1, steps + 1))))
 
 
 def reweighted_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Sample, levels: int) -> Scalar:
     """r-ELBO of Gen-neG, -sum_{t=1..T} E || eps - eps_hat(x_t, t) ||^2: a negative loss, not a bound.
 
     Args:
-      levels: number of stratified draws of t, at most T; the sum over T is T times their mean.
+      levels: number of stratified draws of t, in 1..T; the sum over t is T times their mean.
     """
-    if process.steps is None:
-        raise ValueError("reweighted_elbo: expected a discrete chain (ddpm), given a process in continuous time")
-    check.number("reweighted_elbo: levels", levels, at_least=1, at_most=process.steps, whole=True)
+    steps = _chain("reweighted_elbo", process)
+    check.number("reweighted_elbo: levels", levels, at_least=1, at_most=steps, whole=True)
     epsilon = to_epsilon(process, denoiser)
-    steps = process.steps
     time_key, noise_key = jax.random.split(key)
 
     def error(i: jax.Array) -> Scalar:
@@ -114,14 +117,13 @@ def reweighted_elbo(process: Process, denoiser: Denoiser, key: PRNGKey, x0: Samp
 def ode_log_density(
     denoiser: Denoiser, x0: Sample, steps: int, low: float = 0.002, high: float = 80.0, data_std: float = 0.5
 ) -> Scalar:
-    """Exact log-density of the EDM probability-flow ODE at x_0, by Heun steps up in ln sigma (Song et al. 2021, eq.
-    39).
+    """Exact log-density of the EDM probability-flow ODE at x_0 (Song et al. 2021, eq. 39), a check on `elbo`.
 
-    log p(x_0) = log N(x_high; 0, high^2 + data_std^2) + int div[(x - D) / sigma] d sigma.  The divergence is exact, by
-    one derivative a dimension: for low dimension only, as a check on `elbo`.
+    log p(x_0) = log N(x_high; 0, high^2 + data_std^2) + int div[(x - D) / sigma] d sigma, by Heun steps up in ln sigma.
+    For few dimensions only, because the divergence takes a derivative for every dimension.
 
     Raises:
-      ValueError: steps >= 1, 0 < low < high or data_std >= 0 does not hold, or the denoiser gives another shape.
+      ValueError: steps >= 1, 0 < low < high or data_std >= 0 does not hold, or the denoiser's x_0 has another shape.
     """
     check.number("ode_log_density: steps", steps, at_least=1, whole=True)
     _levels("ode_log_density", low, high)

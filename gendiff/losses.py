@@ -1,4 +1,4 @@
-"""Losses: (params, key, example) -> scalar, for one example; `mean` makes the loss of a batch."""
+"""Losses of one example, (params, key, example) -> scalar; `mean` turns one into the loss of a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from gendiff.types import BATCH, Params, PRNGKey, Sample, Scalar, Time, wide
 Loss: TypeAlias = Callable[[Params, PRNGKey, Any], Scalar]
 """`(params, key, example) -> loss` of one example."""
 Weight: TypeAlias = Callable[[Time], Scalar]
-"""t -> the weight of the squared error at that time."""
+"""t -> weight of the squared error."""
 Bind: TypeAlias = Callable[[Params, Any], Params]
-"""(params, condition) -> the parameters for that condition: what depends on it, but neither on x nor on t, is computed
-here, once a sample and not at each of its steps."""
+"""(params, condition) -> params.  A network's work on the condition alone belongs here, because it runs once a sample
+and not at every step."""
 
 
 def noised(process: Process, key: PRNGKey, x0: Sample) -> tuple[Sample, Time]:
-    """Draws a training time and x_t given x_0."""
+    """Draw a training time t, and x_t from x_0; returns (x_t, t)."""
     time_key, noise_key = jax.random.split(key)
     t = process.sample_time(time_key)
     return perturb(process, noise_key, x0, t)[0], t
@@ -34,14 +34,14 @@ def noised(process: Process, key: PRNGKey, x0: Sample) -> tuple[Sample, Time]:
 
 @by_value
 def edm_weight(data_std: float = 0.5) -> Weight:
-    """(sigma^2 + sd^2) / (sigma sd)^2 of Karras et al. (2022): unit weight on EDM's F; data_std > 0."""
+    """(sigma^2 + sd^2) / (sigma sd)^2 of Karras et al. (2022), unit weight on EDM's F; data_std > 0."""
     check.number("edm_weight: data_std", data_std, above=0)
     return lambda t: 1.0 / t**2 + 1.0 / data_std**2
 
 
 @by_value
 def epsilon_weight(process: Process) -> Weight:
-    """alpha^2 / sigma^2: with it, the squared error of x_0 is that of eps (Ho et al. 2020, eq. 14)."""
+    """alpha^2 / sigma^2, which turns the squared error of x_0 into that of eps (Ho et al. 2020, eq. 14)."""
     return lambda t: (process.alpha(t) / process.sigma(t)) ** 2
 
 
@@ -50,8 +50,7 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
     """Denoising score matching, weight(t) || D(x_t, t) - x_0 ||^2; an example is x_0.
 
     Args:
-      known: coordinates that the model is given without noise, and need not predict (Janner et al. 2022: a plan's
-        first and last state).
+      known: coordinates that stay clean in x_t and count no error (Janner et al. 2022: the ends of a plan).
 
     Raises (the loss):
       ValueError: the model's x_0 does not have the shape of x_0, or `known` does not broadcast to it.
@@ -73,14 +72,14 @@ def denoising(process: Process, model: Model, weight: Weight, known: Bool[Array,
 def cross_entropy(process: Process, logit: Logit) -> Loss:
     """Importance-weighted cross-entropy of Gen-neG, eq. 12; an example is (x_0, label in [0, 1], weight).
 
-    Of several logits, with as many labels, it is the sum.
+    The loss of several logits, with as many labels, is their sum.
     """
 
     def loss(params: Params, key: PRNGKey, example: tuple[Sample, Scalar, Scalar]) -> Scalar:
         x0, label, weight = example
         x, t = noised(process, key, x0)
         value = wide(logit(params, x, t))
-        check.shape("cross_entropy: labels, one for each logit,", label, jnp.shape(value))
+        check.shape("cross_entropy: labels, one a logit,", label, jnp.shape(value))
         check.shape("cross_entropy: weight", weight, ())
         return weight * jnp.sum(jax.nn.softplus(value) - label * value)
 
@@ -89,13 +88,13 @@ def cross_entropy(process: Process, logit: Logit) -> Loss:
 
 @by_value
 def conditional(loss: Loss, bind: Bind) -> Loss:
-    """A loss of examples that have conditions: an example is (condition, example of `loss`)."""
+    """A loss under a condition: an example is (condition, example of `loss`)."""
     return lambda params, key, example: loss(bind(params, example[0]), key, example[1])
 
 
 @by_value
 def distillation(process: Process, model: Model, teacher: Denoiser, weight: Weight) -> Loss:
-    """weight(t) || D(x_t, t) - teacher(x_t, t) ||^2, Gen-neG eq. 13; an example is x_0, the teacher is not trained."""
+    """weight(t) || D(x_t, t) - teacher(x_t, t) ||^2, Gen-neG eq. 13, with a fixed teacher; an example is x_0."""
 
     def loss(params: Params, key: PRNGKey, x0: Sample) -> Scalar:
         x, t = noised(process, key, x0)
@@ -121,12 +120,11 @@ class Aligned(NamedTuple):
     """An example of gradient alignment."""
 
     x: Sample
-    """Where the gradient of the potential is taken."""
     t: Time
     target: Sample
-    """What it should be, of the shape of x."""
+    """Gradient in x that the potential should have at (x, t)."""
     weight: Sample | Scalar
-    """Of the squared error, broadcast to x; 0 where it does not count."""
+    """Weight of the squared error, broadcast to x; 0 leaves a coordinate out."""
 
 
 @by_value
@@ -136,10 +134,9 @@ def gradient_alignment(potential: Logit, mode: Literal["reverse", "directional"]
     Nuti, Franzmeyer and Henriques (2023), eq. 14: theta is fitted through the gradient in x.
 
     Args:
-      mode: "reverse" differentiates the squared error as it stands, reverse mode over reverse mode.  "directional" uses
-        that its gradient in theta is that of <v, grad_x rho>, a derivative of rho along v = 2 weight (grad_x rho -
-        target) / n: reverse mode over forward mode, with the same value and gradient.  On a CPU "reverse" is the
-        quicker one for multilayer perceptrons and "directional" for convolutional encoders.
+      mode: both have the same value and gradient.  "reverse" is reverse mode over reverse mode; on a CPU it is faster
+        for multilayer perceptrons.  "directional", faster for convolutional encoders, is reverse mode over forward
+        mode: the gradient in theta is that of <v, grad_x rho>, with v = 2 weight (grad_x rho - target) / n fixed.
     """
     check.choice("gradient_alignment: mode", mode, ("reverse", "directional"))
     potential = scalar("gradient_alignment", potential)
@@ -168,35 +165,33 @@ def gradient_alignment(potential: Logit, mode: Literal["reverse", "directional"]
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """The sum of a loss over K members: parameters are stacked on axis 0, and so is an example, one for each member.
+    """Sum of a loss over K members; parameters and an example are stacked on axis 0, one row a member.
 
-    The gradient of each member is that of its own loss, so one training run trains all of them (with an optimiser that
-    works element by element, without a common limit on the norm of the gradient).
+    One run trains all members, if the optimiser works element by element and does not clip the common gradient norm.
     """
 
     member: Loss
 
     def __call__(self, params: Params, key: PRNGKey, examples: Any) -> Scalar:
-        """The sum for one example of each member."""
+        """The sum over the members, with an example a member."""
         return _sum_over_members(self.member, params, jax.random.split(key, potential.leading_size(params)), examples)
 
 
 def _sum_over_members(loss: Loss, params: Params, keys: PRNGKey, examples: Any) -> Scalar:
-    """Each member's gradient is taken together with its value, for the reason that `potential.stack` gives."""
-    # As numbers, which a loop's gradient can pass by.
-    numbers = jax.random.key_data(keys)
+    """The gradient of a member is computed beside its value, as in `potential.stack`."""
+    numbers = jax.random.key_data(keys)  # because the gradient of a loop cannot pass typed keys
 
     def of_member(params: Params, rest: tuple[Array, Any]) -> Scalar:
         return loss(params, jax.random.wrap_key_data(rest[0]), rest[1])
 
     @jax.custom_jvp
     def value(params: Params) -> Scalar:
-        return jnp.sum(wide(potential.over_members(lambda each: of_member(*each), (params, (numbers, examples)))))
+        return jnp.sum(wide(potential.over_members(lambda member: of_member(*member), (params, (numbers, examples)))))
 
     @value.defjvp
     def value_and_change(primals: tuple[Params], tangents: tuple[Params]) -> tuple[Scalar, Scalar]:
-        member = lambda each: jax.value_and_grad(of_member)(*each)
-        values, gradients = potential.over_members(member, (*primals, (numbers, examples)))
+        both = lambda member: jax.value_and_grad(of_member)(*member)
+        values, gradients = potential.over_members(both, (*primals, (numbers, examples)))
         total = jnp.sum(wide(values))
         along = jax.tree.map(lambda slope, change: jnp.vdot(wide(slope), wide(change)), gradients, tangents[0])
         return total, sum(jax.tree.leaves(along), jnp.zeros(())).astype(total.dtype)
@@ -205,42 +200,36 @@ def _sum_over_members(loss: Loss, params: Params, keys: PRNGKey, examples: Any) 
 
 
 def mean(loss: Loss) -> Loss:
-    """Mean of a loss over a batch (a pytree with one leading axis), with one key an example.
+    """Mean of a loss over a batch, a pytree with one leading axis; every example has its own key.
 
-    The axis has a name: `jax.lax.pmean(value, BATCH)` in the loss is the mean over the batch, also to its gradient.
+    The axis has the name BATCH: in a loss, `jax.lax.pmean(value, BATCH)` is the mean over the batch.
     """
-
-    def batch_loss(params: Params, key: PRNGKey, batch: Any) -> Scalar:
-        return with_keys(loss)(params, jax.random.split(key, check.rows("loss: batch", batch)), batch)
-
-    return batch_loss
+    of_keys = with_keys(loss)
+    return lambda params, key, batch: of_keys(params, jax.random.split(key, check.rows("loss: batch", batch)), batch)
 
 
 def with_keys(loss: Loss) -> Callable[[Params, PRNGKey, Any], Scalar]:
-    """The same with one key an example given."""
+    """As `mean`, with the keys of the examples, (n,), in place of one key."""
 
-    def batch_loss(params: Params, keys: PRNGKey, batch: Any) -> Scalar:
-        if not isinstance(loss, Ensemble):
-            return _over_batch(loss)(params, keys, batch)
-        # Member by member, each on its whole batch.
+    def of_batch(loss: Loss, params: Params, keys: PRNGKey, batch: Any) -> Scalar:
+        return jnp.mean(jax.vmap(scalar("loss", loss), (None, 0, 0), axis_name=BATCH)(params, keys, batch))
+
+    if not isinstance(loss, Ensemble):
+        return partial(of_batch, loss)
+    member = partial(of_batch, loss.member)
+
+    def of_ensemble(params: Params, keys: PRNGKey, batch: Any) -> Scalar:
         keys = jax.vmap(lambda key: jax.random.split(key, potential.leading_size(params)))(keys)
-        of_members = lambda tree: jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
-        return _sum_over_members(_over_batch(loss.member), params, of_members(keys), of_members(batch))
+        by_member = lambda tree: jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tree)
+        return _sum_over_members(member, params, by_member(keys), by_member(batch))
 
-    return batch_loss
+    return of_ensemble
 
 
 def looks_at_batch(loss: Loss, params: Params, key: PRNGKey, batch: Any) -> bool:
-    """Whether the loss of an example depends on the others of its batch: whether it uses the axis BATCH."""
-    one = lambda tree: jax.tree.map(lambda a: a[0], tree)
+    """Return True if the loss of an example uses the axis BATCH, and so depends on the other examples."""
     try:
-        jax.eval_shape(lambda: loss(params, key, one(batch)))
-    except NameError:  # JAX's word for an axis that is not there
+        jax.eval_shape(lambda: loss(params, key, jax.tree.map(lambda a: a[0], batch)))
+    except NameError:  # JAX raises it for an axis without a name
         return True
     return False
-
-
-def _over_batch(loss: Loss) -> Callable[[Params, PRNGKey, Any], Scalar]:
-    """The same for keys that are given, one an example."""
-    every = jax.vmap(scalar("loss", loss), (None, 0, 0), axis_name=BATCH)
-    return lambda params, keys, batch: jnp.mean(every(params, keys, batch))

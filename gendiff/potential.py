@@ -1,7 +1,7 @@
 """Potential: (x, t) -> scalar log r, whose gradient steers.
 
-The potential of a classifier is log C, never the log-odds log C / (1 - C): Gen-neG conditions a model on being good,
-it does not compare two densities (2307.16463, eq. 8).
+The potential of a classifier is log C, never the log-odds log C / (1 - C), because Gen-neG conditions a model on valid
+samples and compares no densities (2307.16463, eq. 8).
 """
 
 from collections.abc import Callable
@@ -22,20 +22,20 @@ Potential: TypeAlias = Callable[[Sample, Time], Scalar]
 Logit: TypeAlias = Callable[[Params, Sample, Time], Scalar]
 """`(params, x, t) -> l` with C = sigmoid(l); any potential with parameters has this type."""
 Interval: TypeAlias = Callable[[Time], Bool[Array, ""]]
-"""Whether to guide at a time at all."""
+"""t -> True where guidance acts."""
 
 
 @by_value
 def scalar(caller: str, potential: Callable[..., Scalar]) -> Callable[..., Scalar]:
-    """The same function, which raises ValueError where its value is no scalar, because sums would hide an array."""
+    """Wrap a function so that it raises ValueError for a value that is no scalar; a sum would hide an array."""
     return lambda *args: check.shape(f"{caller}: the scalar value", potential(*args), ())
 
 
 @by_value
 def log_probability(logit: Logit) -> Logit:
-    """log C = -softplus(-l), exact where sigmoid(l) has long rounded to 0 or 1.  Its gradient is (1 - C) grad l.
+    """log C = -softplus(-l), exact also where sigmoid(l) rounds to 0 or 1.  Its gradient is (1 - C) grad l.
 
-    Of several logits (one an agent, one a constraint) it is the sum: all of them at once, as if independent.
+    Several logits (of agents, of constraints) count as independent: the result is the sum of their log C.
     """
     return lambda params, x, t: jnp.sum(jax.nn.log_sigmoid(wide(logit(params, x, t))))
 
@@ -66,28 +66,28 @@ def clear(process: Process, least: float) -> Interval:
 
 @by_value
 def limited(potential: Potential, within: Interval) -> Potential:
-    """log r where `within(t)` holds, 0 elsewhere; there, with one t for all samples, it is not evaluated."""
-
+    """log r where `within(t)` holds, else 0.  If all samples share t, log r is not evaluated outside."""
     log_r = scalar("limited", potential)
 
     def value(x: Sample, t: Time) -> Scalar:
-        there = lambda: log_r(x, t)
-        return jax.lax.cond(within(t), there, lambda: jnp.zeros((), jax.eval_shape(there).dtype))
+        inside = lambda: log_r(x, t)
+        return jax.lax.cond(within(t), inside, lambda: jnp.zeros((), jax.eval_shape(inside).dtype))
 
     return value
 
 
 def stack(potential: Logit, params: Params) -> Potential:
-    """sum_k potential(params_k): the posterior of several classifiers, or an ensemble (one formula for both).
+    """sum_k potential(params_k, x, t), of several classifiers or of an ensemble.
+
+    The sum has derivatives of all orders in x, none in t or the parameters.  The gradient of a member is computed
+    beside its value, because reverse mode through the sum would keep the activations of all K members.
 
     Args:
-      potential: with parameters, usually `log_probability(logit)`.
-      params: K trees of parameters stacked on axis 0.  K = 0 is the constant 0.
+      potential: usually `log_probability(logit)`.
+      params: K trees of parameters stacked on axis 0 (`stacked`).  K = 0 gives the constant 0.
 
-    Members may compute in another type than x has: the sum is in the widest of theirs, that of x and float32.
-
-    The sum has derivatives of all orders in x, none in t or the parameters.  Each member's gradient is taken together
-    with its value: reverse mode through the sum would keep the activations of all K members at once.
+    Returns:
+      The sum in the widest type of the members' values, x and float32.
     """
     leading_size(params)
     of_member = scalar("stack", potential)
@@ -102,8 +102,8 @@ def stack(potential: Logit, params: Params) -> Potential:
 
         @value.defjvp
         def value_and_change(primals: tuple[Sample], tangents: tuple[Sample]) -> tuple[Scalar, Scalar]:
-            member = lambda member: jax.value_and_grad(of_member, 1)(member, *primals, t)
-            values, gradients = over_members(member, params)
+            both = lambda member: jax.value_and_grad(of_member, 1)(member, *primals, t)
+            values, gradients = over_members(both, params)
             total = summed(values, primals[0])
             return total, jnp.sum(jnp.sum(wide(gradients), 0) * tangents[0]).astype(total.dtype)
 
@@ -113,24 +113,24 @@ def stack(potential: Logit, params: Params) -> Potential:
 
 
 def over_members(function: Callable[[Params], Any], members: Params) -> Any:
-    """`vmap(function)(members)`; on a CPU one member after the other, since what one needs fits the cache."""
+    """`vmap(function)(members)`; on a CPU a loop, because the arrays of one member fit the cache."""
     return jax.lax.map(function, members) if jax.default_backend() == "cpu" else jax.vmap(function)(members)
 
 
 def leading_size(params: Params) -> int:
-    """K of a tree of K stacked members; raises ValueError where the leaves disagree."""
+    """K of a tree of K stacked members; raises ValueError if the leaves disagree."""
     return check.rows("stacked parameters", params)
 
 
 @jax.jit
 def stacked(*members: Params) -> Params:
-    """Stacks trees of equal structure on a new leading axis, for `stack`."""
+    """Stack trees of equal structure on a new leading axis, for `stack`."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 @by_value
 def total(*potentials: Potential) -> Potential:
-    """The sum of potentials: the product of what they stand for."""
+    """The sum of potentials, log of the product of their r."""
     parts = [scalar("total", potential) for potential in potentials]
     return lambda x, t: sum((part(x, t) for part in parts), jnp.zeros(()))
 

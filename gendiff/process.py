@@ -1,8 +1,7 @@
-"""Process: the forward noising x_t = alpha(t) x_0 + sigma(t) eps.
+"""Process: the forward noising x_t = alpha(t) x_0 + sigma(t) eps; t = 0 is data.
 
-t = 0 is data.  Everything downstream reads a process through `alpha` and `sigma`, so that one formula serves the
-variance-exploding process of EDM (t is the noise level sigma, alpha = 1) and the discrete variance-preserving chain of
-DDPM (t = 0, 1 .. T) on any grid of times, respaced ones included.
+All code reads a process through `alpha` and `sigma`, so one formula serves EDM (t is the noise level, alpha = 1) and
+DDPM (t = 0, 1 .. T), on any grid of times.
 """
 
 from collections.abc import Callable
@@ -20,19 +19,16 @@ from gendiff.types import PRNGKey, Sample, Scalar, Time
 
 
 class Process(NamedTuple):
-    """The four functions that define a forward noising process.
-
-    Two processes are equal if their functions are (`gendiff.static`).
-    """
+    """The functions that define a forward noising process; equal if they are equal (`gendiff.static`)."""
 
     alpha: Callable[[Time], Scalar]
-    """Signal level at time t."""
+    """t -> signal level."""
     sigma: Callable[[Time], Scalar]
-    """Noise level (standard deviation) at time t."""
+    """t -> noise level (standard deviation)."""
     sample_time: Callable[[PRNGKey], Time]
-    """Draws t from the training distribution.  Swap it with `process._replace(sample_time=...)`."""
+    """Draws a training time.  Swap it with `process._replace(sample_time=...)`."""
     grid: Callable[[int], Array]
-    """`grid(n)`: the n + 1 times of an n-step sampler, from noise down to data."""
+    """n -> the n + 1 times of an n-step sampler, from noise down to data."""
     steps: int | None = None
     """T of a discrete chain; None for a process in continuous time."""
 
@@ -43,26 +39,26 @@ def edm(
     """Variance-exploding process; t is the noise level (Karras et al. 2022, Table 1 and eq. 5).
 
     Args:
-      sigma_min, sigma_max: ends of the sampling grid; the grid's last time is 0.
-      rho: curvature of the grid; larger puts more steps near the data.
-      mean, std: training draws ln sigma ~ N(mean, std^2).
+      sigma_min, sigma_max: the grid falls from sigma_max to sigma_min, then to 0; 0 < sigma_min < sigma_max.
+      rho: curvature of the grid, > 0; a larger one puts more steps near the data.
+      mean, std: training draws ln sigma ~ N(mean, std^2); std >= 0.
 
     Raises:
-      ValueError: 0 < sigma_min < sigma_max, rho > 0 or std >= 0 does not hold; or, from `grid`, n < 1.
+      ValueError: an argument is out of range; from `grid`, n < 1.
     """
     check.number("edm: sigma_min", sigma_min, above=0)
     check.number("edm: sigma_max", sigma_max, above=sigma_min)
     check.number("edm: rho", rho, above=0)
     check.number("edm: mean", mean)
     check.number("edm: std", std, at_least=0)
-    return Process(_one, _itself, _lognormal(mean, std), _falling_powers(sigma_min, sigma_max, rho))
+    return Process(_unit, _identity, _lognormal(mean, std), _falling_powers(sigma_min, sigma_max, rho))
 
 
-def _one(t: Time) -> Scalar:
+def _unit(t: Time) -> Scalar:
     return jnp.ones_like(t, dtype=jnp.float32)
 
 
-def _itself(t: Time) -> Scalar:
+def _identity(t: Time) -> Scalar:
     return t
 
 
@@ -73,12 +69,9 @@ def _lognormal(mean: float, std: float) -> Callable[[PRNGKey], Time]:
 
 @by_value
 def _falling_powers(low: float, high: float, rho: float) -> Callable[[int], Array]:
-    """Karras et al. (2022), eq. 5."""
-    first, last = high ** (1 / rho), low ** (1 / rho)
-
-    def grid(n: int) -> Array:
+    def grid(n: int) -> Array:  # Karras et al. (2022), eq. 5
         check.number("edm: grid: n", n, at_least=1, whole=True)
-        return jnp.append(jnp.linspace(first, last, n) ** rho, 0.0)
+        return jnp.append(jnp.linspace(high ** (1 / rho), low ** (1 / rho), n) ** rho, 0.0)
 
     return grid
 
@@ -89,13 +82,13 @@ def classifier_time(
 ) -> Callable[[PRNGKey], Time]:
     """Training times for classifiers under EDM: ln sigma ~ N(mean, std^2) for a `share`, else uniform.
 
-    A classifier decides at low noise, where a denoiser has little left to learn: on the checkerboard (one seed) this
-    mean left 0.72 % infractions after one round, and -1.2 with a standard deviation of 1.6 left 1.20 %.
+    A classifier decides at low noise, where a denoiser has little left to learn.  On the checkerboard (one seed) this
+    mean left 0.72 % infractions after one round; a mean of -1.2 with std 1.6 left 1.20 %.
 
     Args:
       std: > 0.
       share: in (0, 1).
-      low, high: ends of the uniform part, in sigma; 0 < low < high.
+      low, high: range of sigma in the uniform part, 0 < low < high.
     """
     check.number("classifier_time: mean", mean)
     check.number("classifier_time: std", std, above=0)
@@ -104,7 +97,7 @@ def classifier_time(
     check.number("classifier_time: high", high, above=low)
 
     def sample(key: PRNGKey) -> Time:
-        u = jax.random.uniform(key)  # one number chooses the part and, by its inverse distribution, the place in it
+        u = jax.random.uniform(key)  # chooses the part and, by its inverse distribution function, the time
         normal = mean + std * jax.scipy.special.ndtri(jnp.clip(u / share, 1e-6, 1 - 1e-6))
         wide = jnp.log(low) + jnp.log(high / low) * (u - share) / (1 - share)
         return jnp.exp(jnp.where(u < share, normal, wide))
@@ -115,20 +108,21 @@ def classifier_time(
 def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
     """Discrete variance-preserving chain, q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t) (Ho et al. 2020).
 
-    `betas[t - 1]` is beta_t; t = 0 is data, t = T is noise.  A time outside 0..T gives NaN, not a neighbour's value.
+    t = T is noise.  The levels at a time outside 0..T are NaN.
 
     Args:
-      power: of the grids of fewer steps, T (i / n)^power: 1 is even, 2 (Song et al. 2021, appendix D.2) has more steps
-        near the data.
+      betas: (T,) in (0, 1), T >= 1; `betas[t - 1]` is beta_t.
+      power: a grid of n steps has the times T (i / n)^power, power > 0.  1 is even; 2 (Song et al. 2021, appendix D.2)
+        puts more steps near the data.
 
     Raises:
-      ValueError: betas are no vector of numbers in (0, 1), or none; power <= 0; or, from `grid`, n is not in 1..T.
+      ValueError: an argument is out of range; from `grid`, n is not in 1..T.
     """
     betas = check.shape("ddpm: betas", np.asarray(betas, np.float64), (None,))
     check.number("ddpm: betas", betas, above=0, below=1)
     check.number("ddpm: power", power, above=0)
     steps = check.number("ddpm: number of betas", len(betas), at_least=1, whole=True)
-    # In float64 on the host: a product of 1,000 factors near 1 loses digits in float32, for good.
+    # In float64 on the host, because a product of 1,000 factors near 1 loses digits in float32.
     log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
     alpha = np.exp(0.5 * log_alpha_bar).astype(np.float32)
     sigma = np.sqrt(-np.expm1(log_alpha_bar)).astype(np.float32)
@@ -137,11 +131,8 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
 
 @by_value
 def _looked_up(levels: Float[np.ndarray, " T+1"]) -> Callable[[Time], Scalar]:
-    """t -> its level."""
-    beyond = len(levels)
-
-    # `take` gives NaN beyond the end, but counts negative times from it.
-    return lambda t: jnp.take(jnp.asarray(levels), jnp.where(jnp.asarray(t) < 0, beyond, t))
+    # `take` gives NaN beyond the end, but counts a negative time from the end.
+    return lambda t: jnp.take(jnp.asarray(levels), jnp.where(jnp.asarray(t) < 0, len(levels), t))
 
 
 @by_value
@@ -154,7 +145,8 @@ def _respaced(steps: int, power: float) -> Callable[[int], Array]:
     def grid(n: int) -> Array:
         check.number("ddpm: grid: n", n, at_least=1, at_most=steps, whole=True)
         times = np.round(steps * np.linspace(0, 1, n + 1) ** power)
-        # All different: from below at least a step each, and no more than leaves a step for each above.
+        # No time comes twice: the first line raises times that round to their lower neighbour, the second leaves
+        # a step for every time above.
         times = np.maximum.accumulate(times - np.arange(n + 1)) + np.arange(n + 1)
         return jnp.asarray(np.minimum(times, steps - n + np.arange(n + 1))[::-1].astype(int))
 
@@ -199,7 +191,7 @@ def c_noise(process: Process, t: Time) -> Scalar:
 
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Float[np.ndarray, " T"]:
-    """Ho et al. (2020): beta_t linear in t; the ends are stated for 1,000 steps and rescaled to `steps`."""
+    """Ho et al. (2020): beta_t linear in t.  The ends are those of 1,000 steps, rescaled to `steps`."""
     check.number("linear_betas: steps", steps, at_least=1, whole=True)
     check.number("linear_betas: first", first, above=0)
     check.number("linear_betas: last", last, above=0)
@@ -208,7 +200,7 @@ def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> 
 
 
 def sqrt_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Float[np.ndarray, " T"]:
-    """Rombach et al. (2022), the schedule of Stable Diffusion: sqrt(beta_t) linear in t; the ends as above."""
+    """Rombach et al. (2022), Stable Diffusion: sqrt(beta_t) linear in t; ends as in `linear_betas`."""
     check.number("sqrt_linear_betas: steps", steps, at_least=1, whole=True)
     check.number("sqrt_linear_betas: first", first, above=0)
     check.number("sqrt_linear_betas: last", last, above=0)
@@ -226,9 +218,10 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.99
 
 
 def falling(name: str, grid: Float[Array, " steps+1"]) -> None:
-    """Raises ValueError where a grid is no vector of two times or more, or does not fall to one that is >= 0.
+    """Check a grid of two times or more, all >= 0, that falls; of a traced grid, only the shape.
 
-    A grid that JAX traces has no times yet, and only its shape is checked.
+    Raises:
+      ValueError: the grid is another.
     """
     check.shape(name, grid, (None,))
     check.number(f"{name}: number of times", len(grid), at_least=2, whole=True)
@@ -239,19 +232,19 @@ def falling(name: str, grid: Float[Array, " steps+1"]) -> None:
 
 
 def perturb(process: Process, key: PRNGKey, x0: Sample, t: Time) -> tuple[Sample, Sample]:
-    """Draws x_t given x_0; returns (x_t, eps), both of the shape of x0."""
+    """Draw x_t from x_0; returns (x_t, eps)."""
     eps = jax.random.normal(key, x0.shape)
     return process.alpha(t) * x0 + process.sigma(t) * eps, eps
 
 
 def transition(process: Process, t: Time, s: Time) -> tuple[Scalar, Scalar]:
-    """(a, v) of q(x_t | x_s) = N(a x_s, v) for s < t; one step of a chain has v = beta_t."""
+    """(a, v) of q(x_t | x_s) = N(a x_s, v) for s < t; for s = t - 1 of a chain, v = beta_t."""
     ratio = process.alpha(t) / process.alpha(s)
     return ratio, process.sigma(t) ** 2 - ratio**2 * process.sigma(s) ** 2
 
 
 def posterior(process: Process, x: Sample, x0: Sample, t: Time, s: Time) -> tuple[Sample, Scalar]:
-    """Mean and variance of q(x_s | x_t = x, x_0) for s < t (Ho et al. 2020, eq. 7, for any pair of times).
+    """Mean and variance of q(x_s | x_t = x, x_0) for any s < t (Ho et al. 2020, eq. 7).
 
     Raises:
       ValueError: x and x0 have different shapes.

@@ -1,8 +1,4 @@
-"""The compiled programs of a training.
-
-Equal tasks (`gendiff.static`) with equal settings and placements share them.  `training.train` calls them in turns;
-others compile them to look at their collectives, costs and speed.
-"""
+"""The compiled programs of a training, shared by equal tasks (`gendiff.static`), settings and placements."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,24 +10,13 @@ from jaxtyping import Array, Bool, Int
 
 from gendiff import distributed, potential
 from gendiff.devices import Placement
-from gendiff.steps import (
-    Metrics,
-    Settings,
-    State,
-    Task,
-    adam,
-    init,
-    make_drawn_step,
-    make_step,
-    repeated,
-    select,
-)
+from gendiff.steps import Metrics, Settings, State, Task, adam, init, make_drawn_step, make_step, repeated, select
 from gendiff.types import Params, PRNGKey
 
 
 @partial(jax.jit, static_argnums=0)
 def begin(settings: Settings, key: PRNGKey, params: Params) -> State:
-    """The state before the first step, of one run or of K."""
+    """The state of one run, or K runs, before the first step."""
     of_run = lambda key, params: init(key, params, adam(settings))
     return jax.vmap(of_run)(key, params) if key.ndim else of_run(key, params)
 
@@ -47,7 +32,7 @@ def steps_at_once(
 ) -> tuple[State, Metrics]:
     """`count` steps of a task that draws its batches, one program for all counts; the metrics are sums.
 
-    The state is donated.  A run whose count is 0 stays as it is.
+    Donates the state.  A count of 0 leaves a run unchanged.
     """
 
     def of_run(state: State, context: Any, count: Int[Array, ""]) -> tuple[State, Metrics]:
@@ -64,7 +49,7 @@ def steps_at_once(
 def step_on_batch(
     task: Callable[[Any], Task], settings: Settings, placement: Placement, state: State, context: Any, batch: Any
 ) -> tuple[State, Metrics]:
-    """One step on a given batch; of K runs, on one for each, stacked on axis 0.  The state is donated."""
+    """One step on a batch, or on K batches stacked on axis 0.  Donates the state."""
 
     def of_run(state: State, context: Any, batch: Any) -> tuple[State, Metrics]:
         step = make_step(task(context).loss, adam(settings), settings.decay, placement)
@@ -77,7 +62,7 @@ def step_on_batch(
 def validated(
     task: Callable[[Any], Task], placement: Placement, state: State, context: Any, going: Bool[Array, "*runs"]
 ) -> tuple[State, Metrics]:
-    """The state with its best parameters chosen, and the validation loss.  A run that has ended stays as it is."""
+    """Choose the best parameters of runs that are `going`; returns the state and the validation loss."""
 
     def of_run(state: State, context: Any, going: Bool[Array, ""]) -> tuple[State, Metrics]:
         validate = task(context).validate
@@ -88,16 +73,16 @@ def validated(
             chosen, metrics = select(state, validate)
             return (chosen.best, chosen.best_loss, chosen.best_step), metrics
 
-        none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose)[1])
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(choose)[1])
         before = state.best, state.best_loss, state.best_step
-        (best, best_loss, best_step), metrics = jax.lax.cond(going, choose, lambda: (before, none))
+        (best, best_loss, best_step), metrics = jax.lax.cond(going, choose, lambda: (before, zeros))
         return state._replace(best=best, best_loss=best_loss, best_step=best_step), metrics
 
     return _over_runs(placement, of_run, state, context, going)
 
 
 def _staying(placement: Placement, step: Callable[[State], tuple[State, Metrics]]) -> Callable:
-    """A step whose result lies where the state lay."""
+    """Constrain the result of a step to the sharding of its state."""
     if placement.runs:
         return step
 
@@ -109,18 +94,18 @@ def _staying(placement: Placement, step: Callable[[State], tuple[State, Metrics]
 
 
 def _over_runs(placement: Placement, of_run: Callable, state: State, context: Any, rows: Any) -> Any:
-    """`of_run(state, context, rows)`; of K runs, over all of them."""
+    """`of_run(state, context, rows)`, over all runs."""
     if not placement.runs:
         return of_run(state, context, rows)
     structure = jax.tree.structure(context)
     own, shared = placement.divide(context)
 
-    def here(mine: tuple, shared: list) -> Any:
-        one_run = lambda arrays: of_run(arrays[0], placement.join(structure, arrays[1], shared), arrays[2])
-        return potential.over_members(one_run, mine)
+    def on_device(runs: tuple, shared: list) -> Any:
+        run = lambda arrays: of_run(arrays[0], placement.join(structure, arrays[1], shared), arrays[2])
+        return potential.over_members(run, runs)
 
-    replica = jax.P("replica")
-    spread = jax.shard_map(here, mesh=placement.mesh, in_specs=(replica, jax.P()), out_specs=replica, check_vma=False)
+    replica, mesh = jax.P("replica"), placement.mesh
+    spread = jax.shard_map(on_device, mesh=mesh, in_specs=(replica, jax.P()), out_specs=replica, check_vma=False)
     return spread((state, own, rows), shared)
 
 
@@ -128,7 +113,7 @@ def _over_runs(placement: Placement, of_run: Callable, state: State, context: An
 def without_padding(placement: Placement, runs: int, state: State) -> State:
     """Drop the padding runs and replicate.  Copy the keys, because the caller reuses them.
 
-    One program: of several processes, one for each array would be under way together and block each other.
+    One program for all arrays, because concurrent programs of several processes would block each other.
     """
     first = jax.tree.map(lambda a: a[:runs], state._replace(key=jax.random.clone(state.key)))
     return jax.lax.with_sharding_constraint(first, distributed.replicated(placement.mesh))

@@ -1,7 +1,7 @@
-"""Several runs at once: calls and trainings that agree are computed as one program, over the mesh's axis `replica`.
+"""Several runs (seeds, configurations) at once: those that agree are one program, over the mesh's axis `replica`.
 
-A run (a seed, a configuration) is an element of a list.  Runs agree if their functions, settings, shapes and types are
-equal; those that do not agree go one after the other.  A run gives the numbers that it gives alone.
+Runs agree if their functions, settings, shapes and types are equal; other runs go one after the other.  A run gives the
+numbers that it gives alone.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from gendiff.training import Host, Metrics, State, Training
 
 
 def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, arguments: Sequence[tuple]) -> list[Any]:
-    """Call `program(*static, mesh, *arguments[k])` for each run k: a jitted function whose first arguments are static.
+    """Call `program(*static, mesh, *arguments[k])`, a jitted function, for every run k.
 
-    Runs that agree share one program, each on a device of its own, unless that leaves accelerators idle.
+    Runs that agree go side by side on their own devices, unless that leaves accelerators idle.
     """
     results: list[Any] = [None] * len(arguments)
     for group in _groups([shapes(of_run) for of_run in arguments]):
         over = devices.runs_mesh(None, len(group), jax.device_count())
-        if len(group) == 1 or over.shape["data"] > 1:  # together they would leave devices idle that one alone can use
+        if len(group) == 1 or over.shape["data"] > 1:  # a run alone uses devices that a group would leave idle
             for k in group:
                 results[k] = program(*static, mesh, *distributed.place(mesh, arguments[k]))
             continue
@@ -44,14 +44,14 @@ def _side_by_side(function: Callable[..., Any], static: tuple, mesh: jax.shardin
 
 
 def train(trainings: Sequence[Training]) -> list[State]:
-    """Train every run, those that differ in keys, parameters, contexts and hosts alone in one program.
+    """Train all runs; those that differ only in keys, parameters, contexts and hosts share a program.
 
     Raises:
       ValueError: only some of the runs have checkpoints; see also `training.train`.
-      training.NotFinite: a loss of one of them.
+      training.NotFinite: a loss of a run is NaN or infinite.
     """
     results: list[Any] = [None] * len(trainings)
-    for group in _groups([_likeness(asked) for asked in trainings]):
+    for group in _groups([_likeness(member) for member in trainings]):
         members = [trainings[k] for k in group]
         states = [training.train(*members[0])] if len(members) == 1 else _train(members)
         for k, state in zip(group, states, strict=True):
@@ -60,14 +60,15 @@ def train(trainings: Sequence[Training]) -> list[State]:
 
 
 def _likeness(asked: Training) -> Hashable:
-    alone = (
-        isinstance(asked.params, State) or asked.data is not None or asked.host.fully_sharded or np.ndim(asked.key) > 0
-    )
-    return object() if alone else (asked.task, asked.settings, shapes((asked.params, asked.context)))
+    """A value that is equal for trainings that can share a program."""
+    if asked.data is not None or asked.host.fully_sharded or np.ndim(asked.key) > 0:
+        return object()
+    stands = int(asked.params.step) if isinstance(asked.params, State) else 0  # runs go on from one step
+    return asked.task, asked.settings, stands, shapes((asked.params, asked.context))
 
 
 def _groups(likenesses: Sequence[Hashable]) -> list[list[int]]:
-    """The places of equal elements, in the order of their first ones."""
+    """Indices of equal elements, in the order of their first appearance."""
     groups: dict[Hashable, list[int]] = {}
     for k, likeness in enumerate(likenesses):
         groups.setdefault(likeness, []).append(k)
@@ -75,15 +76,16 @@ def _groups(likenesses: Sequence[Hashable]) -> list[list[int]]:
 
 
 def shapes(tree: Any) -> Hashable:
-    """Structure, shapes and types of a tree, to compare."""
+    """Structure, shapes and types of a tree, for comparison."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, tuple((np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)
 
 
 def _train(members: Sequence[Training]) -> list[State]:
     hosts = [member.host for member in members]
-    kept = [host.checkpoints for host in hosts]
-    if None in kept and any(checkpoints is not None for checkpoints in kept):
+    checkpoints = [host.checkpoints for host in hosts]
+    none = all(kept is None for kept in checkpoints)
+    if None in checkpoints and not none:
         raise ValueError("runs: checkpoints must be of all runs or of none, got some")
 
     def report(step: int, metrics: list[Metrics | None]) -> None:
@@ -92,7 +94,7 @@ def _train(members: Sequence[Training]) -> list[State]:
                 host.report(step, of_run)
 
     keys, params, contexts = devices.stack([(member.key, member.params, member.context) for member in members])
-    host = Host(checkpoints=None if None in kept else _Several(kept), report_runs=report)
+    host = Host(checkpoints=None if none else _Several(checkpoints), report_runs=report)
     state = training.train(keys, params, members[0].task, contexts, members[0].settings, host, own=True)
     return [_of_run(state, k) for k in range(len(members))]
 
@@ -103,22 +105,22 @@ def _of_run(state: State, k: int) -> State:
 
 
 class _Several:
-    """The checkpoints of several runs, each in its own folder."""
+    """The checkpoints of several runs, one folder a run."""
 
-    def __init__(self, kept: list[Any]) -> None:
-        self.kept = kept
+    def __init__(self, of_runs: list[Any]) -> None:
+        self.of_runs = of_runs
 
     def save(self, step: int, state: State, data: None = None) -> None:
-        for k, (checkpoints, stands) in enumerate(zip(self.kept, distributed.gather(state.step), strict=True)):
-            if stands == step:  # else the run has ended, and is stored
+        for k, (checkpoints, run_step) in enumerate(zip(self.of_runs, distributed.gather(state.step), strict=True)):
+            if run_step == step:  # else the run has ended, and its last state is saved
                 checkpoints.save(step, _of_run(state, k))
 
     def restore(self, state: State, data: None = None) -> State:
-        return devices.stack([checkpoints.restore(_of_run(state, k)) for k, checkpoints in enumerate(self.kept)])
+        return devices.stack([checkpoints.restore(_of_run(state, k)) for k, checkpoints in enumerate(self.of_runs)])
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for checkpoints in self.kept:
+            for checkpoints in self.of_runs:
                 stack.enter_context(checkpoints.written())
             yield

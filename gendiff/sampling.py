@@ -1,4 +1,4 @@
-"""Kernel: (key, x_t, t, s) -> x_s with s < t.  Sampler: a `lax.scan` of a kernel down a grid of times."""
+"""Kernel: (key, x_t, t, s) -> x_s with s < t.  Sampler: a `lax.scan` of a kernel down a grid."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -18,7 +18,7 @@ Kernel: TypeAlias = Callable[[PRNGKey, Sample, Time, Time], Sample]
 
 
 def ddim(process: Process, denoiser: Denoiser, eta: float = 0.0) -> Kernel:
-    """DDIM (Song et al. 2021, eq. 12): eta = 0 is deterministic, eta = 1 is ancestral sampling, 0 <= eta <= 1."""
+    """DDIM (Song et al. 2021, eq. 12), 0 <= eta <= 1: eta = 0 is deterministic, eta = 1 is ancestral sampling."""
     check.number("ddim: eta", eta, at_least=0, at_most=1)
 
     def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
@@ -35,9 +35,10 @@ def ddim(process: Process, denoiser: Denoiser, eta: float = 0.0) -> Kernel:
 def ancestral_moments(
     process: Process, denoiser: Denoiser, x: Sample, t: Time, s: Time, variance: str = "posterior"
 ) -> tuple[Sample, Float[Array, ""]]:
-    """Mean and standard deviation of one ancestral step from x_t to x_s (Ho et al. 2020, eq. 11).
+    """Mean and standard deviation of an ancestral step from x_t to x_s (Ho et al. 2020, eq. 11).
 
-    `variance` "posterior" is the smaller (beta-tilde), "beta" the larger of their two choices.
+    Args:
+      variance: "posterior" (beta-tilde) or "beta", which is larger.
     """
     check.choice("ancestral: variance", variance, ("posterior", "beta"))
     mean, small = posterior(process, x, denoise("ancestral", denoiser, x, t), t, s)
@@ -46,7 +47,7 @@ def ancestral_moments(
 
 
 def ancestral(process: Process, denoiser: Denoiser, variance: str = "posterior") -> Kernel:
-    """Ancestral sampling; the step to s = 0 adds no noise.  `variance`: "posterior" or "beta"."""
+    """Ancestral sampling; the step to s = 0 adds no noise.  Arguments: see `ancestral_moments`."""
     check.choice("ancestral: variance", variance, ("posterior", "beta"))
 
     def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
@@ -66,24 +67,23 @@ def heun(
 ) -> Kernel:
     """Heun's second-order step of the probability-flow ODE in x / alpha (Karras et al. 2022, Algorithms 1 and 2).
 
-    Two evaluations of the denoiser a step, both of the same (guided) denoiser, and one in the step to s = 0.
+    A step evaluates the denoiser twice, the step to s = 0 once.
 
     Args:
-      churn: gamma of Algorithm 2, that is S_churn / steps; 0 is the deterministic sampler, at most sqrt(2) - 1.
+      churn: gamma of Algorithm 2, that is S_churn / steps, in [0, sqrt(2) - 1]; 0 is the deterministic sampler.
         Needs a process in continuous time with t = sigma (EDM).
-      churn_low, churn_high: S_tmin and S_tmax, the noise levels between which noise is added.
-      churn_noise: S_noise, the factor on the standard deviation of the added noise.
+      churn_low, churn_high: S_tmin and S_tmax, the noise levels between which noise is added, 0 <= low <= high.
+      churn_noise: S_noise, the factor on the standard deviation of the added noise, >= 0.
 
     Raises:
-      ValueError: churn is not in [0, sqrt(2) - 1] or needs another process; 0 <= churn_low <= churn_high or
-        churn_noise >= 0 does not hold.
+      ValueError: an argument is out of range, or churn > 0 on a discrete chain.
     """
     check.number("heun: churn", churn, at_least=0, at_most=2**0.5 - 1 + 1e-6)
     check.number("heun: churn_low", churn_low, at_least=0)
     check.number("heun: churn_high", churn_high, at_least=churn_low, infinite=True)
     check.number("heun: churn_noise", churn_noise, at_least=0)
     if churn and process.steps is not None:
-        raise ValueError("heun: churn: expected a process in continuous time (edm), given a discrete chain")
+        raise ValueError(f"heun: churn must be 0 on a discrete chain, got {churn}: use edm")
 
     def noise_level(t: Time) -> Float[Array, ""]:
         return process.sigma(t) / process.alpha(t)
@@ -101,7 +101,7 @@ def heun(
         dt = noise_level(s) - noise_level(t)
         first = slope(y, t)
         last = process.sigma(s) == 0
-        # `cond`, not `where`: s is the same for a whole batch, so the last step saves its second evaluation.
+        # `cond`, not `where`: a batch shares s, so the last step saves its second evaluation.
         average = jax.lax.cond(
             last,
             lambda: first,
@@ -113,11 +113,12 @@ def heun(
 
 
 def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> Kernel:
-    """`kernel` taken `times` times in each step, with its result noised back from s to t in between (Bansal et al.
-    2023).
+    """Take `kernel` `times` times in a step, and noise its result back from s to t in between (Bansal et al. 2023).
 
-    The noise is the process's own q(x_t | x_s), so x_t keeps its distribution.  times = 1 is `kernel`.
-    Given as an array, all numbers of times share a compiled program.
+    The noise is the process's own q(x_t | x_s), so x_t keeps its distribution.
+
+    Args:
+      times: >= 1; 1 is `kernel`.  As an array, all numbers of times share a compiled program.
     """
     check.number("recurrent: times", times, at_least=1, whole=True)
 
@@ -126,7 +127,8 @@ def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> 
 
         def once(i: Array, carry: tuple[Sample, Sample]) -> tuple[Sample, Sample]:
             x, _ = carry
-            # The first pass has the step's own key; the others' are not below it, where the kernel's are.
+            # The first pass uses the step's key.  The others use keys below `apart`, because a kernel may fold its own
+            # from the step's.
             move_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.clone(apart), i))
             data = jnp.where(i == 0, jax.random.key_data(key), jax.random.key_data(move_key))
             new = _like("recurrent", kernel(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), x, t, s), x)
@@ -140,8 +142,10 @@ def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> 
 
 
 def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel:
-    """`kernel` with the coordinates in `mask` held at clean values in every state, for models that were trained to be
-    given them (Janner et al. 2022, section 3.1: the plan goes through a state).  `guidance.inpaint` pins x_0 alone."""
+    """Hold the coordinates in `mask` at the clean values `known` in every state (Janner et al. 2022, section 3.1).
+
+    For models that were trained with clean values there; `guidance.inpaint` holds x_0 alone.
+    """
 
     def hold(x: Sample) -> Sample:
         for name, value in (("mask", mask), ("known", known)):
@@ -152,16 +156,16 @@ def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel
 
 
 def sample(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
-    """Draws x_T ~ N(0, sigma_T^2) and runs `kernel` down `grid`; returns x_0 of `shape`, in JAX's default float type.
+    """Draw x_T ~ N(0, sigma_T^2) and run `kernel` down `grid`; returns x_0 of `shape`, in JAX's default float type.
 
     Raises:
-      ValueError: a step gives another shape, or the grid does not fall.
+      ValueError: a step returns another shape, or the grid does not fall.
     """
     return refine(kernel, grid, key, _start(process, grid, key, shape))
 
 
 def _start(process: Process, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
-    """x_T; its key is the one after those of the steps."""
+    """x_T; its key follows those of the steps."""
     falling("sample: grid", grid)
     return process.sigma(grid[0]) * jax.random.normal(jax.random.fold_in(key, len(grid) - 1), shape)
 
@@ -169,7 +173,7 @@ def _start(process: Process, grid: Float[Array, " steps+1"], key: PRNGKey, shape
 def watched(
     process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple
 ) -> tuple[Sample, Int[Array, ""]]:
-    """`sample`, and the number of its steps that gave finite numbers: less than `steps` where guidance diverged."""
+    """`sample`, and the number of its steps with finite numbers: fewer than all if guidance diverged."""
 
     def kept(key: PRNGKey, state: tuple, t: Time, s: Time) -> tuple:
         x, finite = state
@@ -180,12 +184,12 @@ def watched(
 
 
 def refine(kernel: Callable, grid: Float[Array, " steps+1"], key: PRNGKey, x: Any) -> Any:
-    """Runs `kernel` down `grid` from x, a sample at time grid[0]."""
+    """Run `kernel` down `grid` from x, a sample at time grid[0]."""
     return _scan(kernel, grid, key, x, lambda x: None)[0]
 
 
 def states(process: Process, kernel: Kernel, grid: Float[Array, " steps+1"], key: PRNGKey, shape: tuple) -> Sample:
-    """What `sample` goes through, (steps + 1, *shape): one state for each time of the grid."""
+    """All states of `sample`, (steps + 1, *shape), in the order of the grid."""
     start = _start(process, grid, key, shape)
     return jnp.concatenate([start[None], _scan(kernel, grid, key, start, lambda x: x)[1]])
 
@@ -205,11 +209,7 @@ def _scan(
 
 
 def _like(caller: str, new: Any, old: Any) -> Array:
-    """x_s of a kernel in the float type of x_t, because the carry of a loop keeps its type.
-
-    Raises:
-      ValueError: x_s does not have the shape of x_t.
-    """
+    """x_s in the float type of x_t, because the carry of a loop keeps its type; ValueError for another shape."""
     check.shape(f"{caller}: x_s of the kernel", new, jnp.shape(old))
     dtype = jnp.result_type(old)
     return jnp.asarray(new, dtype) if jnp.issubdtype(dtype, jnp.floating) else new

@@ -1,7 +1,7 @@
 """Twisted sequential Monte Carlo: a population of particles that is exact where guidance is approximate.
 
-The twisted diffusion sampler of Wu et al. (2306.17775): the guided kernel proposes, importance weights correct it,
-and the oracle has the last word, so that no sample that it rejects is ever returned.
+In the twisted diffusion sampler of Wu et al. (2306.17775) the guided kernel proposes and importance weights correct it.
+The oracle decides last: no sample that it rejects is returned.
 """
 
 from typing import NamedTuple
@@ -20,16 +20,15 @@ from gendiff.types import PRNGKey, Sample, Samples, Scalar, Time, wide
 
 
 class Population(NamedTuple):
-    """Particles at t = 0, not yet judged."""
+    """Particles at t = 0, before the oracle's verdict."""
 
     particles: Samples
     log_weights: Float[Array, " n"]
-    """As samples of the model p(x_0), before any condition; not normalised, their mean has expectation 1.  -inf is the
-    weight 0 of a particle that was lost."""
+    """For the unconditional p(x_0), not normalised: the mean weight has expectation 1.  -inf marks a lost particle."""
     resampled: Scalar
-    """How many of the steps resampled."""
+    """Number of steps that resampled."""
     lost: Scalar | int = 0
-    """How many particles lost their weight in any step: it became NaN or infinite, or the twist 0 (or underflowed)."""
+    """Number of losses in all steps: a weight that became NaN, infinite or 0 (a twist of 0, or an underflow)."""
 
 
 class Judged(NamedTuple):
@@ -37,12 +36,11 @@ class Judged(NamedTuple):
 
     samples: Samples
     effective: Scalar
-    """Effective number of samples by their weights: at most so many are independent, for what has one ancestor counts
-    apart."""
+    """Effective sample size by the weights, an upper bound, because descendants of one ancestor are dependent."""
     log_alpha: Scalar
     """Estimate of log P_p[O = 1]; its exponential is unbiased, unless particles were lost."""
     lost: Scalar | int = 0
-    """How many good particles have no finite log-weight: they count as particles of weight 0."""
+    """Number of valid particles without a finite log-weight; they have weight 0."""
 
 
 def log_normal(x: Sample, mean: Sample, std: Scalar) -> Scalar:
@@ -51,30 +49,30 @@ def log_normal(x: Sample, mean: Sample, std: Scalar) -> Scalar:
 
 
 def finite(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Log-weights with -inf, the weight 0, in place of NaN and of +inf, which would take the weight of all others."""
+    """Replace NaN and +inf by -inf, the weight 0, because +inf would take the weight of all other particles."""
     log_weights = wide(log_weights)
     return jnp.where(log_weights < jnp.inf, log_weights, -jnp.inf)
 
 
 def systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
-    """Indices (n,) of a systematic resampling: one uniform offset, each particle about n w_i times.
+    """Indices (n,) of a systematic resampling: particle i comes about n w_i times.
 
     A log-weight that is NaN or infinite is the weight 0.
 
     Raises:
-      ValueError: no weight is above 0 (in traced code the indices are 0 .. n - 1: all particles stay).
+      ValueError: no weight is above 0.  In traced code the indices are then 0 .. n - 1: all particles stay.
     """
     _some_weight("systematic", log_weights)
     return _systematic(key, log_weights)
 
 
 def _some_weight(caller: str, log_weights: Float[Array, " n"]) -> None:
-    """Raises ValueError where there is no particle, or none has a weight; traced weights pass."""
+    """Raise ValueError if no particle has a weight; of traced weights, if the shape is wrong."""
     check.shape(f"{caller}: log_weights", log_weights, (None,))
     check.number(f"{caller}: number of log_weights", len(log_weights), at_least=1, whole=True)
     if not isinstance(log_weights, jax.core.Tracer):
-        having = np.isfinite(np.asarray(log_weights)).sum()
-        check.number(f"{caller}: particles with a finite log-weight, of {len(log_weights)},", int(having), at_least=1)
+        count = int(np.isfinite(np.asarray(log_weights)).sum())
+        check.number(f"{caller}: particles with a finite log-weight, of {len(log_weights)},", count, at_least=1)
 
 
 @jax.jit
@@ -85,16 +83,16 @@ def _systematic(key: PRNGKey, log_weights: Float[Array, " n"]) -> Array:
     edges = jnp.cumsum(weights)
     places = (jnp.arange(n) + jax.random.uniform(key)) / n
     index = jnp.minimum(jnp.searchsorted(edges, places * edges[-1], side="right"), n - 1)
-    # Sums in float32 may step at a particle without weight: take the last one before it that has some, or the first.
-    there = weights > 0
-    before = jax.lax.cummax(jnp.where(there, jnp.arange(n), -1))
-    chosen = jnp.where(before[index] < 0, jnp.argmax(there), before[index])
+    # A float32 sum may rise at a particle of weight 0: take the last particle before it with a weight, or the first.
+    weighted = weights > 0
+    before = jax.lax.cummax(jnp.where(weighted, jnp.arange(n), -1))
+    chosen = jnp.where(before[index] < 0, jnp.argmax(weighted), before[index])
     return jnp.where(jnp.any(log_weights > -jnp.inf), chosen, jnp.arange(n))
 
 
 @jax.jit
 def effective_size(log_weights: Float[Array, " n"]) -> Scalar:
-    """1 / sum w_i^2 of the normalised weights, between 1 and n; 0 where no particle has a weight.
+    """1 / sum w_i^2 of the normalised weights, in [1, n], or 0 if no particle has a weight.
 
     A log-weight that is NaN or infinite is the weight 0.
     """
@@ -116,18 +114,19 @@ def twisted(
     particles: int,
     threshold: float = 0.5,
 ) -> Population:
-    """Runs ancestral steps of the guided model and weights them to p(x_{t-1} | x_t) psi(x_{t-1}) / psi(x_t).
+    """Run ancestral steps of the guided model, weighted to p(x_{t-1} | x_t) psi(x_{t-1}) / psi(x_t).
 
     Args:
       denoiser, guided: the model p and the proposal r; they share the variance of the ancestral step.
-      twist: log psi(x, t), an approximation of log p(y = 1 | x_t).  A particle at which psi is 0, or underflows, has
-        the weight 0 from then on: psi must be above 0 wherever y = 1 is possible.
-      grid: ends at 0.  The last step has no noise, so it is the model's own mean, not guided, and its weight is 1 /
-        psi.
-      threshold: resample where the effective size falls below this share of the particles, >= 0.
+      twist: log psi(x, t), an approximation of log p(y = 1 | x_t).  psi must be > 0 wherever y = 1 is possible, because
+        a particle with psi = 0 keeps the weight 0.
+      grid: ends at 0.  The last step is the model's unguided mean, because it adds no noise; its weight is 1 / psi.
+      particles: >= 1.
+      threshold: resample if the effective size falls below this share of the particles, >= 0.
 
     Raises:
-      ValueError: a number is out of range, the grid does not fall to 0, or a denoiser or the twist gives another shape.
+      ValueError: a number is out of range, the grid does not fall to 0, or a denoiser or the twist returns another
+        shape.
     """
     check.number("twisted: particles", particles, at_least=1, whole=True)
     check.number("twisted: threshold", threshold, at_least=0)
@@ -142,7 +141,7 @@ def twisted(
         return values.astype(jnp.promote_types(values.dtype, x.dtype))
 
     def weighed(before: Array, after: Array) -> tuple[Array, Array]:
-        """Log-weights, which a particle without one never has again, and how many particles lost theirs."""
+        """Log-weights, in which a lost particle stays lost, and the number of new losses."""
         after = jnp.where(before > -jnp.inf, finite(after), -jnp.inf)
         return after, jnp.sum((before > -jnp.inf) & (after == -jnp.inf))
 
@@ -167,30 +166,29 @@ def twisted(
 
         x, ratio = jax.vmap(propose)(x, jax.random.split(noise_key, particles))
         new_psi = log_twist(x, s)
-        log_w, now = weighed(log_w, log_w + ratio + new_psi - log_psi)
-        short = effective_size(log_w) < threshold * particles
-        x, new_psi, log_w, hit = jax.lax.cond(
-            short, resample, lambda key, x, p, w: (x, p, w, jnp.zeros(())), index_key, x, new_psi, log_w
-        )
-        return (x, new_psi, log_w, resampled + hit, lost + now), None
+        log_w, losses = weighed(log_w, log_w + ratio + new_psi - log_psi)
+        few = effective_size(log_w) < threshold * particles
+        keep = lambda key, x, log_psi, log_w: (x, log_psi, log_w, jnp.zeros(()))
+        x, new_psi, log_w, count = jax.lax.cond(few, resample, keep, index_key, x, new_psi, log_w)
+        return (x, new_psi, log_w, resampled + count, lost + losses), None
 
     moves = (jnp.arange(steps - 1), grid[:-2], grid[1:-1])
     start = (x, log_psi, log_w, jnp.zeros(()), lost)
     (x, log_psi, log_w, resampled, lost), _ = jax.lax.scan(step, start, moves)
     last = lambda x: ancestral_moments(process, denoiser, x, grid[-2], grid[-1])[0]
     x0 = jax.vmap(last)(x)
-    there = jnp.all(jnp.isfinite(x0.reshape(particles, -1)), 1)
-    log_w, now = weighed(log_w, jnp.where(there, log_w - log_psi, -jnp.inf))
-    return Population(x0, log_w, resampled, lost + now)
+    finite_x0 = jnp.all(jnp.isfinite(x0.reshape(particles, -1)), 1)
+    log_w, losses = weighed(log_w, jnp.where(finite_x0, log_w - log_psi, -jnp.inf))
+    return Population(x0, log_w, resampled, lost + losses)
 
 
 def judge(population: Population, good: Bool[Array, " n"], key: PRNGKey) -> Judged:
-    """Conditions on the oracle's verdict and resamples: as many samples as particles, all good.
+    """Condition on the oracle's verdict and resample: n particles become n valid samples.
 
     Particles of several populations may be concatenated.  A log-weight that is NaN or infinite is the weight 0.
 
     Raises:
-      ValueError: no particle is good and has a weight; or the particles, weights and verdicts are not as many.
+      ValueError: no valid particle has a weight; or the particles, weights and verdicts differ in number.
     """
     good = jnp.asarray(good)
     if good.shape != population.log_weights.shape or good.dtype != bool:

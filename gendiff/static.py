@@ -1,8 +1,7 @@
-"""Static values: functions that compare by how they were made, so that equal ones share a compiled program.
+"""Static values: functions that compare by their factory's arguments, so that equal ones share a compiled program.
 
-JAX compiles a program for every new value of its static arguments.  Two closures are never equal, even if the same
-lines made them from the same numbers.  The functions that a factory marked `@by_value` returns are equal if their
-arguments are:
+JAX compiles a program for every new value of its static arguments, and two closures are never equal.  Functions that a
+factory marked `@by_value` returns are equal if the factory's arguments are equal:
 
     @by_value
     def edm_weight(data_std):
@@ -25,7 +24,7 @@ F = TypeVar("F", bound=Callable)
 
 
 class Value:
-    """A function, equal to another one that the same factory made from equal arguments."""
+    """A function that equals another one of the same factory and equal arguments."""
 
     def __init__(self, factory: Callable, arguments: dict[str, Any], function: Callable) -> None:
         self._factory, self._arguments, self._function = factory, arguments, function
@@ -59,13 +58,13 @@ class Value:
 
 
 def by_value(factory: F) -> F:
-    """Decorate a pure function that returns a function: the result compares by the arguments that it was made from.
+    """Decorate a pure function that returns a function: the result compares by the factory's arguments.
 
-    Arguments may be numbers, text, functions, tuples, dicts, arrays of NumPy (which the caller must not change
-    afterwards), Flax modules and their methods.
+    Arguments may be numbers, text, functions, tuples, dicts, Flax modules and their methods, and NumPy arrays, which
+    the caller must not change afterwards.
 
-    Raises (where the result is hashed, as by `jax.jit`):
-      TypeError: an argument has no hash, such as an array of JAX: pass arrays to the compiled program instead.
+    Raises (when the result is hashed, as by `jax.jit`):
+      TypeError: an argument has no hash, such as a JAX array: pass arrays to the compiled program instead.
     """
     signature = inspect.signature(factory)
 
@@ -80,15 +79,15 @@ def by_value(factory: F) -> F:
 
 @by_value
 def partial(function: Callable, *arguments: Any, **named: Any) -> Callable:
-    """`functools.partial` that compares by value; without arguments, a method that compares by its object's fields."""
+    """`functools.partial` that compares by value; a method compares by its object's fields."""
     return functools.partial(function, *arguments, **named)
 
 
 def comparable(argument: Any) -> Hashable:
-    """What stands for an argument in comparisons and hashes."""
+    """The stand-in for an argument in comparisons and hashes."""
     if isinstance(argument, np.ndarray):
         return "array", argument.shape, argument.dtype.str, argument.tobytes()
-    if isinstance(argument, bool | int | float):  # 1, 1.0 and True are equal, and make different programs
+    if isinstance(argument, bool | int | float):  # because 1, 1.0 and True are equal, but give different programs
         return type(argument), argument
     if isinstance(argument, dict):
         return "dict", tuple((key, comparable(value)) for key, value in sorted(argument.items()))

@@ -1,6 +1,6 @@
-"""The state of a training, one step that moves it, and the choice of the best parameters so far.
+"""The state of a training, one step, and the choice of the best parameters: pure functions of one run.
 
-All functions here are pure and of one run.  `training.train` compiles them and runs them from the host.
+`gendiff.programs` compiles them, and `training.train` runs them from the host.
 """
 
 from collections.abc import Callable
@@ -20,79 +20,72 @@ from gendiff.losses import Loss
 from gendiff.types import Params, PRNGKey, Scalar
 
 Draw: TypeAlias = Callable[[PRNGKey], Any]
-"""key -> batch, a pytree with one leading axis, made on the device inside the compiled step."""
+"""key -> batch, a pytree with one leading axis, drawn on the device inside the compiled step."""
 Validate: TypeAlias = Callable[[Params], Scalar]
-"""Parameters -> loss on held-out data, smaller is better; deterministic."""
+"""Parameters -> loss on held-out data; deterministic."""
 Metrics: TypeAlias = dict[str, Any]
 METRICS = ("loss", "gradient_norm")
-"""Of a step."""
+"""Metrics of a step."""
 
 
 class State(NamedTuple):
-    """Everything a run needs to go on: saved and restored, it gives the same numbers bit for bit."""
+    """The state of a run; saved and restored, it gives the same numbers bit for bit."""
 
     step: Any
     last: Params
-    """The parameters after the last step."""
+    """Parameters after the last step."""
     averaged: Params
-    """Their exponential moving average."""
+    """Their exponential moving average (EMA)."""
     optimiser: Any
     key: PRNGKey
     best: Params
-    """The average with the least validation loss so far; without validation, the newest."""
+    """The average with the least validation loss; without validation, the newest."""
     best_loss: Any
     best_step: Any
 
 
 class Task(NamedTuple):
-    """What is trained."""
+    """The loss of one example, and the batches, of a training."""
 
     loss: Loss
-    """Of one example."""
     draw: Draw | None = None
-    """Makes a batch on the device; None where batches come from the host."""
+    """None: batches come from the host."""
     validate: Validate | None = None
 
 
 class Settings(NamedTuple):
-    """How a run is trained."""
+    """The optimiser of a run, its length and its blocks."""
 
     steps: int
-    rate: float = 1e-3
     """>= 0."""
+    rate: float = 1e-3
+    """Learning rate, >= 0."""
     decay: float = 0.999
-    """Of the EMA, in [0, 1]."""
+    """Decay of the EMA, in [0, 1]."""
     every: int = 500
-    """Steps between validations, checkpoints and reports, >= 1."""
+    """Steps of a block, after which the run validates, saves and reports, >= 1."""
     warmup: int = 0
-    """Steps in which the rate rises from 0; where they are more than `steps`, the rate never gets to its height."""
+    """Steps in which the rate rises from 0; if more than `steps`, it never reaches `rate`."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls to 0 by the last step, after the warm-up; or that it stays."""
+    """The rate after the warm-up: it falls to 0 by the last step, or stays."""
     clip: float | None = 1.0
-    """Largest norm of a gradient, > 0; None for no limit."""
+    """Largest norm of a gradient, > 0; None: no limit."""
     weight_decay: float = 0.0
     """Decoupled (AdamW), relative to the rate, >= 0."""
     patience: int | None = None
-    """Stop when the validation loss has not improved for so many steps; None or 0: never."""
+    """Stop if the validation loss does not improve for so many steps; None or 0: never."""
 
 
 def adam(settings: Settings) -> optax.GradientTransformation:
-    """Adam (AdamW where there is weight decay) with clipped gradients and a schedule for the rate.
-
-    Raises:
-      ValueError: a setting is out of its range.
-    """
+    """AdamW with clipped gradients and a schedule; raises ValueError if a setting is out of range."""
     check_settings(settings)
     rate, warmup, steps = settings.rate, settings.warmup, settings.steps
     first = 0.0 if warmup else rate
     if settings.schedule == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(first, rate, warmup, max(steps, warmup + 1))
     elif settings.schedule == "linear":
-        rise, fall = (
-            optax.linear_schedule(first, rate, warmup),
-            optax.linear_schedule(rate, 0.0, max(steps - warmup, 1)),
-        )
-        schedule = optax.join_schedules([rise, fall], [warmup])
+        rise, fall = ((first, rate, warmup), (rate, 0.0, max(steps - warmup, 1)))
+        schedule = optax.join_schedules([optax.linear_schedule(*rise), optax.linear_schedule(*fall)], [warmup])
     else:
         schedule = optax.warmup_constant_schedule(first, rate, warmup)
     clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
@@ -100,7 +93,7 @@ def adam(settings: Settings) -> optax.GradientTransformation:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises ValueError where a setting is out of the range that `Settings` states."""
+    """Raise ValueError if a setting is out of the range that `Settings` states."""
     check.number("training: steps", settings.steps, at_least=0, whole=True)
     check.number("training: rate", settings.rate, at_least=0)
     check.number("training: decay", settings.decay, at_least=0, at_most=1)
@@ -115,7 +108,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def init(key: PRNGKey, params: Params, optimiser: optax.GradientTransformation) -> State:
-    """The state before the first step.  It holds copies, because a donated buffer must not be held twice."""
+    """The state before the first step.  It holds copies, because a buffer cannot be donated twice."""
     copy = partial(jax.tree.map, jnp.copy)
     zero = jnp.zeros((), jnp.int32)
     best_loss, best_step = jnp.full((), jnp.inf, jnp.float32), jnp.zeros((), jnp.int32)
@@ -130,25 +123,25 @@ def make_step(
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """One optimiser step on a batch.
 
+    The devices on the axis `data` share the batch: a device takes the gradient of its part, and one all-reduce takes
+    the mean.  If examples depend on each other (`losses.looks_at_batch`), the compiler splits the work.  A fully
+    sharded array is gathered once a step, and its gradient is reduced to the parts.  Call the step of K runs inside
+    `shard_map` over the mesh.
+
     Args:
-      loss: of one example.
-      decay: of the EMA; the first steps use (1 + step) / (10 + step) where that is less.
-      placement: of the training.  The devices on its axis `data` share the batch: each takes the gradient of a part,
-        and one all-reduce makes the mean.  Where the loss of an example depends on the others of its batch, the
-        compiler splits the work.  A fully sharded array is gathered before it is used, once a step, and its gradient
-        is reduced to the parts.  The step of one of K runs is called inside `shard_map` over the mesh.
+      decay: of the EMA, in [0, 1]; the first steps use (1 + step) / (10 + step) if that is less.
 
     Raises:
-      ValueError: decay is not in [0, 1]; or, from the step, the arrays of the batch have no rows, or not as many.
+      ValueError: decay is out of range; from the step, the arrays of the batch have no rows or differ in number.
     """
     check.number("training: decay", decay, at_least=0, at_most=1)
     batch_loss = losses.mean(loss)
 
-    def here(params: Params, keys: PRNGKey, batch: Any, over: Any) -> tuple[Scalar, Params]:
+    def replicated(params: Params, keys: PRNGKey, batch: Any, over: Any) -> tuple[Scalar, Params]:
         return jax.lax.pmean(jax.value_and_grad(losses.with_keys(loss))(params, keys, batch), over)
 
-    def of_parts(params: Params, keys: PRNGKey, batch: Any, places: Any) -> tuple[Scalar, Params]:
-        # Once a step: `jax.checkpoint`, to gather again in the backward pass, keeps more than it lets go.
+    def sharded(params: Params, keys: PRNGKey, batch: Any, places: Any) -> tuple[Scalar, Params]:
+        # Gather once a step: `jax.checkpoint`, which gathers again in the backward pass, needs more memory.
         of_whole = lambda params: losses.with_keys(loss)(jax.tree.map(_gathered, params, places), keys, batch)
         value, gradient = jax.value_and_grad(of_whole)(params)
         return jax.lax.pmean(value, distributed.EVERY_DEVICE), jax.tree.map(_mean, gradient, places)
@@ -160,14 +153,14 @@ def make_step(
         mesh = placement.mesh
         if placement.runs:
             size = len(keys) // placement.sharers
-            mine = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * size, size)
-            return here(params, mine(keys), jax.tree.map(mine, batch), "data")
+            part = lambda a: jax.lax.dynamic_slice_in_dim(a, jax.lax.axis_index("data") * size, size)
+            return replicated(params, part(keys), jax.tree.map(part, batch), "data")
         split, places = jax.P("data"), jax.P()
-        # Over copies of a part too, so that they stay the same where sums have no fixed order.
-        of_part = partial(here, over=distributed.EVERY_DEVICE)
+        # The mean is over replicas of a part too, so that they stay equal if a sum has no fixed order.
+        of_part = partial(replicated, over=distributed.EVERY_DEVICE)
         if placement.fully_sharded:
             places = jax.tree.map(lambda sharding: sharding.spec, placement.of_state(params))
-            of_part = partial(of_parts, places=places)
+            of_part = partial(sharded, places=places)
         parted = jax.shard_map(
             of_part, mesh=mesh, in_specs=(places, split, split), out_specs=(jax.P(), places), check_vma=False
         )
@@ -182,7 +175,7 @@ def make_step(
         rate = 1 - jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         averaged = optax.incremental_update(last, state.averaged, rate)
         moved = state._replace(step=state.step + 1, last=last, averaged=averaged, optimiser=optimiser_state)
-        # Scans and checkpoints need a state that keeps its types; JAX's own error would not name the array.
+        # Loops and checkpoints need a state that keeps its types; JAX's own error does not name the array.
         chex.assert_trees_all_equal_shapes_and_dtypes(state, moved)
         return moved, dict(zip(METRICS, (value, optax.tree.norm(gradient)), strict=True))
 
@@ -190,14 +183,14 @@ def make_step(
 
 
 def _gathered(part: Array, place: jax.P) -> Array:
-    """Inside `shard_map`, the whole of an array of which a device has a part; the transpose is `psum_scatter`."""
+    """Inside `shard_map`, gather an array from its parts; the transpose is `psum_scatter`."""
     if "data" not in place:
         return part
     return jax.lax.all_gather(part, "data", axis=tuple(place).index("data"), tiled=True)
 
 
 def _mean(gradient: Array, place: jax.P) -> Array:
-    """Inside `shard_map`, the mean over the devices of a gradient, of which the transpose of `_gathered` is the sum."""
+    """Inside `shard_map`, the mean of a gradient over the devices; `_gathered`'s transpose has summed over `data`."""
     if "data" not in place:
         return jax.lax.pmean(gradient, distributed.EVERY_DEVICE)
     mean = gradient / jax.lax.axis_size("data")
@@ -205,10 +198,10 @@ def _mean(gradient: Array, place: jax.P) -> Array:
 
 
 def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
-    """Keep the average as `best` if it validates better than the best so far; without `validate`, always."""
+    """Keep the average as `best` if its validation loss is the least so far; without `validate`, always."""
     if validate is None:
         return state._replace(best=state.averaged, best_step=state.step), {}
-    value = jnp.asarray(validate(state.averaged), jnp.float32)  # also under x64: a state keeps its types
+    value = jnp.asarray(validate(state.averaged), jnp.float32)  # also under x64, because a state keeps its types
     better = value < state.best_loss
     best = jax.tree.map(partial(jnp.where, better), state.averaged, state.best)
     best_step = jnp.where(better, state.step, state.best_step)
@@ -219,10 +212,10 @@ def select(state: State, validate: Validate | None) -> tuple[State, Metrics]:
 def make_drawn_step(
     step: Callable[[State, Any], tuple[State, Metrics]], draw: Draw, placement: Placement | None = None
 ) -> Callable[[State], tuple[State, Metrics]]:
-    """A step on a batch that is drawn on the device."""
+    """A step that draws its batch on the device."""
 
     def drawn_step(state: State) -> tuple[State, Metrics]:
-        # Not below the step's own key: `split(key, n)[i]` of its examples is `fold_in(key, i)`.
+        # A key apart from the step's, because `split(key, n)[i]` of its examples is `fold_in(key, i)`.
         batch = draw(jax.random.fold_in(jax.random.fold_in(state.key, np.uint32(2**32 - 1)), state.step))
         if placement is not None and not placement.runs:
             batch = distributed.split_batch(placement.mesh, batch)
@@ -234,31 +227,31 @@ def make_drawn_step(
 def repeated(
     drawn_step: Callable[[State], tuple[State, Metrics]], state: State, count: Int[Array, ""]
 ) -> tuple[State, Metrics]:
-    """`count` steps from `state`, in a loop that is one program for all counts; the metrics are sums."""
+    """`count` steps in a loop, one program for all counts; the metrics are sums."""
 
     def body(_: Any, carry: tuple[State, Metrics]) -> tuple[State, Metrics]:
         moved, metrics = drawn_step(carry[0])
         return moved, jax.tree.map(jnp.add, carry[1], metrics)
 
-    none = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(drawn_step, state)[1])
-    return jax.lax.fori_loop(0, count, body, (state, none))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(drawn_step, state)[1])
+    return jax.lax.fori_loop(0, count, body, (state, zeros))
 
 
 def finished(step: Any, best_step: Any, settings: Settings) -> Any:
-    """Whether a run ends at this step; of several runs, arrays."""
+    """True if a run ends at this step; elementwise over runs."""
     if not settings.patience:
         return step >= settings.steps
     return (step >= settings.steps) | (step - best_step >= settings.patience)
 
 
 def packed(state: State) -> dict[str, Any]:
-    """The arrays of a state as a flat dict, to store it as the result of a phase; `unpacked` gives the state back."""
+    """The arrays of a state as a flat dict, to store as a phase's result; `unpacked` is the inverse."""
     leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
     return {f"{i:04d}": leaf for i, leaf in enumerate(leaves)}
 
 
 def unpacked(arrays: dict[str, Any], params: Params, settings: Settings) -> State:
-    """The state that was `packed`; `params` and `settings` say of what structure."""
+    """The state that was `packed`; `params` and `settings` give its structure."""
     key = jax.random.key(0)
     start = lambda key, params: init(key, params, adam(settings))
     like = jax.eval_shape(start, key, params)._replace(key=jax.random.key_data(key))

@@ -1,12 +1,12 @@
 """One way to train: K >= 1 runs in one program, from the host.
 
-`train` places the state on the devices once (`gendiff.devices`) and moves it by compiled steps (`gendiff.programs`).
-Between the steps it validates, reports, stores checkpoints and heeds notices.
+`train` places the state on the devices once (`gendiff.devices`) and calls compiled steps (`gendiff.programs`).  Between
+them it validates, reports, saves checkpoints and checks for preemption.
 
-K runs (seeds, goals, members, configurations) know nothing of each other.  They are spread over the devices of the
-mesh, and the program has no collective between them.  Devices that they would leave idle share the batches of a run,
-with one all-reduce a step.  Within a device runs are one `vmap`; on a CPU they go one after the other, so that a run's
-arrays stay in the cache.  Run k gives the numbers that it gives alone, up to the order of sums.
+K runs (seeds, goals, members, configurations) are independent: the program spreads them over the devices without a
+collective.  Idle devices share the batches of a run, with one all-reduce a step.  A device runs its share as one
+`vmap`; a CPU runs a loop, because the arrays of one run fit the cache.  Run k gives its own numbers, up to the order of
+sums.
 """
 
 import contextlib
@@ -26,27 +26,26 @@ from gendiff.types import Params, PRNGKey
 
 
 class NotFinite(FloatingPointError):
-    """A loss became NaN or infinite; the newest checkpoint is from before that."""
+    """A loss is NaN or infinite; the newest checkpoint is from the block before."""
 
 
 class Host(NamedTuple):
-    """Where a training happens and what is kept of it."""
+    """The devices of a training, its checkpoints and its reports."""
 
     mesh: jax.sharding.Mesh | None = None
-    """Default: `distributed.training_mesh` of the batch; for K runs `devices.runs_mesh`."""
+    """None: `distributed.training_mesh` of the batch; for K runs `devices.runs_mesh`."""
     checkpoints: Any = None
     """A `gendiff.checkpoint.Checkpoints`, or None."""
     report: Callable[[int, Metrics], None] = lambda step, metrics: None
-    """Called with the step at the start, and after every block with the block's metrics as floats; of K runs, the means
-    over those that have not ended."""
+    """(step, metrics), called at the start and after every block.  Metrics are floats, means over the active runs."""
     fully_sharded: bool = False
-    """Leave each device only a part of the state (FSDP), for models that are too large for one device."""
+    """Split the state over the devices (FSDP), for models that are too large for one device."""
     report_runs: Callable[[int, list[Metrics | None]], None] = lambda step, metrics: None
-    """As `report`, with the metrics of every run, None for those that have ended."""
+    """As `report`, with the metrics of every run; None for a run that has ended."""
 
 
 class Training(NamedTuple):
-    """The arguments of `train`: `train(*training)`, or several as one program by `gendiff.runs.train`."""
+    """The arguments of `train`; `gendiff.runs.train` takes several as one program."""
 
     key: PRNGKey
     params: Params | State
@@ -68,41 +67,38 @@ def train(
     data: Sequence | Iterator | None = None,
     own: Any = False,
 ) -> State:
-    """Train one run, or K runs in one program, from the host: jitted with a donated state, sharded over a mesh,
-    reported, and resumed where it stopped.
+    """Train one run, or K runs in one program, and resume from the newest checkpoint.
 
     Args:
       key: () for one run, (K,) for K runs (see `keys`).
-      params: to begin from; or a `State` to go on from, with its moments, key and step (so `settings.steps` counts the
-        steps of both trainings).  Of K runs, stacked on axis 0.
-      task: context -> Task of one run, called inside `jit`, so that arrays in `context` (data, teachers) are arguments
-        of the compiled program and not constants in it.  Trainings with equal functions (see `gendiff.static`) share
-        the program.
+      params: parameters, or a `State` to continue, whose steps `settings.steps` includes; stacked on axis 0 for K runs.
+      task: context -> Task of one run.  It is called inside `jit`, so that arrays in the context (data, teachers) are
+        arguments of the program, not constants.  Equal functions (`gendiff.static`) share the program.
       context: a pytree of arrays.
-      settings: of every run; with `patience` each ends by itself, and the others go on.
-      host: of K runs, `fully_sharded` is not possible.
-      data: batches from the host, for one run whose task draws none: a sequence whose element i is the batch of step i
-        (exact resume for free), or an iterator, with `get_state` and `set_state` (Grain's) if it is to resume exactly.
-      own: of K runs, which parts of the context each has for itself, on a leading axis K: True, False or a tree of them
-        that is a prefix of the context, as `jax.vmap` takes its axes.
+      settings: of every run; `patience` ends runs one by one.
+      host: K runs cannot be `fully_sharded`.
+      data: batches from the host, for one run whose task draws none.  A sequence, whose element i is the batch of step
+        i, resumes exactly; an iterator does if it has `get_state` and `set_state`, as Grain's.
+      own: parts of the context with a leading axis K: True, False or a tree of both, a prefix of the context, as the
+        axes of `jax.vmap`.
 
     Returns:
-      The last state, whole on every process; fully sharded, on the host.  Its fields name the parameters: `last`,
-      `averaged`, and `best` in validation.  Of K runs, stacked on axis 0.
+      The last state, replicated on every process, or on the host if fully sharded; stacked on axis 0 for K runs.  Its
+      parameters are `last`, `averaged`, and `best` in validation.
 
     Raises:
-      ValueError: a setting is out of range; a batch has no rows, or arrays of several lengths; arrays are not of K
-        runs, or K runs cannot have what was asked for.
-      NotFinite: a loss is NaN or infinite.  The state before that block is in the newest checkpoint.
-      distributed.Preempted: after a notice; the state is in the newest checkpoint.
+      ValueError: a setting is out of range, a batch has no rows or arrays of different lengths, arrays are not of K
+        runs, or K runs do not support an option.
+      NotFinite: a loss is NaN or infinite.  The newest checkpoint has the state before that block.
+      distributed.Preempted: after a notice; the newest checkpoint has the state.
     """
     check_settings(settings)
     arguments = Training(key, params, task, context, settings, host, data, own)
     placement = place(arguments)
     runs = len(arguments.key) if placement.runs else 1
     with contextlib.nullcontext() if host.checkpoints is None else host.checkpoints.written():
-        state, first = _begun(arguments, placement)
-        going, done = _standing(state, settings, runs)
+        state, first = _initial(arguments, placement)
+        going, done = _progress(state, settings, runs)
         context = placement.put_context(arguments.context)
         batches = None if data is None else _batches(data, done)
         host.report(done, {})
@@ -116,10 +112,15 @@ def train(
             host.report(done, {name: float(value[going].mean()) for name, value in values.items()})
             of_run = lambda k: {name: float(value[k]) for name, value in values.items()}  # noqa: B023 (used at once)
             host.report_runs(done, [of_run(k) if going[k] else None for k in range(runs)])
-            going, _ = _standing(state, settings, runs)
+            going, _ = _progress(state, settings, runs)
             if distributed.preempted() and going.any():
                 _stop(host, done)
-    return _result(placement, runs, state)
+    if placement.runs:  # replicated, because on a CPU concurrent programs that read a split state block each other
+        state = programs.without_padding(placement, runs, state)
+    if not placement.fully_sharded:
+        return distributed.local(state)
+    arrays = jax.tree.map(lambda leaf: leaf if distributed.is_key(leaf) else distributed.gather(leaf), state)
+    return arrays._replace(key=distributed.local(state.key))
 
 
 def _block(
@@ -132,7 +133,7 @@ def _block(
     begun: int,
     end: int,
 ) -> tuple[State, dict[str, np.ndarray]]:
-    """The steps from `begun` to `end` and a validation; the metrics, (runs,), are means over the steps."""
+    """Steps `begun` to `end` and a validation; the metrics, (runs,), are means over the steps."""
     task, settings, runs, done = arguments.task, arguments.settings, len(going), begun
     # Check for preemption eight times per block.
     piece = -(-settings.every // 8) if batches is None else 1
@@ -149,7 +150,7 @@ def _block(
             rows = distributed.shard(placement.mesh, batch)
             state, part = programs.step_on_batch(task, settings, placement, state, context, rows)
         done += size
-        jax.block_until_ready(parts[-1:])  # no further ahead of the devices than one piece
+        jax.block_until_ready(parts[-1:])  # queue at most one piece ahead of the devices
         parts.append(part)
         if done < end and distributed.preempted():
             _save(arguments.host, done, placement, runs, state, arguments.data)
@@ -163,11 +164,7 @@ def _block(
 
 
 def place(arguments: Training) -> Placement:
-    """Choose where a training's arrays lie.
-
-    Raises:
-      ValueError: arrays are not of K runs, or K runs cannot have what was asked for.
-    """
+    """Choose the placement of a training's arrays; raises the ValueErrors of `train` about runs."""
     key, params, task, context, _, host, data, own = arguments
     if not jnp.ndim(key):
         mesh = host.mesh
@@ -175,12 +172,12 @@ def place(arguments: Training) -> Placement:
             mesh = distributed.training_mesh(None if data is not None else drawn(task, key, context))
         return Placement(mesh, fully_sharded=host.fully_sharded)
     check.number("training: runs", len(key), at_least=1, whole=True)
-    for name, asked in (("data", data is not None), ("host.fully_sharded", host.fully_sharded)):
-        if asked:
+    for name, used in (("data", data is not None), ("host.fully_sharded", host.fully_sharded)):
+        if used:
             raise ValueError(f"training: {name} must be of one run, got {len(key)} runs: train them one by one")
     flags = tuple(jax.tree.leaves(jax.tree.broadcast(own, context)))
-    mine = [leaf for leaf, flag in zip(jax.tree.leaves(context), flags, strict=True) if flag]
-    check.rows("training: keys, parameters and own context", (key, params, mine))
+    stacked = [leaf for leaf, flag in zip(jax.tree.leaves(context), flags, strict=True) if flag]
+    check.rows("training: keys, parameters and own context", (key, params, stacked))
     examples = shareable(arguments)
     mesh = devices.runs_mesh(None, len(key), examples) if host.mesh is None else host.mesh
     placement = Placement(mesh, True, flags)
@@ -194,7 +191,7 @@ def place(arguments: Training) -> Placement:
 
 
 def drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None:
-    """Examples in a batch that a task of one run draws; None if it draws none."""
+    """Examples in a batch that a task of one run draws; None if batches come from the host."""
 
     def batch(key: PRNGKey, context: Any) -> Any:
         draw = task(context).draw
@@ -205,58 +202,59 @@ def drawn(task: Callable[[Any], Task], key: PRNGKey, context: Any) -> int | None
 
 
 def shareable(arguments: Training) -> int | None:
-    """Examples in a batch of one of K runs; None where devices cannot share them, because an example's loss depends on
-    the others.  The arguments may be shapes."""
-    found: list[int | None] = []
+    """Examples in a batch of one of K runs; None if devices cannot share it, because its examples depend on each other.
+
+    The arguments may be shapes.
+    """
+    sizes: list[int | None] = []
 
     def look(key: PRNGKey, params: Params, context: Any) -> None:
-        one_key, start = key[0], jax.tree.map(lambda a: a[0], params)
+        key, params = key[0], jax.tree.map(lambda a: a[0], params)
         flags = jax.tree.broadcast(arguments.own, context)
         loss, draw, *_ = arguments.task(jax.tree.map(lambda flag, a: a[0] if flag else a, flags, context))
-        batch = None if draw is None else draw(one_key)
-        apart = batch is not None and not losses.looks_at_batch(loss, start, jax.random.clone(one_key), batch)
-        found.append(check.rows("training: batch", batch) if apart else None)
+        batch = None if draw is None else draw(key)
+        apart = batch is not None and not losses.looks_at_batch(loss, params, jax.random.clone(key), batch)
+        sizes.append(check.rows("training: batch", batch) if apart else None)
 
     params = arguments.params.last if isinstance(arguments.params, State) else arguments.params
     jax.eval_shape(look, arguments.key, params, arguments.context)
-    return found[0]
+    return sizes[0]
 
 
-def _begun(arguments: Training, placement: Placement) -> tuple[State, int]:
-    """The state to go on from, on the devices, and the step at which the training began."""
+def _initial(arguments: Training, placement: Placement) -> tuple[State, int]:
+    """The restored or new state, on the devices, and the step at which this training begins."""
     key, params, _, _, settings, host, data, _ = arguments
     restore = (lambda state: state) if host.checkpoints is None else partial(host.checkpoints.restore, data=data)
-    if placement.fully_sharded and not isinstance(params, State):  # no device ever holds it whole
+    if placement.fully_sharded and not isinstance(params, State):  # because no device can hold the complete state
         places = placement.of_state(jax.eval_shape(partial(programs.begin, settings), key, params))
         parts = distributed.put(jax.random.clone(key), places.key), distributed.put(params, places.last)
         return restore(jax.jit(partial(programs.begin, settings), out_shardings=places)(*parts)), 0
     start = params if isinstance(params, State) else programs.begin(settings, key, params)
     first = int(np.max(distributed.gather(start.step)))
-    if placement.runs:  # checkpoints are of the runs alone: they serve any number of devices
+    if placement.runs:  # checkpoints have no padding, so they serve any number of devices
         return devices.spread(placement.mesh, restore(start)), first
     copy = lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else np.array(leaf)
     return restore(distributed.put(jax.tree.map(copy, start), placement.of_state(start))), first
 
 
-def _standing(state: State, settings: Settings, runs: int) -> tuple[np.ndarray, int]:
-    """(runs,) whether each has not ended, and the step at which those stand; if all have ended, the last one's."""
+def _progress(state: State, settings: Settings, runs: int) -> tuple[np.ndarray, int]:
+    """The runs that go on, (runs,) of bool, and their step; if all have ended, the largest step."""
     step, best_step = _of_runs(state.step, runs), _of_runs(state.best_step, runs)
     going = ~finished(step, best_step, settings)
-    # Runs that have ended may stand further on than those that have not.
-    stands = set(step[going].tolist()) or {step.max()}
-    if len(stands) > 1:
-        raise ValueError(f"training: runs must stand at one step, got {sorted(stands)}: train them one by one")
-    return going, int(stands.pop())
+    steps = set(step[going].tolist()) or {step.max()}  # a run that has ended may be further on
+    if len(steps) > 1:
+        raise ValueError(f"training: runs must stand at one step, got {sorted(steps)}: train them one by one")
+    return going, int(steps.pop())
 
 
 def _of_runs(array: Any, runs: int) -> np.ndarray:
-    """(runs,) on the host, of an array with a row for each run, or of one run alone."""
+    """(runs,) values on the host, from an array with a row a run, or () of one run."""
     rows = np.atleast_1d(distributed.gather(array))[:runs]
     return rows if rows.dtype.kind == "i" else rows.astype(np.float64)
 
 
 def _for_runs(placement: Placement, values: np.ndarray) -> Any:
-    """(runs,) values on the devices; of one run alone, ()."""
+    """(runs,) values on the devices; () for one run."""
     return devices.spread(placement.mesh, values) if placement.runs else values[0]
 
 
@@ -280,19 +278,8 @@ def _stop(host: Host, done: int) -> NoReturn:
     distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
 
 
-def _result(placement: Placement, runs: int, state: State) -> State:
-    if placement.runs:
-        # On every device: programs with a collective, such as those that read a state split over the devices, must not
-        # be under way at the same time, and on a CPU can block each other.
-        state = programs.without_padding(placement, runs, state)
-    if not placement.fully_sharded:
-        return distributed.local(state)
-    arrays = jax.tree.map(lambda leaf: leaf if distributed.is_key(leaf) else distributed.gather(leaf), state)
-    return arrays._replace(key=distributed.local(state.key))
-
-
 def _batches(data: Sequence | Iterator, start: int) -> Iterator:
-    """Batches from step `start` on of a sequence; an iterator stands where it stands."""
+    """Batches of a sequence from step `start`; an iterator continues from its own position."""
     if isinstance(data, Iterator):
         return data
     return (data[i] for i in range(start, len(data)))
@@ -302,19 +289,19 @@ def _batches(data: Sequence | Iterator, start: int) -> Iterator:
 
 
 def keys(key: PRNGKey, runs: int) -> PRNGKey:
-    """(runs,) keys; that of run k depends on k alone, not on how many there are."""
+    """(runs,) keys; key k does not depend on the number of runs."""
     check.number("training: runs", runs, at_least=1, whole=True)
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(runs))
 
 
 def minibatch(key: PRNGKey, examples: Any, size: int, count: Int[Array, ""] | int | None = None) -> Any:
-    """`size` rows, with replacement, of a pytree of arrays with a common leading axis.
+    """Draw `size` rows, with replacement, of a pytree of arrays with a common leading axis.
 
     Args:
-      count: rows that count, the first ones, where the others are padding (`padded`); default: all.
+      count: draw from the first `count` rows, because the others are padding (`padded`); default: all.
 
     Raises:
-      ValueError: size < 1, the arrays have no rows, or not as many, or count is not in 1 .. their number.
+      ValueError: size < 1, the arrays have no rows or differ in number, or count is not in 1 .. rows.
     """
     check.number("minibatch: size", size, at_least=1, whole=True)
     n = check.number("minibatch: rows", check.rows("minibatch: examples", examples), at_least=1, whole=True)
@@ -324,12 +311,12 @@ def minibatch(key: PRNGKey, examples: Any, size: int, count: Int[Array, ""] | in
 
 
 def capacity(rows: int, least: int = 8192) -> int:
-    """The next power of two, from `least` (itself one) on: arrays padded to it share compiled programs."""
+    """The next power of two, at least `least` (a power of two): arrays padded to it share compiled programs."""
     check.number("capacity: rows", rows, at_least=0, whole=True)
     return 1 << max(rows - 1, least - 1).bit_length()
 
 
 def padded(array: Any, rows: int) -> np.ndarray:
-    """`array` with zeros appended on axis 0 up to `rows`, at least as many as it has."""
+    """Append zeros on axis 0 up to `rows`; ValueError if the array has more."""
     check.number("padded: rows", rows, at_least=len(array), whole=True)
     return np.concatenate([array, np.zeros((rows - len(array), *array.shape[1:]), array.dtype)])

@@ -1,4 +1,4 @@
-"""The array types that the vocabulary is written in.  Every function takes ONE example; batch with `jax.vmap`."""
+"""The array types of the vocabulary.  Every function takes ONE example; batch with `jax.vmap`."""
 
 from typing import Any, TypeAlias
 
@@ -19,14 +19,14 @@ Sample: TypeAlias = Float[Array, "*shape"]
 Samples: TypeAlias = Float[jax.Array | np.ndarray, "n *shape"]
 """A batch of examples, on a device or on the host."""
 Valid: TypeAlias = Bool[jax.Array | np.ndarray, " n"]
-"""An oracle's verdict on a batch, True is good."""
+"""An oracle's verdicts on a batch; True is valid."""
 BATCH = "batch"
-"""Name of the mapped axis of a batch, over which a loss may take means (batch normalisation, contrasts)."""
+"""Name of the batch axis, over which a loss may take means (batch normalisation, contrasts)."""
 
 
 def wide(x: Any) -> jax.Array:
-    """x in float32, or in its own type if that is wider.
+    """x in float32, or in its own wider type, because narrow sums, log-ratios and places lose digits.
 
-    Sums and log-ratios of narrower types lose digits, and in bfloat16 a place 50 m away is rounded to 0.25 m.
+    In bfloat16 a place 50 m away is rounded to 0.25 m.
     """
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))

@@ -1,10 +1,10 @@
-"""The words of `import gendiff as gd`: this list of imports is the only one.
+"""The words of `import gendiff as gd`.
 
-`gendiff` imports this file when a word is first used, because JAX and Optax take seconds to import, and a command
-prepares its signals before that.  `X as X` tells type checkers that a word is public.
+`gendiff` imports this file when a word is first used, because JAX and Optax take seconds to import and a command
+prepares its signals first.  `X as X` tells type checkers that a word is public.
 """
 
-# ruff: noqa: I001 (it would give every `X as X` a statement of its own)
+# ruff: noqa: I001 (its fix gives every `X as X` its own statement)
 
 from gendiff.denoiser import (
     Denoiser as Denoiser,

@@ -111,7 +111,7 @@ def test_a_place_where_no_folder_can_be_made_is_an_error_at_once(tmp_path):
         with pytest.raises(CheckpointError, match="could not be written"):
             write()
     save(tmp_path / "place" / "result", {"a": np.zeros(2)})
-    assert [each.name for each in (tmp_path / "place").iterdir()] == ["result"]
+    assert [entry.name for entry in (tmp_path / "place").iterdir()] == ["result"]
 
 
 # Restoring into another state.

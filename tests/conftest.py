@@ -3,9 +3,6 @@
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,38 +16,23 @@ from scipy import stats
 from gendiff.denoiser import Denoiser
 from gendiff.potential import Potential
 from gendiff.process import Process
-
-# Nearly all the time of the tests goes into machine code that runs once, so most of LLVM's passes are left out.
-# XLA's own passes, hence the program, stay.  `XLA_FLAGS=` (nothing, or other flags) turns this off.
-QUICK = ("--xla_backend_optimization_level=2", "--xla_llvm_disable_expensive_passes=true")
-# Halves the compilation of JAX 0.10; XLA of JAX 0.12 ends every process that sets it.
-QUICK_BEFORE = "--xla_cpu_use_fusion_emitters=false"
-
-
-def accepted(flags: Sequence[str]) -> list[str]:
-    """The flags that this XLA knows, tried in processes of their own, because an unknown flag ends the process."""
-    run = [sys.executable, "-c", "import jax; jax.devices()"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    tried = [subprocess.Popen(run, env=environment | {"XLA_FLAGS": flag}, **quiet) for flag in flags]
-    return [flag for flag, process in zip(flags, tried, strict=True) if process.wait() == 0]
-
+from tests import quick
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `&` switches Ctrl-C off, and children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if "XLA_FLAGS" not in os.environ:  # the workers of pytest-xdist inherit what the first process finds
-    os.environ["XLA_FLAGS"] = " ".join(accepted((*QUICK, QUICK_BEFORE)))
+    os.environ["XLA_FLAGS"] = " ".join(quick.accepted())
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-# Most of a cold run is compilation.  A folder of our own: programs of other settings do not belong in it.
-CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+# Most of a cold run is compilation.  The processes that tests start inherit the folder.
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 Path(CACHE).mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write a program there can run code
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Files that take longest come first, so that at the end no worker waits for another's.
-LONGEST = ("processes", "experiments/traffic", "experiments/collectives", "experiments/checkerboard")
+LONGEST = ("processes", "experiments/checkerboard", "experiments/collectives", "experiments/traffic")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -147,8 +129,8 @@ class Mixture(NamedTuple):
 
         def score(x: jax.Array, t: jax.Array) -> jax.Array:
             share = jax.nn.softmax(self.log_joint(process, x, t))
-            each = (process.alpha(t) * self.means.astype(np.float32) - x[None]) / self.variance(process, t)[:, None]
-            return share @ each
+            scores = (process.alpha(t) * self.means.astype(np.float32) - x[None]) / self.variance(process, t)[:, None]
+            return share @ scores
 
         return score
 

@@ -24,17 +24,17 @@ def predict(x, t):
 @pytest.mark.parametrize("name", PAIRS)
 @given(x=POINT, log_t=st.floats(-3.0, 2.0), step=st.integers(1, 1000))
 def test_conversions_are_inverse(name, x, log_t, step):
-    back, there = PAIRS[name]
+    back, forth = PAIRS[name]
     for p, t in ((EDM, np.float32(np.exp(log_t))), (DDPM, step)):
         alpha, sigma = float(p.alpha(t)), float(p.sigma(t))
         # Float32: x and sigma eps nearly cancel, so the error is a few ulps of the larger, over alpha; in the other
         # direction it is divided by sigma, or sigma^2 for the score, once more.
         size = (1 + np.abs(x).max() + sigma) / alpha
         tolerance = 1e-6 * size
-        np.testing.assert_allclose(back(p, there(p, predict))(x, t), predict(x, t), rtol=1e-5, atol=tolerance)
+        np.testing.assert_allclose(back(p, forth(p, predict))(x, t), predict(x, t), rtol=1e-5, atol=tolerance)
         smallest = sigma**2 if name == "score" else min(sigma, 1.0)
         tolerance *= max(1.0, alpha / smallest)
-        np.testing.assert_allclose(there(p, back(p, predict))(x, t), predict(x, t), rtol=1e-5, atol=tolerance)
+        np.testing.assert_allclose(forth(p, back(p, predict))(x, t), predict(x, t), rtol=1e-5, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -80,7 +80,7 @@ def test_edm_ddpm_and_score_parameterisations_agree(mixture):
     # One noise level, three languages: the DDPM's x_t / alpha is EDM's x at sigma / alpha, and a network that predicts
     # eps, v, the score or EDM's F is the same denoiser.
     exact = mixture.denoiser(DDPM)
-    networks = {name: back(DDPM, there(DDPM, exact)) for name, (back, there) in PAIRS.items()}
+    networks = {name: back(DDPM, forth(DDPM, exact)) for name, (back, forth) in PAIRS.items()}
 
     def as_edm(x, sigma):  # EDM's F from the DDPM's denoiser at the time with that noise level
         return denoiser.from_edm(lambda u, c_noise: inverse(u, sigma))(x, sigma)
@@ -164,8 +164,8 @@ def test_another_shape_is_no_prediction_and_no_x0(name, case):
     x, model = WRONG[case]
     conversions = [denoiser.from_edm(model)]
     if name != "edm":
-        back, there = PAIRS[name]
-        conversions = [back(EDM, model), there(EDM, model)]
+        back, forth = PAIRS[name]
+        conversions = [back(EDM, model), forth(EDM, model)]
     for convert in conversions:
         with pytest.raises(ValueError, match=rf"must have shape \({len(x)},\), got \("):
             jax.jit(convert)(x, 1.0)

@@ -33,7 +33,7 @@ def bump_gradient(x):
 def on_points(times, *functions):
     """For each time what each function gives on POINTS, in one compiled program."""
     at = lambda t: [jax.vmap(lambda x, function=function: function(x, t))(POINTS) for function in functions]
-    return zip(*(np.asarray(each, np.float64) for each in jax.jit(jax.vmap(at))(times)), strict=True)
+    return zip(*(np.asarray(values, np.float64) for values in jax.jit(jax.vmap(at))(times)), strict=True)
 
 
 def levels(p, times):

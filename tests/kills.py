@@ -132,9 +132,9 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def differences(whole: dict[str, Any], found: dict[str, Any]) -> list[str]:
+def differences(reference: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Names of the numbers that are not the same to the last bit."""
-    return sorted(name for name in {*whole, *found} if whole.get(name) != found.get(name))
+    return sorted(name for name in {*reference, *found} if reference.get(name) != found.get(name))
 
 
 # The work.
@@ -179,7 +179,7 @@ class Work:
     def place(self, experiment: str, name: str) -> Path:
         return self.folder / experiment / name
 
-    def whole(self, experiment: str) -> dict[str, Any]:
+    def reference(self, experiment: str) -> dict[str, Any]:
         """The numbers of a run that nobody disturbs."""
         folder = self.place(experiment, "whole")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -189,11 +189,11 @@ class Work:
             print(f"{experiment}: a whole run", flush=True)
             for _ in range(2):  # the first one compiles, and its time would be too long for kills to meet the others
                 shutil.rmtree(folder, ignore_errors=True)
-                begun = time.monotonic()
+                began = time.monotonic()
                 status = start(experiment, folder, log).wait()
                 if status:
                     raise SystemExit(f"error: {experiment}: ended with status {status}: {last_line(log)}")
-            self.note("whole", experiment=experiment, seconds=time.monotonic() - begun)
+            self.note("whole", experiment=experiment, seconds=time.monotonic() - began)
         return figures(folder)
 
     def chance(self, experiment: str, run: int, kill: int) -> random.Random:
@@ -229,16 +229,16 @@ class Work:
         self.note("kill", **kill._asdict())
         return kill
 
-    def finish(self, experiment: str, run: int, whole: dict[str, Any]) -> Done:
+    def finish(self, experiment: str, run: int, reference: dict[str, Any]) -> Done:
         """Let a run come to its end, and compare its numbers."""
         folder, log = self.place(experiment, f"run-{run}"), self.place(experiment, f"run-{run}.log")
         kills = self.of(experiment, run)
-        lost = next((f"status {each.status}: {each.last}" for each in kills if each.last), "")
+        lost = next((f"status {kill.status}: {kill.last}" for kill in kills if kill.last), "")
         status = start(experiment, folder, log).wait()
         if status:
             lost = lost or f"status {status}: {last_line(log)}"
         try:
-            different = [] if status else differences(whole, figures(folder))
+            different = [] if status else differences(reference, figures(folder))
         except (OSError, ValueError) as error:
             lost, different = lost or f"no results: {error}", []
         done = Done(experiment, run, len(kills), lost, different)
@@ -253,25 +253,25 @@ def series(work: Work, shares: dict[str, int]) -> None:
     at_first, total = len(work.kills), sum(shares.values())
 
     def report() -> None:
-        count, took = len(work.kills), time.monotonic() - begun
+        count, took = len(work.kills), time.monotonic() - began
         rate = (count - at_first) / took
         remaining = f"{(total - count) / rate / 60:.0f} min to go" if rate else "?"
-        bad = sum(bool(each.lost) for each in work.done), sum(bool(each.different) for each in work.done)
+        bad = sum(bool(done.lost) for done in work.done), sum(bool(done.different) for done in work.done)
         print(
             f"{count} of {total} kills, {len(work.done)} runs finished, {bad[0]} lost, {bad[1]} different, "
             f"{60 * rate:.2f} kills a minute, {remaining}",
             flush=True,
         )
 
-    wholes = {experiment: work.whole(experiment) for experiment in shares}
-    begun = time.monotonic()
+    references = {experiment: work.reference(experiment) for experiment in shares}
+    began = time.monotonic()
     for experiment, share in shares.items():
-        whole = wholes[experiment]
+        reference = references[experiment]
         own = partial(work.of, experiment)
         run = 0
         while True:
-            finished = {each.run for each in work.done if each.experiment == experiment}
-            unfinished = [each.run for each in own() if each.run not in finished]
+            finished = {done.run for done in work.done if done.experiment == experiment}
+            unfinished = [kill.run for kill in own() if kill.run not in finished]
             if len(own()) >= share and not unfinished:
                 break
             while run in finished:
@@ -282,7 +282,7 @@ def series(work: Work, shares: dict[str, int]) -> None:
             while killed and len(own()) < share and len(own(run)) < IN_A_ROW:
                 killed = work.kill(experiment, run) is not None
                 report()
-            work.finish(experiment, run, whole)
+            work.finish(experiment, run, reference)
             report()
 
 
@@ -292,23 +292,23 @@ def table(work: Work, shares: dict[str, int]) -> str:
     rows = [head]
     for experiment in shares:
         kills = work.of(experiment)
-        done = [each for each in work.done if each.experiment == experiment]
-        statuses = collections.Counter((signal.Signals(each.number).name, each.status) for each in kills)
+        done = [run for run in work.done if run.experiment == experiment]
+        statuses = collections.Counter((signal.Signals(kill.number).name, kill.status) for kill in kills)
         rows.append((
-            experiment, str(len(kills)), str(len(done)), str(sum(bool(each.lost) for each in done)),
-            str(sum(bool(each.different) for each in done)), str(sum(each.left for each in kills)),
+            experiment, str(len(kills)), str(len(done)), str(sum(bool(run.lost) for run in done)),
+            str(sum(bool(run.different) for run in done)), str(sum(run.left for run in kills)),
             ", ".join(f"{name} {status}: {count}" for (name, status), count in sorted(statuses.items())),
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    stopping = [each.stopping for each in work.kills if each.number != signal.SIGKILL and each.status != 0]
+    stopping = [kill.stopping for kill in work.kills if kill.number != signal.SIGKILL and kill.status != 0]
     if stopping:
         lines.append(f"From SIGTERM or SIGINT to the end: {max(stopping):.1f} s at most.")
-    for each in work.done:
-        if each.lost:
-            lines.append(f"lost: {each.experiment}, run {each.run}: {each.lost}")
-        if each.different:
-            lines.append(f"different: {each.experiment}, run {each.run}: {', '.join(each.different[:5])}")
+    for run in work.done:
+        if run.lost:
+            lines.append(f"lost: {run.experiment}, run {run.run}: {run.lost}")
+        if run.different:
+            lines.append(f"different: {run.experiment}, run {run.run}: {', '.join(run.different[:5])}")
     return "\n".join(lines)
 
 
@@ -329,17 +329,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs, and of what was done")
     usual = " ".join(f"{name}={share}" for name, share in SHARES.items())
     parser.add_argument("--experiments", nargs="+", metavar="NAME=SHARE", help=f"default: {usual}")
-    given = parser.parse_args()
+    options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` switches it off, and children inherit it
     try:
-        pairs = [text.partition("=") for text in given.experiments or []]
+        pairs = [text.partition("=") for text in options.experiments or []]
         shares = {name: int(share or 1) for name, _, share in pairs} or SHARES
     except ValueError:
-        parser.error(f"--experiments must be NAME=SHARE.., got {given.experiments}")
-    if given.kills < 1 or min(shares.values()) < 1:
+        parser.error(f"--experiments must be NAME=SHARE.., got {options.experiments}")
+    if options.kills < 1 or min(shares.values()) < 1:
         parser.error("--kills and shares must be >= 1")
-    wanted = split(given.kills, shares)
-    work = Work(given.work.absolute(), given.seed)
+    wanted = split(options.kills, shares)
+    work = Work(options.work.absolute(), options.seed)
     series(work, wanted)
     print(table(work, wanted))
     bad = any(each.lost or each.different for each in work.done) or any(each.left for each in work.kills)

@@ -57,8 +57,8 @@ def stairs(x, sigma):
 def stairs_bound() -> float:
     """Closed form for `stairs`: a denoiser c x has E || x_0 - D ||^2 / sigma^2 = (1 - c)^2 x_0^2 / sigma^2 + c^2."""
     a, b = np.append(LOW, EDGES), np.append(EDGES, HIGH)
-    each = (1 - SHARES) ** 2 * SQUARE * (1 / a**2 - 1 / b**2) / 2 + SHARES**2 * np.log(b / a)
-    return edm_bound(each.sum())
+    terms = (1 - SHARES) ** 2 * SQUARE * (1 / a**2 - 1 / b**2) / 2 + SHARES**2 * np.log(b / a)
+    return edm_bound(terms.sum())
 
 
 def paired(bound, first, second, repeats: int) -> tuple[np.ndarray, np.ndarray]:
@@ -191,11 +191,11 @@ def test_reweighted_elbo_of_a_gaussian_is_its_closed_form(levels, repeats):
     chain = Chain(60, "beta")
     bar, gain = chain.bar[1:], chain.exact()[1:]
     # eps - eps^ = alpha (D(x_t) - x_0) / sigma, with D = gain x_t.
-    each = bar / (1 - bar) * ((1 - gain * np.sqrt(bar)) ** 2 * SQUARE + gain**2 * (1 - bar))
+    terms = bar / (1 - bar) * ((1 - gain * np.sqrt(bar)) ** 2 * SQUARE + gain**2 * (1 - bar))
     model = linear(chain.exact())
     values = repeat(lambda key: likelihood.reweighted_elbo(chain.process, model, key, jnp.asarray(X0), levels), repeats)
-    assert agree(values, -each.sum())
-    assert stats.sem(values) < 0.01 * each.sum()
+    assert agree(values, -terms.sum())
+    assert stats.sem(values) < 0.01 * terms.sum()
 
 
 def test_discrete_bounds_need_a_chain():
@@ -251,11 +251,11 @@ def test_guidance_by_the_bayes_classifier_gains_minus_log_alpha(mixture):
         plain = narrow.denoiser(EDM)
         guided = guidance.guide(EDM, narrow.log_good(EDM))(plain)
 
-        def one(key, x):
+        def bounds(key, x):
             before = likelihood.elbo(plain, jax.random.clone(key), x, 64, low)
             return likelihood.elbo(guided, key, x, 64, low) - before, narrow.log_good(EDM)(x, low), before
 
-        return jax.vmap(one)(keys, points)
+        return jax.vmap(bounds)(keys, points)
 
     for spread in (1.0, 0.3):  # components that overlap, and components apart
         narrow = mixture._replace(stds=spread * mixture.stds)

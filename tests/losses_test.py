@@ -53,15 +53,15 @@ def test_denoising_loss_is_least_at_the_posterior_mean(p, t, gaussian):
     loss = losses.denoising(at(p, t), lambda params, x, t: params[0] * exact(x, t) + params[1], lambda t: weight)
     x0 = gaussian.draw(0, n)[0]
     keys = jax.random.split(jax.random.key(2), n)
-    each = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0, 0)))
-    values, gradients = map(np.asarray, each(jnp.array([1.0, 0.0]), keys, x0))
+    per_example = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0, 0)))
+    values, gradients = map(np.asarray, per_example(jnp.array([1.0, 0.0]), keys, x0))
     alpha, sigma, (std,) = float(p.alpha(t)), float(p.sigma(t)), gaussian.stds
     expected = weight * std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2)
     # Normal tests of three means, with the empirical standard errors.
     limit = stats.norm.isf(FALSE_ALARM / 6)
     assert abs(values.mean() - expected) < limit * values.std() / np.sqrt(n)
     assert (np.abs(gradients.mean(0)) < limit * gradients.std(0) / np.sqrt(n)).all()
-    _, elsewhere = map(np.asarray, each(jnp.array([0.9, 0.1]), jax.random.split(jax.random.key(3), n), x0))
+    _, elsewhere = map(np.asarray, per_example(jnp.array([0.9, 0.1]), jax.random.split(jax.random.key(3), n), x0))
     assert (np.abs(elsewhere.mean(0)) > limit * elsewhere.std(0) / np.sqrt(n)).any()
 
 
@@ -107,9 +107,9 @@ def test_classifiers_have_their_optimum_at_the_bayes_logit():
 
     @jax.jit
     def newton(params, batch):
-        each = jax.vmap(jax.grad(loss), (None, 0, 0))
+        per_example = jax.vmap(jax.grad(loss), (None, 0, 0))
         key = jax.random.key(5)
-        gradients = each(params, jax.random.split(key, 2 * half), batch)
+        gradients = per_example(params, jax.random.split(key, 2 * half), batch)
         curvature = jax.hessian(losses.mean(loss))(params, jax.random.key(5), batch)
         return params - jnp.linalg.solve(curvature, gradients.mean(0)), gradients, curvature
 
@@ -151,8 +151,8 @@ def test_distillation_does_not_train_the_teacher():
     model = lambda params, x, t: params * jnp.sin(x) + t
 
     def loss(student, teacher):
-        each = losses.distillation(EDM, model, lambda x, t: model(teacher, x, t), losses.edm_weight())
-        return each(student, jax.random.key(0), jnp.float32([0.3, -0.9]))
+        loss = losses.distillation(EDM, model, lambda x, t: model(teacher, x, t), losses.edm_weight())
+        return loss(student, jax.random.key(0), jnp.float32([0.3, -0.9]))
 
     student, teacher = jax.grad(loss, argnums=(0, 1))(jnp.float32(1.0), jnp.float32(2.0))
     assert float(teacher) == 0.0
@@ -187,11 +187,11 @@ def test_ensemble_trains_each_member_by_its_own_loss():
     members = {"a": jnp.array([0.5, -1.0, 2.0])}
     examples = jnp.array([1.0, 3.0, -2.0])
     value, gradient = jax.value_and_grad(losses.Ensemble(loss))(members, jax.random.key(0), examples)
-    each = [
+    members = [
         jax.value_and_grad(loss)({"a": a}, jax.random.key(0), x) for a, x in zip(members["a"], examples, strict=True)
     ]
-    np.testing.assert_allclose(value, sum(v for v, _ in each), rtol=1e-6)
-    np.testing.assert_allclose(gradient["a"], [g["a"] for _, g in each], rtol=1e-6)
+    np.testing.assert_allclose(value, sum(v for v, _ in members), rtol=1e-6)
+    np.testing.assert_allclose(gradient["a"], [g["a"] for _, g in members], rtol=1e-6)
 
 
 def test_the_mean_of_an_ensemble_is_that_of_its_examples():
@@ -199,8 +199,8 @@ def test_the_mean_of_an_ensemble_is_that_of_its_examples():
     members, batch = {"a": jnp.array([0.5, -1.0, 2.0])}, jax.random.normal(jax.random.key(1), (7, 3))
     ensemble = losses.Ensemble(loss)
     plain = losses.mean(lambda params, key, x: ensemble(params, key, x))  # example by example
-    assert_same = lambda given, expected: jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given, expected
+    assert_same = lambda found, expected: jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected
     )
     of_all = lambda f: jax.jit(jax.value_and_grad(f))(members, jax.random.key(0), batch)
     assert_same(of_all(losses.mean(ensemble)), of_all(plain))
@@ -225,7 +225,7 @@ def test_cross_entropy_wants_a_label_for_each_logit():
     edm = process.edm()
     loss = losses.cross_entropy(edm, lambda params, x, t: x)
     for label in (jnp.zeros(()), jnp.zeros(3)):
-        with pytest.raises(ValueError, match="cross_entropy: labels, one for each logit, must have shape"):
+        with pytest.raises(ValueError, match="cross_entropy: labels, one a logit, must have shape"):
             loss(None, jax.random.key(0), (jnp.zeros(2), label, 1.0))
 
 

@@ -45,8 +45,10 @@ def test_stack_is_the_sum_of_its_members(count):
     members = [member(i) for i in range(count)]
     log_c = potential.log_probability(logit)
     stack = potential.stack(log_c, potential.stacked(*members))
-    np.testing.assert_allclose(stack(X, T), sum(float(log_c(each, X, T)) for each in members), rtol=1e-5)
-    gradients = [np.asarray(jax.grad(log_c, argnums=1)(each, X, T)) for each in members]
+    np.testing.assert_allclose(
+        stack(X, T), sum(float(log_c(member_params, X, T)) for member_params in members), rtol=1e-5
+    )
+    gradients = [np.asarray(jax.grad(log_c, argnums=1)(member_params, X, T)) for member_params in members]
     np.testing.assert_allclose(jax.grad(stack)(X, T), sum(gradients), rtol=1e-5, atol=1e-6)
 
 
@@ -54,8 +56,8 @@ def test_stack_has_second_derivatives():
     members = [member(i) for i in range(3)]
     log_c = potential.log_probability(lambda params, x, t: logit(params, jnp.sin(x), t))
     stack = potential.stack(log_c, potential.stacked(*members))
-    one = jax.jit(jax.hessian(log_c, argnums=1))
-    expected = sum(np.asarray(one(each, X, T)) for each in members)
+    hessian = jax.jit(jax.hessian(log_c, argnums=1))
+    expected = sum(np.asarray(hessian(member_params, X, T)) for member_params in members)
     for hessian in (jax.hessian(stack), jax.jacfwd(jax.jacfwd(stack))):
         np.testing.assert_allclose(jax.jit(hessian)(X, T), expected, rtol=1e-4, atol=1e-6)
 
@@ -64,9 +66,9 @@ def test_stack_under_vmap():
     stack = potential.stack(potential.log_probability(logit), potential.stacked(member(0), member(1)))
     points = np.float32([[0.1, 0.2], [-1.0, 3.0], [2.0, 2.0]])
     together = jax.jit(jax.vmap(jax.value_and_grad(stack), (0, None)))(points, T)
-    one = jax.jit(jax.value_and_grad(stack))
+    both = jax.jit(jax.value_and_grad(stack))
     for i, x in enumerate(points):
-        value, gradient = one(x, T)
+        value, gradient = both(x, T)
         np.testing.assert_allclose(together[0][i], value, rtol=1e-5)
         np.testing.assert_allclose(together[1][i], gradient, rtol=1e-5)
 

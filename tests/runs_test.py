@@ -22,7 +22,7 @@ def power_of(power, mesh, x, key):
     return {"y": x**power + jax.random.normal(key, x.shape)}
 
 
-def asked(seed, steps=12, scale=1.0, host=Host()):  # noqa: B008 (immutable)
+def of_seed(seed, steps=12, scale=1.0, host=Host()):  # noqa: B008 (immutable)
     return Training(jax.random.key(seed), START, task, scale * DATA * (1 + seed), Settings(steps, 0.05, every=4), host)
 
 
@@ -39,7 +39,8 @@ def parameters(state):
 
 
 def compare(trainings):
-    for state, alone in zip(runs.train(trainings), trainings, strict=True):
+    again = [member._replace(key=jax.random.clone(member.key)) for member in trainings]
+    for state, alone in zip(runs.train(trainings), again, strict=True):
         close(parameters(state), parameters(training.train(*alone)))
 
 
@@ -64,23 +65,22 @@ def programs(monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 3, 11])  # fewer and more than the eight devices
 def test_runs_side_by_side_equal_runs_alone_and_share_programs(count, programs):
-    runs.train([asked(seed) for seed in range(count)])
+    runs.train([of_seed(seed) for seed in range(count)])
     assert programs == [count]
-    compare([asked(seed) for seed in range(count)])
+    compare([of_seed(seed) for seed in range(count)])
     found = runs.call(power_of, (2,), None, [arguments(seed) for seed in range(count)])
     for seed, drawn in enumerate(found):
         close(drawn, power_of(2, None, *arguments(seed)))
 
 
 def test_runs_that_do_not_agree_are_computed_apart(programs):
-    trainings = [asked(0), asked(1, steps=8), asked(2), asked(3)._replace(params={"w": np.float64([1, 2, 3])})]
-    trainings[3] = trainings[3]._replace(context=np.zeros((8, 3), np.float32))
-    runs.train(trainings)
+    trainings = lambda: [of_seed(0), of_seed(1, steps=8), of_seed(2), of_seed(3)._replace(context=DATA[:8])]
+    runs.train(trainings())
     assert sorted(programs) == [1, 1, 2]
-    compare(trainings)
-    sizes = [arguments(0), arguments(1, size=5), arguments(2)]
-    for drawn, inputs in zip(runs.call(power_of, (3,), None, sizes), sizes, strict=True):
-        close(drawn, power_of(3, None, *inputs))
+    compare(trainings())
+    inputs = lambda: [arguments(0), arguments(1, size=5), arguments(2)]
+    for drawn, alone in zip(runs.call(power_of, (3,), None, inputs()), inputs(), strict=True):
+        close(drawn, power_of(3, None, *alone))
 
 
 @pytest.mark.parametrize("replica", [1, 2])
@@ -88,14 +88,14 @@ def test_runs_that_would_leave_devices_idle_equal_runs_alone(replica, monkeypatc
     """As on accelerators, which share the batches of their runs."""
     few = lambda devices=None, runs=None, batch=None: distributed.make_mesh(jax.devices(), replica)
     monkeypatch.setattr(devices, "runs_mesh", few)
-    compare([asked(seed) for seed in range(3)])
+    compare([of_seed(seed) for seed in range(3)])
     for seed, drawn in enumerate(runs.call(power_of, (2,), None, [arguments(seed) for seed in range(3)])):
         close(drawn, power_of(2, None, *arguments(seed)))
 
 
 def test_a_loss_that_is_not_finite_names_its_run():
     with pytest.raises(training.NotFinite, match="in runs 1"):
-        runs.train([asked(0), asked(1, scale=np.nan), asked(2)])
+        runs.train([of_seed(0), of_seed(1, scale=np.nan), of_seed(2)])
 
 
 def test_a_stopped_training_goes_on_side_by_side(tmp_path):
@@ -108,19 +108,19 @@ def test_a_stopped_training_goes_on_side_by_side(tmp_path):
 
     host = lambda seed, report: Host(None, checkpoint.Checkpoints(tmp_path / str(seed)), report)
     with pytest.raises(Stopped):
-        runs.train([asked(seed, host=host(seed, stop)) for seed in range(3)])
+        runs.train([of_seed(seed, host=host(seed, stop)) for seed in range(3)])
     began: list[int] = []
     record = lambda step, metrics: None if metrics else began.append(step)
-    states = runs.train([asked(seed, host=host(seed, record)) for seed in range(3)])
+    states = runs.train([of_seed(seed, host=host(seed, record)) for seed in range(3)])
     assert set(began) <= {4, 8}
     for seed, state in enumerate(states):
-        close(parameters(state), parameters(training.train(*asked(seed))))
+        close(parameters(state), parameters(training.train(*of_seed(seed))))
 
 
 def test_checkpoints_of_some_runs_alone_are_refused(tmp_path):
     kept = Host(None, checkpoint.Checkpoints(tmp_path / "0"))
     with pytest.raises(ValueError, match="checkpoints must be of all runs or of none, got some"):
-        runs.train([asked(0, host=kept), asked(1)])
+        runs.train([of_seed(0, host=kept), of_seed(1)])
 
 
 def test_runs_that_end_by_themselves_are_resumed_together(tmp_path, programs):
@@ -152,7 +152,25 @@ def test_runs_that_end_by_themselves_are_resumed_together(tmp_path, programs):
     assert programs == [3, 3, 3]
 
 
+def test_runs_go_on_from_states_of_one_step_together(programs):
+    """As rounds of imitation do; a state that stands elsewhere goes on alone."""
+    longer = Settings(20, 0.05, every=4)
+
+    def further(states):
+        return [
+            of_seed(seed)._replace(key=jax.random.key(9 + seed), params=state, settings=longer)
+            for seed, state in enumerate(states)
+        ]
+
+    states = lambda: [training.train(*of_seed(seed, steps=8 if seed == 2 else 12)) for seed in range(3)]
+    expected = [parameters(training.train(*alone)) for alone in further(states())]
+    begun = states()
+    programs.clear()
+    close([parameters(state) for state in runs.train(further(begun))], expected)
+    assert sorted(programs) == [1, 2]
+
+
 def test_a_notice_stops_all(monkeypatch):
     monkeypatch.setattr(distributed, "preempted", lambda: True)
     with pytest.raises(distributed.Preempted):
-        runs.train([asked(seed) for seed in range(2)])
+        runs.train([of_seed(seed) for seed in range(2)])

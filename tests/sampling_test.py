@@ -215,7 +215,7 @@ def test_churn_has_a_range(churn):
 
 
 def test_churn_needs_continuous_time():
-    with pytest.raises(ValueError, match="continuous time"):
+    with pytest.raises(ValueError, match="discrete chain"):
         sampling.heun(DDPM, plain, 0.1)
 
 

@@ -97,8 +97,8 @@ def program(mixture, twist, grid, repeats: int):
     def run(keys, threshold, *parameters):
         log_psi = twist(*parameters)
         guided = guidance.guide(EDM, log_psi)(model)
-        one = lambda key: smc.twisted(EDM, model, guided, log_psi, grid, key, shape, 64, threshold)
-        return jax.lax.map(one, keys)
+        run = lambda key: smc.twisted(EDM, model, guided, log_psi, grid, key, shape, 64, threshold)
+        return jax.lax.map(run, keys)
 
     return lambda seed, threshold, *parameters: run(
         jax.random.split(jax.random.key(seed), repeats), threshold, *map(jnp.float32, parameters)
@@ -180,8 +180,8 @@ def test_judged_samples_of_a_mixture(mixture):
     accepted = reference[reference[:, 0] > edge]
     population, means, alphas = jax.tree.map(np.asarray, run(7, 0.5, 1.0)), [], []
     for i in range(repeats):
-        one = smc.Population(*(jnp.asarray(leaf[i]) for leaf in population))
-        judged = smc.judge(one, one.particles[:, 0] > edge, jax.random.key(i))
+        single = smc.Population(*(jnp.asarray(leaf[i]) for leaf in population))
+        judged = smc.judge(single, single.particles[:, 0] > edge, jax.random.key(i))
         samples = np.asarray(judged.samples)
         assert samples.shape == (64, 2)
         assert (samples[:, 0] > edge).all()

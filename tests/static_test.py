@@ -53,14 +53,14 @@ ALIKE = {
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_made_twice_from_equal_arguments_is_equal(name):
-    one, other = ALIKE[name](), ALIKE[name]()
-    assert one is not other
-    assert one == other
-    assert hash(one) == hash(other)
+    value, other = ALIKE[name](), ALIKE[name]()
+    assert value is not other
+    assert value == other
+    assert hash(value) == hash(other)
 
 
 def test_what_differs_is_unequal():
-    made = [
+    values = [
         shifted(jnp.sin), shifted(jnp.cos), shifted(jnp.sin, 1), shifted(jnp.sin, True), shifted(jnp.sin, 1.0, 2),
         shifted(jnp.sin, np.float32([1, 2])), shifted(jnp.sin, np.float64([1, 2])),
         shifted(jnp.sin, np.float32([[1, 2]])),
@@ -69,11 +69,11 @@ def test_what_differs_is_unequal():
         *process.edm(), *process.edm(sigma_min=0.01)[2:], *process.edm(mean=0.0)[2:3],
         *process.ddpm(process.cosine_betas(9))[:4], *process.ddpm(process.cosine_betas(10))[:4],
     ]  # fmt: skip
-    made = [each for each in made if each is not None]
-    same = {(i, k) for i, one in enumerate(made) for k, other in enumerate(made) if i < k and one == other}
+    values = [value for value in values if value is not None]
+    same = {(i, k) for i, value in enumerate(values) for k, other in enumerate(values) if i < k and value == other}
     # edm's training times do not depend on its least noise.
-    edm, times = made.index(process.edm().alpha), process.edm().sample_time
-    assert same == {(edm + 2, i) for i, each in enumerate(made) if each == times and i > edm + 2}
+    edm, times = values.index(process.edm().alpha), process.edm().sample_time
+    assert same == {(edm + 2, i) for i, value in enumerate(values) if value == times and i > edm + 2}
 
 
 @given(st.floats(0.1, 10), st.floats(0.1, 10))
@@ -98,7 +98,7 @@ def test_equal_values_share_a_program_and_others_do_not():
 
     for by in (1.0, 1.0, 2.0, 1.0, 2.0):
         program(shifted(jnp.sin, by), jnp.ones(2))
-    assert [each._arguments["by"] for each in traced] == [1.0, 2.0]
+    assert [value._arguments["by"] for value in traced] == [1.0, 2.0]
 
 
 def test_an_array_of_jax_in_a_value_is_refused_where_a_program_would_be_made_of_it():

@@ -54,19 +54,19 @@ def alone(k, task=regression, settings=SETTINGS):
 def test_runs_equal_the_same_runs_alone(count):
     state = trained(Host(devices.runs_mesh(jax.devices()[:count])))
     for k in range(5):
-        one = alone(k)
-        for mine, theirs in zip(
-            *(jax.tree.leaves((each.last, each.averaged, each.best)) for each in (state, one)), strict=True
+        single = alone(k)
+        for found, expected in zip(
+            *(jax.tree.leaves((end.last, end.averaged, end.best)) for end in (state, single)), strict=True
         ):
-            np.testing.assert_allclose(mine[k], theirs, rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(found[k], expected, rtol=1e-6, atol=1e-7)
     assert np.all(np.asarray(state.step) == 60)
 
 
 def test_one_run_with_an_axis_is_the_run_without_it():
-    state, one = trained(Host(), runs=1), alone(0)
+    state, single = trained(Host(), runs=1), alone(0)
     raw = lambda state: jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
-    for mine, theirs in zip(raw(state), raw(one), strict=True):
-        np.testing.assert_array_equal(mine[0], theirs, strict=True)
+    for found, expected in zip(raw(state), raw(single), strict=True):
+        np.testing.assert_array_equal(found[0], expected, strict=True)
 
 
 def test_all_runs_and_blocks_share_one_program():
@@ -97,8 +97,10 @@ def test_a_vmap_over_runs_gives_the_numbers_of_a_loop(monkeypatch):
     mapped = trained(Host(), settings)
     jax.clear_caches()
     for name in ("last", "averaged", "best", "step"):
-        for mine, theirs in zip(*(jax.tree.leaves(getattr(each, name)) for each in (mapped, looped)), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6, err_msg=name)
+        for found, expected in zip(
+            *(jax.tree.leaves(getattr(states, name)) for states in (mapped, looped)), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_runs_go_on_from_their_states():
@@ -123,26 +125,26 @@ def test_runs_draw_their_batches_and_are_whole(host):
 
 
 def test_a_notice_within_a_block_stores_all_runs(monkeypatch, tmp_path):
-    whole, asked = trained(Host()), []
-    monkeypatch.setattr(distributed, "preempted", lambda: asked.append(None) or len(asked) == 11)
+    reference, calls = trained(Host()), []
+    monkeypatch.setattr(distributed, "preempted", lambda: calls.append(None) or len(calls) == 11)
     with pytest.raises(distributed.Preempted, match="step 32 is stored"):
         trained(Host(checkpoints=checkpoint.Checkpoints(tmp_path)))
     seen = []
     report = lambda step, metrics: seen.append(step)
     resumed = trained(Host(checkpoints=checkpoint.Checkpoints(tmp_path), report=report))
     assert seen == [32, 40, 60]
-    for mine, theirs in zip(jax.tree.leaves(resumed.best), jax.tree.leaves(whole.best), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    for found, expected in zip(jax.tree.leaves(resumed.best), jax.tree.leaves(reference.best), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(("replica", "data"), [(2, 4), (1, 8), (4, 2)])
 def test_devices_that_runs_leave_idle_share_their_batches(replica, data):
     mesh = distributed.make_mesh(jax.devices()[: replica * data], replica)
     state, apart = trained(Host(mesh)), trained(Host(devices.runs_mesh(jax.devices()[:1])))
-    for mine, theirs in zip(
+    for found, expected in zip(
         jax.tree.leaves((state.last, state.best)), jax.tree.leaves((apart.last, apart.best)), strict=True
     ):
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_that_cannot_be_shared_are_an_error():
@@ -160,8 +162,10 @@ def test_a_loss_that_looks_at_its_batch_is_of_one_device():
         return Task(loss, lambda key: training.minibatch(key, points, 8))
 
     def mesh(task):
-        asked = Training(training.keys(jax.random.key(3), 5), START, task, (POINTS, OWN), SETTINGS, own=(False, True))
-        return devices.runs_mesh([Chip(i) for i in range(8)], 5, training.shareable(asked))
+        arguments = Training(
+            training.keys(jax.random.key(3), 5), START, task, (POINTS, OWN), SETTINGS, own=(False, True)
+        )
+        return devices.runs_mesh([Chip(i) for i in range(8)], 5, training.shareable(arguments))
 
     assert mesh(regression).devices.shape == (1, 8)
     assert mesh(contrast).devices.shape == (8, 1)
@@ -222,12 +226,12 @@ def test_runs_end_by_themselves_as_alone(count):
     host = Host(devices.runs_mesh(jax.devices()[:count]), report_runs=note)
     state = training.train(keys, START, task, (POINTS, OWN), settings, host, own=(False, True))
     for k in range(5):
-        one = alone(k, task, settings)
+        single = alone(k, task, settings)
         for name in ("step", "best_step", "best_loss", "last", "best"):
-            for mine, theirs in zip(*(jax.tree.leaves(getattr(each, name)) for each in (state, one)), strict=True):
-                np.testing.assert_allclose(mine[k], theirs, rtol=1e-5, atol=1e-6, err_msg=f"{name} of run {k}")
+            for found, expected in zip(*(jax.tree.leaves(getattr(end, name)) for end in (state, single)), strict=True):
+                np.testing.assert_allclose(found[k], expected, rtol=1e-5, atol=1e-6, err_msg=f"{name} of run {k}")
     assert len(set(np.asarray(state.step).tolist())) > 1
-    assert [sum(each) for each in reports] == sorted([sum(each) for each in reports], reverse=True)
+    assert [sum(report) for report in reports] == sorted([sum(report) for report in reports], reverse=True)
     assert sum(reports[-1]) < 5
 
 
@@ -238,7 +242,7 @@ def test_a_run_does_not_depend_on_how_many_there_are():
 
 def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
     host = Host(devices.runs_mesh(jax.devices()[:2]))
-    whole = trained(host)
+    reference = trained(host)
 
     class Stop(Exception):
         pass
@@ -254,13 +258,13 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
     kept = checkpoint.Checkpoints(tmp_path / "steps")  # which knows nothing of what the first began to write
     resumed = trained(host._replace(checkpoints=kept, report=lambda step, metrics: seen.append(step)))
     assert seen[0] == 40
-    for a, b in zip(jax.tree.leaves(whole.last), jax.tree.leaves(resumed.last), strict=True):
+    for a, b in zip(jax.tree.leaves(reference.last), jax.tree.leaves(resumed.last), strict=True):
         np.testing.assert_array_equal(a, b)
     # On another number of devices, up to the order of sums.
     shutil.rmtree(tmp_path / "steps" / "60")
     elsewhere = trained(Host(devices.runs_mesh(jax.devices()[:8]), kept, lambda step, metrics: seen.append(step)))
     assert seen[-2] == 40
-    for a, b in zip(jax.tree.leaves(whole.last), jax.tree.leaves(elsewhere.last), strict=True):
+    for a, b in zip(jax.tree.leaves(reference.last), jax.tree.leaves(elsewhere.last), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -285,11 +289,11 @@ def test_runs_that_ended_before_stay_and_do_not_tell_where_the_others_stand(pati
             return contextlib.nullcontext()
 
     settings, seen = SETTINGS._replace(patience=patience), []
-    whole = trained(Host(checkpoints=Kept()), settings)
+    reference = trained(Host(checkpoints=Kept()), settings)
     resumed = trained(Host(checkpoints=Kept(), report=lambda step, metrics: seen.append(step)), settings)
     assert seen == [20, 40, 60]
     np.testing.assert_array_equal(resumed.step, 60)
-    np.testing.assert_allclose(resumed.last["a"], whole.last["a"], rtol=1e-6)
+    np.testing.assert_allclose(resumed.last["a"], reference.last["a"], rtol=1e-6)
 
 
 def test_bad_input_is_named():

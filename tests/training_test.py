@@ -269,16 +269,16 @@ def test_resume_is_no_interruption(data, stopped, report, tmp_path):
     def train(data, **host):
         return training.train(jax.random.key(3), START, drawn, jnp.asarray(DATA), SETTINGS, Host(**host), data)
 
-    whole = train(data())
+    reference = train(data())
     with pytest.raises(Stopped):
         train(stopped(), checkpoints=Checkpoints(tmp_path), report=report)
     done = []
     record = lambda step, metrics: done.append(step) if metrics else None
-    same(train(data(), checkpoints=Checkpoints(tmp_path), report=record), whole)
+    same(train(data(), checkpoints=Checkpoints(tmp_path), report=record), reference)
     assert done in ([12, 16], [8, 12, 16]), "it went on, and did not begin again"
     # A finished run is read, not run.
     done.clear()
-    same(train(data(), checkpoints=Checkpoints(tmp_path), report=record), whole)
+    same(train(data(), checkpoints=Checkpoints(tmp_path), report=record), reference)
     assert not done
 
 
@@ -434,11 +434,11 @@ def test_settings_out_of_range_are_named():
 )
 def test_every_training_checks_its_settings(changes, message):
     settings, key, data = Settings(**{"steps": 4, "every": 2} | changes), jax.random.key(0), jnp.asarray(DATA)
-    begun = steps.init(jax.random.clone(key), {"w": jnp.zeros(3)}, steps.adam(Settings(4)))
+    state = steps.init(jax.random.clone(key), {"w": jnp.zeros(3)}, steps.adam(Settings(4)))
     stacked, many = {"w": jnp.zeros((2, 3))}, jax.random.split(key, 2)
     for run in (
         lambda: training.train(jax.random.clone(key), START, drawn, data, settings),
-        lambda: training.train(jax.random.clone(key), begun, drawn, data, settings),
+        lambda: training.train(jax.random.clone(key), state, drawn, data, settings),
         lambda: training.train(many, stacked, drawn, data, settings),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Read by the scripts beside it: their options, the check of every value, and commands that are printed before they run.
+# The scripts beside it source this file: it parses options, checks values, and prints commands before it runs them.
 # Written for bash 3.2 (macOS) and later.
-# shellcheck disable=SC2034  # a script reads the options that it names
+# shellcheck disable=SC2034  # because the scripts read the options
 set -euo pipefail
 
 name='' zone='' project='' type='' runtime='' slices=1 spot='' service_account='' poll=30 wait_only='' dry_run=''
@@ -16,7 +16,7 @@ fail() {
 # The comment at the top of the script is its help.
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
 
-# parse OPTIONS FLAGS ARGUMENT...: sets the variable of each option, 1 for a flag; what follows -- goes to `rest`.
+# parse OPTIONS FLAGS ARGUMENT...: sets the variables of options, 1 for flags, and `rest` to the arguments after --.
 parse() {
   local options=" $1 " flags=" $2 dry-run " option
   shift 2
@@ -34,27 +34,27 @@ parse() {
       --*=*)
         option=${1%%=*}
         set -- "$option" "${1#*=}" "${@:2}"
-        [[ $flags != *" ${option#--} "* ]] || fail "$option: expected no value, given $(printf %q "$2")"
+        [[ $flags != *" ${option#--} "* ]] || fail "$option must have no value, got $(printf %q "$2")"
         continue
         ;;
     esac
     option=${1#--}
     if [[ ! $1 =~ ^--[a-z-]+$ ]]; then
-      fail "expected an option, given $(printf %q "$1") (--help lists them)"
+      fail "arguments must be options, got $(printf %q "$1"): --help lists them"
     elif [[ $flags == *" $option "* ]]; then
       printf -v "${option//-/_}" 1
       shift
     elif [[ $options == *" $option "* ]]; then
-      (($# > 1)) || fail "--$option: expected a value, given none"
+      (($# > 1)) || fail "--$option must have a value, got none"
       if [[ $option == env ]]; then env+=("$2"); else printf -v "${option//-/_}" %s "$2"; fi
       shift 2
     else
-      fail "--$option: expected an option of this script, given another one (--help lists them)"
+      fail "options must be of this script, got --$option: --help lists them"
     fi
   done
 }
 
-# check OPTION...: each has a value of its form; with a ? after it, or none.
+# check OPTION...: fails unless every option has a value of its form; OPTION? may also be empty.
 check() {
   local LC_ALL=C option value form words
   for option; do
@@ -76,42 +76,42 @@ check() {
       mount) form='/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*' words='an absolute folder without spaces' ;;
       run) form='[A-Za-z0-9][A-Za-z0-9_-]{0,99}' words='letters, digits, _ and -' ;;
       module) form='experiments(\.[a-z_][a-z0-9_]*)+' words='a module such as experiments.genneg.traffic' ;;
-      to) form='[^-:][^:]*' words='a folder, without a colon' ;; # scp takes one for a machine's name
+      to) form='[^-:][^:]*' words='a folder, without a colon' ;; # because scp reads a machine's name before a colon
       *) fail "no form for $option" ;;
     esac
     value=${option%\?}
     value=${!value}
     [[ $option != *\? || -n $value ]] || continue
     option=--${option%\?}
-    [[ $option != --module ]] || option='after --' # the one value that has no option
-    [[ -n $value ]] || fail "${option//_/-}: expected $words, given none"
-    [[ $value =~ ^($form)$ ]] || fail "${option//_/-}: expected $words, given $(printf %q "$value")"
+    [[ $option != --module ]] || option='the word after --' # because the module has no option
+    [[ -n $value ]] || fail "${option//_/-} must be $words, got none"
+    [[ $value =~ ^($form)$ ]] || fail "${option//_/-} must be $words, got $(printf %q "$value")"
   done
 }
 
-# The slice's name, and the options that say where it is.
+# Checks the slice's name and place, and sets `where` to gcloud's options for the place.
 place() {
   check name zone project? slices
   where=("--zone=$zone")
   [[ -z $project ]] || where+=("--project=$project")
 }
 
-nothing_after() { ((${#rest[@]} == 0)) || fail "after --: expected nothing, given $(printf %q "${rest[0]}")"; }
+nothing_after() { ((${#rest[@]} == 0)) || fail "-- must end the command, got $(printf %q "${rest[0]}") after it"; }
 
 need_gcloud() {
   [[ -n $dry_run ]] || command -v gcloud >/dev/null ||
-    fail 'gcloud: expected on PATH (https://cloud.google.com/sdk/docs/install), found none'
+    fail 'gcloud must be on PATH, got none: install it (https://cloud.google.com/sdk/docs/install)'
 }
 
 show() { { printf '+' && printf ' %q' "$@" && printf '\n'; } >&2; }
 
-# Prints a command as a shell would read it, and runs it if this is no dry run.
+# Prints a command in the shell's syntax, and runs it unless this is a dry run.
 do_() {
   show "$@"
   [[ -n $dry_run ]] || "$@"
 }
 
-# tpu ssh|scp SLICE WORKER OPERAND...: on the one slice, or on slices (a number or all) of the queued resource.
+# tpu ssh|scp SLICE WORKER OPERAND...: on a single slice, or on slices (a number or all) of the queued resource.
 tpu() {
   local verb=$1 node=$2 on=$3
   shift 3
@@ -122,7 +122,7 @@ tpu() {
   fi
 }
 
-# remote SLICE WORKER WORD...: runs a command there.  The far shell reads every word as one literal argument.
+# remote SLICE WORKER WORD...: runs a command on workers.  Their shell reads every word as one literal argument.
 remote() {
   local node=$1 on=$2 command
   shift 2

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Asks for a TPU slice, or several of one kind, and waits until it is there.  Costs begin when it is ACTIVE.
+# Requests a TPU slice, or several of one type, and waits until it is ACTIVE.  Then costs begin.
 #
 #   create.sh --name NAME --zone ZONE --type TYPE [--slices N] [--spot] [--runtime VERSION] [--project ID]
 #             [--service-account EMAIL] [--poll SECONDS] [--wait-only] [--dry-run]
 #
-#   --type       v5litepod-16, v5p-128, v6e-8, ...: what one slice is
-#   --slices     more than one: slices NAME-0, NAME-1, ... of one queued resource, joined by the data-centre network
-#   --spot       cheaper, and may be taken away at any time
-#   --runtime    default: the one that Google names for the type and JAX
-#   --poll       seconds between two looks at its state (30)
-#   --wait-only  it was asked for before: only wait
+#   --type       of one slice: v5litepod-16, v5p-128, v6e-8, ...
+#   --slices     number of slices (1); several are NAME-0, NAME-1, ... of one queued resource, joined by the network
+#   --spot       cheaper, but Google may take the slice away at any time
+#   --runtime    version (default: Google's for the type and JAX)
+#   --poll       seconds between two checks of the state (30)
+#   --wait-only  wait for an earlier request
 #   --dry-run    print the commands
 #
-# Exit status: 0 it is ACTIVE; 1 it will not come; 2 an argument is wrong; or gcloud's own.
+# Exit status: 0 ACTIVE; 1 the request failed; 2 an argument is wrong; or gcloud's own.
 
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -27,7 +27,7 @@ if [[ -z $runtime ]]; then # https://cloud.google.com/tpu/docs/runtimes
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v2-* | v3-* | v4-*) runtime=tpu-ubuntu2204-base ;;
-    *) fail "--runtime: expected with --type $type, given none" ;;
+    *) fail "--runtime must be set with --type $type, got none" ;;
   esac
 fi
 
@@ -45,7 +45,7 @@ fi
 look=(gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
 show "${look[@]}"
 if [[ -n $dry_run ]]; then
-  echo "(every $poll s, until it says ACTIVE)" >&2
+  echo "(every $poll s, until the state is ACTIVE)" >&2
   exit
 fi
 before=''
@@ -57,7 +57,7 @@ while true; do
     ACTIVE) exit 0 ;;
     STATE_UNSPECIFIED | CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) sleep "$poll" ;;
     *)
-      echo "error: $name: expected ACTIVE in the end, given ${state:-no state}; 'gcloud compute tpus queued-resources" \
+      echo "error: $name must become ACTIVE, got ${state:-no state}: 'gcloud compute tpus queued-resources" \
         "describe $name ${where[*]}' says why; delete.sh removes it" >&2
       exit 1
       ;;

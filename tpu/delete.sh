@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Deletes a slice, or the slices of one queued resource, and so ends its costs.  Buckets and file servers stay.
+# Deletes a slice, or the slices of a queued resource, which ends their costs.  Buckets and file servers stay.
 #
 #   delete.sh --name NAME --zone ZONE [--project ID] [--yes] [--dry-run]
 #
-#   --yes      gcloud does not ask
+#   --yes      do not ask
 
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

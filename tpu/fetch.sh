@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Copies a run's results (table, figures, metrics, checkpoints) to this machine.
 #
-#   fetch.sh --run RUN --to FOLDER --bucket BUCKET [--project ID] [--dry-run]              no slice needed any more
+#   fetch.sh --run RUN --to FOLDER --bucket BUCKET [--project ID] [--dry-run]              needs no slice
 #   fetch.sh --run RUN --to FOLDER --name NAME --zone ZONE [--mount FOLDER] [--slices N] [--project ID] [--dry-run]
 #
-# The second form copies what worker 0 has under the mount (NFS).  Either leaves FOLDER/RUN.
+# The second form copies from worker 0's mount (NFS).  Both write FOLDER/RUN.
 
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Shows a run's log from its beginning until it ends, and ends with the run's exit status.  Ctrl-C leaves the run alone.
+# Shows a run's log from its beginning to its end, and exits with the run's status.  Ctrl-C does not stop the run.
 #
 #   follow.sh --name NAME --zone ZONE --run RUN [--worker N] [--slice N] [--slices N] [--project ID] [--dry-run]
-#   follow.sh ... --all     one line for each worker: running, or its exit status
+#   follow.sh ... --all     one line a worker: running, or its exit status
 #
-#   --worker   whose log (0, which prints the progress and the table); --slice: of which slice (0)
+#   --worker   number of the worker (0, which prints progress and the table); --slice: its slice (0)
 #   --slices   as for create.sh
 #   --dry-run  print the command
 
@@ -22,7 +22,7 @@ fi
 status=0
 remote "$slice" "$worker" bash gendiff/tpu/worker.sh follow "$run" || status=$?
 case $status in
-  70 | 134) echo 'another process of the run was lost: start it again with the same launch.sh' >&2 ;;
-  75) echo 'stopped by a notice, everything is stored: start it again with the same launch.sh' >&2 ;;
+  70 | 134) echo 'another process of the run was lost: run the same launch.sh again' >&2 ;;
+  75) echo 'stopped by a notice, and everything is stored: run the same launch.sh again' >&2 ;;
 esac
 exit "$status"

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Starts an experiment on all workers, where it goes on when this connection ends.  The same line again continues it.
+# Starts an experiment on all workers; it goes on when this connection ends.  The same command resumes a stopped run.
 #
 #   launch.sh --name NAME --zone ZONE --run RUN [--env VARIABLE=VALUE]... [--mount FOLDER] [--slices N] [--project ID]
 #             [--dry-run] -- MODULE [ARGUMENT...]
 #   launch.sh ... --run table1 -- experiments.genneg.traffic --preset paper
 #
-#   --run      names the results: FOLDER/RUN becomes the experiment's --output
+#   --run      name of the run: the experiment's --output becomes FOLDER/RUN
 #   --mount    as for install.sh (/mnt/gendiff)
-#   --env      for the experiment, as GENDIFF_HEARTBEAT_SECONDS=60; again for more
+#   --env      variable of the experiment, such as GENDIFF_HEARTBEAT_SECONDS=60; repeat it for others
 #   --slices   as for create.sh
 #   --dry-run  print the commands
 #
-# Every ARGUMENT reaches the experiment as it is given here.  A run that is going on is not disturbed: that is an error.
+# Every ARGUMENT reaches the experiment unchanged.  If a run is going on, this is an error and does not disturb it.
 
 # shellcheck source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -20,16 +20,16 @@ parse 'name zone project slices run mount env' '' "$@"
 module=${rest[0]:-}
 place
 check run mount module
-for each in ${env[@]+"${env[@]}"}; do
-  [[ $each =~ ^[A-Z_][A-Z0-9_]*= ]] || fail "--env: expected VARIABLE=VALUE, given $(printf %q "$each")"
+for setting in ${env[@]+"${env[@]}"}; do
+  [[ $setting =~ ^[A-Z_][A-Z0-9_]*= ]] || fail "--env must be VARIABLE=VALUE, got $(printf %q "$setting")"
 done
-for each in "${rest[@]:1}"; do
-  [[ $each != --output && $each != --output=* ]] || fail "--output: expected none, given one: results go to $mount/$run"
+for word in "${rest[@]:1}"; do
+  [[ $word != --output && $word != --output=* ]] || fail "--output must not be set, got one: results go to $mount/$run"
 done
 
 need_gcloud
 
-# Two steps: it starts nowhere if one worker is not ready, since the others would wait for it in vain.
+# Check all workers before the start, because the others would wait in vain for a worker that is not ready.
 remote all all bash gendiff/tpu/worker.sh ready "$mount"
 remote all all bash gendiff/tpu/worker.sh start "$run" ${env[@]+"${env[@]}"} -- "${rest[@]}" --output "$mount/$run"
 echo "(follow.sh shows its log; results: $mount/$run)" >&2

@@ -31,10 +31,10 @@ from tabulate import tabulate
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard_problem, traffic_problem
-from experiments.relative_reward import maze2d
+from experiments.relative_reward import maze2d, paths
 from gendiff import devices, distributed, programs, training
 from gendiff.data import scenes, traffic
-from gendiff.data.episodes import Windows
+from gendiff.data.windows import Windows
 from gendiff.devices import Placement
 from gendiff.losses import Aligned
 from gendiff.methods import censoring, genneg, relative_reward
@@ -381,14 +381,14 @@ def mnist_programs() -> dict[str, Program]:
 
     def base(batch: int) -> Trained:
         settings = training.Settings(
-            config.base_steps, config.base_rate, config.base_decay, 100, 100, config.base_schedule
+            config.training.steps, config.training.rate, config.decay, 100, 100, config.schedule
         )
         return Trained(mnist.base_task(setup, batch), theta, many(image, images), settings)
 
     def reward(batch: int) -> Trained:
-        k, steps = config.members, config.reward_steps
+        k, steps = config.members, config.reward.steps
         settings = training.Settings(
-            steps, config.reward_rate, 0.0, 50, schedule="linear", clip=None, weight_decay=0.05
+            steps, config.reward.rate, 0.0, 50, schedule="linear", clip=None, weight_decay=0.05
         )
         context = (many(image, sets), of((sets,)))
         return Trained(censoring.reward_task(setup, batch), many(phi, k), (*many(context, k), WHOLE, NUMBER), settings)
@@ -396,18 +396,18 @@ def mnist_programs() -> dict[str, Program]:
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         given = shaped((theta, many(phi, config.members), KEY, NUMBER, WHOLE), distributed.replicated(mesh))
         settings = censoring.Censoring(scale=0.0)  # as `censoring.draw`: the scale is an argument
-        return censoring._draw.lower(setup, settings, n, mesh, *given)
+        return censoring.drawn.lower(setup, settings, n, mesh, *given)
 
     return {
         "base": Program(
-            "training", "base model", config.base_batch, "images", config.base_steps, **trainings(base, False)
+            "training", "base model", config.training.batch, "images", config.training.steps, **trainings(base, False)
         ),
         "base-sharded": Program(
-            "sharded", "base model, fully sharded", config.base_batch, "images", config.base_steps,
+            "sharded", "base model, fully sharded", config.training.batch, "images", config.training.steps,
             **trainings(base, False, True),
         ),
         "reward": Program(
-            "training", f"{config.members} rewards", config.reward_batch, "images", config.reward_steps,
+            "training", f"{config.members} rewards", config.reward.batch, "images", config.reward.steps,
             **trainings(reward, False),
         ),
         "sampler": Program(
@@ -420,20 +420,17 @@ def mnist_programs() -> dict[str, Program]:
 def maze_programs() -> dict[str, Program]:
     """Relative rewards in mazes."""
     config = maze2d.PRESETS[PAPER]
-    family = maze2d.FAMILIES[1]
-    chain, size = maze2d.chain(config.diffusion_steps), len(maze2d.COORDINATES)
+    families = maze2d.families("umaze")
+    given, asked, size = families[1].models(config), families[1].rewards(config), len(maze2d.COORDINATES)
     path = of((config.horizon, size))
-    theta = jax.eval_shape(maze2d.unet_of(config).init, KEY, path, NUMBER)
-    problem = maze2d.reward_problem(config, family.switches, config.window)
-    network = maze2d.reward_of(config, family.switches, config.window)
-    phi = jax.eval_shape(network.init, KEY, path, NUMBER)
+    theta = jax.eval_shape(paths.unet_of(config).init, KEY, path, NUMBER)
+    phi = jax.eval_shape(asked.network.init, KEY, path, NUMBER)
 
     n = config.transitions
     windows: Any = Windows(of((n, size)), of((n,), jnp.int32), of((n,), jnp.int32), of((2,)))  # type: ignore[arg-type]
     own = {"windows": windows, "count": WHOLE, "known": of((config.horizon, size), bool)}
-    often = maze2d.often(config.steps)
-    settings = training.Settings(config.steps, config.rate, config.decay, often, 100, config.schedule, clip=None)
-    models = SideBySide(maze2d.diffuser_task(config), theta, own, True, settings)
+    settings = config.models.settings(config.decay, warmup=100, clip=None)
+    models = SideBySide(paths.diffuser_task(config), theta, own, True, settings)
 
     pool = config.pool
     shapes: Any = (
@@ -443,25 +440,23 @@ def maze_programs() -> dict[str, Program]:
         of((pool, *path.shape)),
     )
     examples = Aligned(*shapes)
-    settings = training.Settings(
-        config.reward_steps, config.reward_rate, 0.0, maze2d.often(config.reward_steps),
-        schedule=config.reward_schedule, clip=None,
-    )  # fmt: skip
-    task = relative_reward.reward_task(problem)
+    settings = config.rewards.settings(0.0, clip=None)
+    task = relative_reward.reward_task(asked.problem)
     rewards = SideBySide(task, phi, (examples, {"goal": WHOLE}), (False, True), settings)
 
     def sampler(mesh: jax.sharding.Mesh, n: int) -> Any:
         known = of((config.horizon, size), bool)
-        given = shaped((known, theta, phi, NUMBER, many(path, n), KEY), distributed.replicated(mesh))
-        return maze2d._plans.lower(chain, maze2d.model(config), problem.network, family.switches, mesh, *given)
+        arguments = shaped((theta, phi, NUMBER, known, many(path, n), KEY), distributed.replicated(mesh))
+        static = (given.process, given.model, asked.problem.network, given.switches)
+        return relative_reward.steered.lower(*static, mesh, *arguments)
 
     return {
         "models": Program(
-            "replicas", "diffusion models side by side", len(maze2d.FAMILIES) * (maze2d.GOALS + 1), "runs",
-            config.steps, models.lower, False, costs=models.step, mesh=models.mesh,
+            "replicas", "diffusion models side by side", len(families) * (maze2d.GOALS + 1), "runs",
+            config.models.steps, models.lower, False, costs=models.step, mesh=models.mesh,
         ),
         "rewards": Program(
-            "replicas", "rewards side by side", maze2d.GOALS * config.seeds, "runs", config.reward_steps,
+            "replicas", "rewards side by side", maze2d.GOALS * config.seeds, "runs", config.rewards.steps,
             rewards.lower, False, costs=rewards.step, mesh=rewards.mesh,
         ),
         "sampler": Program(

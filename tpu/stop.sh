@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sends a run the notice (SIGTERM) after which it stores everything and ends with status 75.  The slice stays and costs.
+# Sends SIGTERM to a run, which then stores everything and exits with status 75.  The slice stays, and costs.
 #
 #   stop.sh --name NAME --zone ZONE --run RUN [--slices N] [--project ID] [--dry-run]
 

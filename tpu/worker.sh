@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What the other scripts run on each worker (Ubuntu); it comes there with the commit.  Not to be called by hand.
+# Runs on the workers (Ubuntu), called by the other scripts; it arrives with the commit.  Do not call it by hand.
 #
-#   worker.sh install EXTRAS MOUNT gcs|nfs SOURCE    packages, and the storage for results
-#   worker.sh ready MOUNT                            whether a run can start
+#   worker.sh install EXTRAS MOUNT gcs|nfs SOURCE    install packages, mount the storage for results
+#   worker.sh ready MOUNT                            fail unless a run can start
 #   worker.sh start RUN [VARIABLE=VALUE...] -- MODULE [ARGUMENT...]
 #   worker.sh follow|status|stop RUN
 #
-# A run keeps ~/gendiff-runs/RUN/{log,pid,status}; ~/gendiff-runs/lock is held while anything uses the TPU.
+# A run writes ~/gendiff-runs/RUN/{log,pid,status}, and holds ~/gendiff-runs/lock while it uses the TPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=$HOME/gendiff-runs
@@ -20,8 +20,8 @@ fail() {
 
 install() {
   local extras=$1 mount=$2 kind=$3 source=$4 PS4="$me: + "
-  set -x # every command is printed before it runs
-  # The runtimes' Ubuntu 22.04 has Python 3.10; uv brings a newer one, without root.
+  set -x
+  # uv installs a newer Python without root, because the runtimes' Ubuntu 22.04 has 3.10.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   [[ -x $python ]] || python3 -m uv venv --quiet --seed --python 3.13 .venv
   "$python" -m pip install --quiet ".[$extras]"
@@ -32,16 +32,16 @@ install() {
     sudo chown "$(id -u):$(id -g)" "$mount"
     "mount_$kind" "$source" "$mount"
   fi
-  touch "$mount/.gendiff" || fail "$mount: expected storage that can be written to"
+  touch "$mount/.gendiff" || fail "$mount must be writable, got storage that is not"
   echo "$me: ready, commit $(git rev-parse --short HEAD)"
 }
 
-apt_install() { # a machine that has just started updates itself first, and holds the lock
+apt_install() { # a new machine updates itself first, and holds the lock
   sudo apt-get -q -o DPkg::Lock::Timeout=600 update
   sudo DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=600 install "$1"
 }
 
-# Called by its name, from install.
+# Called from install, by its name.
 mount_gcs() {
   local key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
   if ! command -v gcsfuse >/dev/null; then
@@ -50,21 +50,21 @@ mount_gcs() {
       sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
     apt_install gcsfuse
   fi
-  # No cache of metadata: what one host has written the others must see at once.  Checkpoints are renamed as folders.
+  # No metadata cache, because all hosts must see a new file at once.  Checkpoints are renamed as folders.
   gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=200000 "$1" "$2"
 }
 
 mount_nfs() {
   command -v mount.nfs >/dev/null || apt_install nfs-common
-  sudo mount -t nfs -o actimeo=0,lookupcache=none "$1" "$2" # as above: no cache of metadata
+  sudo mount -t nfs -o actimeo=0,lookupcache=none "$1" "$2" # no metadata cache, as above
   [[ -w $2 ]] || sudo chmod 1777 "$2" # a new share belongs to root
 }
 
 ready() {
-  [[ -x $python ]] || fail "expected $PWD/$python: run install.sh"
-  mountpoint -q "$1" || fail "$1: expected to be mounted: run install.sh again"
+  [[ -x $python ]] || fail "$PWD/$python must exist, got none: run install.sh"
+  mountpoint -q "$1" || fail "$1 must be mounted, got no mount: run install.sh again"
   mkdir -p "$runs"
-  flock -n "$runs/lock" true || fail "expected no run, found $(cat "$runs/current") still running"
+  flock -n "$runs/lock" true || fail "no run must be going on, got $(cat "$runs/current"): stop.sh ends it"
 }
 
 start() {
@@ -76,16 +76,16 @@ start() {
   done
   shift
   mkdir -p "$runs/$run"
-  # The lock passes to the run and is freed by its end, however it ends; a second start fails here.
+  # The run inherits the lock and frees it at its end; a second start fails here.
   exec 9>"$runs/lock"
-  flock -n 9 || fail "expected no run, found $(cat "$runs/current") still running"
+  flock -n 9 || fail "no run must be going on, got $(cat "$runs/current"): stop.sh ends it"
   echo "$run" >"$runs/current"
   rm -f "$runs/$run/status"
   detached "$run" ${variables[@]+"${variables[@]}"} -- "$@" >>"$runs/$run/log" 2>&1 </dev/null
   echo "$me: started"
 }
 
-detached() { # a session of its own: the end of the ssh connection is none of its business
+detached() { # in its own session, so that the end of the ssh connection does not end the run
   setsid bash tpu/worker.sh attached "$@" &
   echo $! >"$runs/$run/pid"
 }
@@ -98,7 +98,7 @@ attached() {
     shift
   done
   shift
-  trap : TERM # the experiment gets it too, and stores everything; its status is still to be written
+  trap : TERM # the experiment gets SIGTERM too, and this process must write its status
   printf '== %s, commit %s:' "$(date -u +%FT%TZ)" "$(git rev-parse --short HEAD)"
   printf ' %q' "$@"
   printf '\n'
@@ -107,7 +107,7 @@ attached() {
   mv "$runs/$run/status.tmp" "$runs/$run/status"
 }
 
-known() { [[ -f $runs/$1/pid ]] || fail "$1: expected a run that was started here, found none"; }
+known() { [[ -f $runs/$1/pid ]] || fail "$1 must be a run of this worker, got no such run"; }
 
 going() { [[ ! -f $runs/$1/status && $(cat "$runs/current") == "$1" ]] && ! flock -n "$runs/lock" true; }
 
@@ -118,7 +118,7 @@ follow() {
   else
     cat "$runs/$1/log"
   fi
-  [[ -f $runs/$1/status ]] || fail "$1: expected an exit status, found none: killed, or the machine was restarted"
+  [[ -f $runs/$1/status ]] || fail "$1 must have an exit status, got none: it was killed, or the machine restarted"
   exit "$(cat "$runs/$1/status")"
 }
 
@@ -127,15 +127,15 @@ status() {
   if going "$1"; then
     echo "$me: running"
   else
-    echo "$me: ended, status $(cat "$runs/$1/status" 2>/dev/null || echo 'none: killed, or the machine was restarted')"
+    echo "$me: ended, status $(cat "$runs/$1/status" 2>/dev/null || echo 'none: killed, or the machine restarted')"
   fi
 }
 
 stop() {
   known "$1"
   if going "$1"; then
-    kill -TERM -- "-$(cat "$runs/$1/pid")" # the whole session
-    echo "$me: told to stop"
+    kill -TERM -- "-$(cat "$runs/$1/pid")" # all processes of the session
+    echo "$me: stopping"
   else
     echo "$me: not running"
   fi
@@ -143,5 +143,5 @@ stop() {
 
 case ${1:-} in
   install | ready | start | attached | follow | status | stop) "$@" ;;
-  *) fail "expected install, ready, start, follow, status or stop, given ${1:-nothing}" ;;
+  *) fail "command must be install, ready, start, follow, status or stop, got ${1:-none}" ;;
 esac

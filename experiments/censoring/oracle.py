@@ -11,36 +11,34 @@ MNIST comes from TFDS, or from the folder that GENDIFF_DATA names.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from experiments import figures
-from experiments.contract import Between, Column, Config, Folder, Progress, Results, Row, main
-from gendiff import training
-from gendiff.data import files, mnist
-from gendiff.feedback import consensus, labels
-from gendiff.feedback.samples import content_hash
+from experiments.lab import figures
+from experiments.lab.config import Config, Training
+from experiments.lab.experiment import Experiment
+from experiments.lab.phases import Lab, Run
+from experiments.lab.table import Column, Row
+from gendiff import distributed, training
+from gendiff.data import mnist, natural_sevens
 from gendiff.metrics import rates
+from gendiff.metrics.rates import Estimate
 from gendiff.oracles import crossed_seven
 from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Samples
 
-HAND = Path(__file__).with_name("natural_sevens.jsonl")
-"""Labels of test sevens by eye, from contact sheets; a sample is called <subset>/<row of the test sevens>."""
-PAGE = Path(__file__).with_name("natural_sevens_page.jsonl")
-"""Labels of the same sevens given at the labelling page, by a vision model as well, not by a person."""
 SUBSETS = {
     "random": "hand labels, random",
     "highest": "hand labels, highest scores",
     "doubtful": "hand labels, least certain",
 }
-RATERS = "hand labels, two raters"
+PAIRS, PERTURBED_PAIRS, RATERS = "held-out pairs", "held-out pairs, perturbed", "hand labels, two raters"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +47,8 @@ class OracleConfig(Config):
 
     size: Literal[16, 32] = 16
     """Pixels along a side."""
-    steps: Annotated[int, Between(1, 1_000_000)] = 1200
-    """Training steps."""
-    batch: Annotated[int, Between(2, 65_536)] = 128
-    """Images a step; half of them are crossed."""
-    rate: Annotated[float, Between(1e-6, 1.0)] = 2e-3
-    """Adam's rate at the start; it falls to 0 along a cosine."""
+    training: Training = Training(1200, batch=128, rate=2e-3)
+    """Of the network; half of a batch are crossed sevens, and the rate falls to 0 along a cosine."""
     data: Path | None = None
     """Folder with MNIST's files. Default: the one that GENDIFF_DATA names, or else TFDS."""
     keep: bool = False
@@ -62,9 +56,9 @@ class OracleConfig(Config):
 
 
 PRESETS = {
-    "smoke": OracleConfig(preset="smoke", steps=60, batch=32),
+    "smoke": OracleConfig(preset="smoke", training=Training(60, batch=32, rate=2e-3)),
     "default": OracleConfig(),
-    "paper": OracleConfig(preset="paper", steps=6000, batch=256),
+    "paper": OracleConfig(preset="paper", training=Training(6000, batch=256, rate=2e-3)),
 }
 
 COLUMNS = (
@@ -82,43 +76,16 @@ contact sheets and at the labelling page; those on which the two differ, or are 
 random subset, so its share of crossed sevens is that of MNIST; `highest` had the highest scores of a first classifier,
 and `least certain` the smallest |logit| of a second one.  two raters: equal labels, of all three."""
 TRAIN, START, HELD_OUT, PERTURBED = range(4)
-"""What the keys are for."""
-
-
-class Pools(NamedTuple):
-    """Training sevens as they are stored, (n, 28, 28) in 0..255."""
-
-    uncrossed: np.ndarray
-    natural: np.ndarray
-    """Crossed by their writers."""
-
-
-def pools(config: OracleConfig) -> Pools:
-    """The training sevens; without natural crossed ones (data that are not MNIST), drawn ones stand for them."""
-    sevens = mnist.read(7, "train", config.data)
-    crossed = mnist.naturally_crossed(sevens)
-    uncrossed = sevens[~crossed]
-    return Pools(uncrossed, sevens[crossed] if crossed.any() else mnist.crossed(uncrossed, config.seed))
-
-
-NATURAL = 0.25
-"""Share of a batch's crossed images that their writers crossed; the others are uncrossed ones with a new stroke."""
+"""Purposes of random keys."""
 
 
 @by_value
-def task(size: int, batch: int) -> Callable[[Pools], training.Task]:
+def task(size: int, batch: int) -> Callable[[natural_sevens.Pools], training.Task]:
     """Pools -> the training task."""
-    resize = mnist.triangle(mnist.SIDE, size)
 
-    def one(key: PRNGKey, pools: Pools) -> tuple[Array, Array]:
-        kind_key, image_key, natural_key, stroke_key, perturb_key = jax.random.split(key, 5)
-        kind = jax.random.uniform(kind_key)
-        crossed, natural = kind < 0.5, kind < 0.5 * NATURAL
-        pick = lambda key, pool: jnp.asarray(pool)[jax.random.randint(key, (), 0, len(pool))] / 255.0
-        ink = pick(image_key, pools.uncrossed)
-        ink = jnp.where(crossed, mnist.cross(stroke_key, ink), ink)
-        ink = jnp.where(natural, pick(natural_key, pools.natural), ink)
-        image = 2 * (resize @ ink @ resize.T)[..., None] - 1
+    def example(key: PRNGKey, pools: natural_sevens.Pools) -> tuple[Array, Array]:
+        *keys, perturb_key = jax.random.split(key, 5)
+        image, crossed = natural_sevens.example(keys, pools, size)
         return crossed_seven.perturbed(perturb_key, image), crossed.astype(jnp.float32)
 
     def loss(params: Params, key: PRNGKey, example: tuple[Array, Array]) -> Array:
@@ -126,111 +93,88 @@ def task(size: int, batch: int) -> Callable[[Pools], training.Task]:
         logit = crossed_seven.network(params, image).logit
         return jax.nn.softplus(logit) - crossed * logit
 
-    def of(pools: Pools) -> training.Task:
-        draw = lambda key: jax.vmap(one, (0, None))(jax.random.split(key, batch), pools)
+    def of(pools: natural_sevens.Pools) -> training.Task:
+        draw = lambda key: jax.vmap(example, (0, None))(jax.random.split(key, batch), pools)
         return training.Task(loss, draw)
 
     return of
 
 
-def train(config: OracleConfig, folder: Folder, progress: Progress) -> Params:
-    """Parameters, rounded to what is kept of them."""
-    settings = training.Settings(config.steps, config.rate, every=min(200, config.steps))
-    report = lambda step, metrics: progress("training", step, config.steps, metrics)
-    host = training.Host(None, folder.archive.steps("training"), report)
-    key = jax.random.key(config.seed)
-    start = crossed_seven.initial(jax.random.fold_in(key, START))
-    run = lambda: (
-        training.train(
-            jax.random.fold_in(key, TRAIN), start, task(config.size, config.batch), pools(config), settings, host
-        ).best
-    )
-    params = folder.archive.once("training", run)
-    file = crossed_seven.path(config.size) if config.keep else folder.path / crossed_seven.path(config.size).name
-    crossed_seven.save(file, params)
+def oracle_training(run: Run) -> training.Training:
+    """The training of the network."""
+    config, start = run.config, crossed_seven.initial(run.key(START))
+    how, pools = task(config.size, config.training.batch), natural_sevens.pools(config.data, config.seed)
+    return training.Training(run.key(TRAIN), start, how, pools, config.training.settings(0.999, 200, 0))
+
+
+def kept(run: Run) -> Params:
+    """The trained parameters, rounded to what is kept of them."""
+    package = crossed_seven.path(run.config.size)
+    file = package if run.config.keep else run.folder.path / package.name
+    distributed.first(lambda: crossed_seven.save(file, run["training"]))
     return crossed_seven.read(file)
 
 
 class Judged(NamedTuple):
-    """Images with what they are and what the network says of them."""
+    """Images, whether they are crossed, and what the network says."""
 
     images: Samples
     crossed: Bool[np.ndarray, " n"]
     logit: Float[Array | np.ndarray, " n"]
 
 
-def held_out(config: OracleConfig, params: Params, perturb: bool) -> Judged:
-    """Each test seven that its writer did not cross, without and with a drawn stroke."""
+def judged(config: OracleConfig, params: Params) -> dict[str, Judged]:
+    """The test sevens of each row: held-out pairs, and the subsets of the hand labels."""
     sevens = mnist.read(7, "test", config.data)
-    uncrossed = sevens[~mnist.naturally_crossed(sevens)]
-    drawn = mnist.crossed(uncrossed, config.seed + HELD_OUT)
-    images = mnist.scaled(np.concatenate([uncrossed, drawn]), config.size)
-    if perturb:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), PERTURBED), len(images))
-        images = np.asarray(jax.jit(jax.vmap(crossed_seven.perturbed))(keys, images))
-    return Judged(images, np.arange(len(images)) >= len(uncrossed), crossed_seven.judge(images, params).logit)
+    pairs = natural_sevens.pairs(sevens, config.seed + HELD_OUT)
+    found = {PAIRS: pairs, PERTURBED_PAIRS: pairs}
+    found |= {name: natural_sevens.marked(sevens, subset) for subset, name in SUBSETS.items()}
+    images = {name: mnist.scaled(marked.images, config.size) for name, marked in found.items()}
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), PERTURBED), len(pairs.images))
+    images[PERTURBED_PAIRS] = np.asarray(jax.jit(jax.vmap(crossed_seven.perturbed))(keys, images[PAIRS]))
+    judge = lambda name: crossed_seven.judge(images[name], params).logit
+    return {name: Judged(images[name], marked.crossed, judge(name)) for name, marked in found.items()}
 
 
-def by_hand(config: OracleConfig, params: Params, subset: str) -> Judged:
-    """The test sevens of a subset of the hand labels."""
-    sevens = mnist.read(7, "test", config.data)
-    said = consensus.merge(labels.read(HAND, PAGE))
-    chosen = {mark.hash for mark in labels.read(HAND) if mark.sample.startswith(f"{subset}/")}
-    hashes = [content_hash(image) for image in sevens]
-    rows = [i for i, each in enumerate(hashes) if each in chosen and said[each] != "undecided"]
-    images = mnist.scaled(sevens[rows], config.size)
-    crossed = np.array([said[hashes[i]] == "malign" for i in rows], bool)
-    return Judged(images, crossed, crossed_seven.judge(images, params).logit)
-
-
-def raters() -> Row:
-    """How often the two files of hand labels say the same."""
-    (pair,) = consensus.agreement(labels.read(HAND, PAGE)).pairs.values()
-    return Row(RATERS, {"accuracy": rates.rate(round(pair.share * pair.n), pair.n), "n": rates.exact(pair.n)})
-
-
-def row(name: str, judged: Judged) -> Row:
+def measured(judged: Judged) -> dict[str, Estimate]:
     """Agreement, both errors, and the share of crossed sevens; a class without images has no error."""
     said, crossed = judged.logit > 0, judged.crossed
-    events = {
-        "accuracy": said == crossed,
-        "missed": ~said[crossed],
-        "rejected": said[~crossed],
-        "crossed": crossed,
-    }
-    measured = {metric: rates.rate(int(each.sum()), len(each)) for metric, each in events.items() if len(each)}
-    return Row(name, measured | {"n": rates.exact(len(crossed))})
+    events = {"accuracy": said == crossed, "missed": ~said[crossed], "rejected": said[~crossed], "crossed": crossed}
+    found = {metric: rates.rate(int(event.sum()), len(event)) for metric, event in events.items() if len(event)}
+    return found | {"n": rates.exact(len(crossed))}
 
 
-def run(config: OracleConfig) -> Results:
-    """Trains the network and measures it."""
-    folder = Folder("censoring/oracle", config)
-    progress = Progress(folder)
-    params = train(config, folder, progress)
-    judged = {
-        "held-out pairs": held_out(config, params, perturb=False),
-        "held-out pairs, perturbed": held_out(config, params, perturb=True),
-    } | {name: by_hand(config, params, subset) for subset, name in SUBSETS.items()}
-    for name, each in judged.items():
-        errors(folder.path / f"errors-{name.replace(', ', '-').replace(' ', '-')}.png", each)
-    return folder.finish([*(row(name, each) for name, each in judged.items()), raters()], COLUMNS, NOTES)
+def table(lab: Lab) -> None:
+    """Train the network and measure it."""
+    lab.train("training", oracle_training)
+    lab.each(add_rows)
 
 
-def errors(path: Path, judged: Judged, most: int = 60) -> None:
-    """A sheet of the images that the network gets wrong, under white bars, and then of the least certain others."""
-    wrong = (judged.logit > 0) != judged.crossed
-    order = np.argsort(np.where(wrong, -1e6, 0) + abs(judged.logit))[:most]
-    images = 0.5 * (np.clip(judged.images[order, ..., 0], -1, 1) + 1)
-    tiles = np.pad(images, ((0, 0), (2, 2), (2, 2)), constant_values=0.4)
-    tiles[wrong[order], :2] = 1.0  # a white bar above what is wrong
-    tiles = np.concatenate([tiles, np.full((-len(tiles) % 15, *tiles.shape[1:]), 0.4)])
-    if not len(tiles):
-        return
-    side = tiles.shape[1]
-    sheet = tiles.reshape(-1, 15, side, side).transpose(0, 2, 1, 3).reshape(-1, 15 * side)
-    shown = np.kron(sheet, np.ones((3, 3)))
-    files.store(path, lambda file: figures.plt.imsave(file, shown, cmap="gray", vmin=0, vmax=1, format="png"))
+def add_rows(run: Run) -> None:
+    """Rows of the held-out pairs and of the hand labels."""
+    run.results["judged"] = judged(run.config, kept(run))
+    for name, found in run["judged"].items():
+        run.add(name, measured(found))
+    pair = natural_sevens.agreement()
+    run.add(RATERS, {"accuracy": rates.rate(round(pair.share * pair.n), pair.n), "n": rates.exact(pair.n)})
+
+
+def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row], most: int = 60) -> None:
+    """Sheets of the images that the network gets wrong, in red frames, and then of the least certain others."""
+    for name, judged in members[0]["judged"].items():
+        wrong = (judged.logit > 0) != judged.crossed
+        order = np.argsort(np.where(wrong, -1e6, 0) + abs(judged.logit))[:most]
+        path = folder / f"errors-{name.replace(', ', '-').replace(' ', '-')}.png"
+        figures.error_sheet(path, judged.images[order], wrong[order])
+
+
+EXPERIMENT = Experiment(
+    "censoring.oracle", OracleConfig, PRESETS, table, COLUMNS,
+    lambda config: [PAIRS, PERTURBED_PAIRS, *SUBSETS.values(), RATERS], extras=("data",),
+    notes=lambda members, rows: NOTES, figures=draw_figures,
+)  # fmt: skip
+run = EXPERIMENT.run
 
 
 if __name__ == "__main__":
-    main(OracleConfig, PRESETS, run)
+    EXPERIMENT.main()

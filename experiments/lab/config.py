@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -80,7 +80,7 @@ class Config:
 class Training:
     """How a network is trained."""
 
-    steps: Annotated[int, Between(10, 100_000_000)] = 1000
+    steps: Annotated[int, Between(1, 100_000_000)] = 1000
     """Training steps, at most."""
     batch: Annotated[int, Between(1, 1_000_000)] = 64
     """Examples of a step."""
@@ -95,6 +95,19 @@ class Training:
             self.steps, self.rate, decay, min(every, self.steps), warmup=min(warmup, self.steps // 5),
             patience=self.patience, **others,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled(Training):
+    """How a network is trained whose schedule is an option."""
+
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rate falls."""
+
+    def settings(self, decay: float, every: int = 0, warmup: int = 0, **others: Any) -> training.Settings:
+        """The settings of `training.train`; by default a fiftieth of the steps, or 100, is between checkpoints."""
+        every = every or max(100, self.steps // 50)  # large models and long runs must not write all the time
+        return super().settings(decay, every, warmup, schedule=self.schedule, **others)
 
 
 def options(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple, Any]]:

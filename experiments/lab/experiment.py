@@ -13,6 +13,7 @@ import jax
 from experiments.lab import command, phases
 from experiments.lab.config import Config, ConfigError
 from experiments.lab.phases import Lab, Run
+from experiments.lab.programs import Program
 from experiments.lab.table import Column, Results, Row, over_seeds
 from gendiff import distributed
 
@@ -51,6 +52,8 @@ class Experiment(NamedTuple):
     """The runs of a configuration and its rows -> the text below its table."""
     figures: Callable[[Path, Sequence[Run], Sequence[Row]], None] = lambda folder, members, rows: None
     """Draws into a folder."""
+    programs: Callable[[Any], Mapping[str, Program]] = lambda config: {}
+    """Configuration -> the programs that take its time, for `tpu.plan`."""
     load: Callable[[Any], Any] = lambda config: None
     """Configuration -> what all its runs read, such as a data set (`run.data`), before any folder is made."""
     seeds: str | None = None

@@ -132,6 +132,14 @@ def image_sheets(
     _save(figure, path)
 
 
+def error_sheet(path: Path, images: np.ndarray, wrong: np.ndarray, across: int = 15) -> None:
+    """A sheet of images (n, h, w, 1) in [-1, 1], each wrong one in a red frame; nothing without images."""
+    if len(images):
+        shown = np.kron(_sheet(images, ~wrong, across, -(-len(images) // across)), np.ones((3, 3, 1)))
+        with writing(path):
+            distributed.first(lambda: files.store(path, lambda file: plt.imsave(file, shown, format="png")))
+
+
 def _sheet(images: np.ndarray, benign: np.ndarray, across: int, down: int) -> np.ndarray:
     side = images.shape[1] + 2
     sheet = np.ones((down * side, across * side, 3))

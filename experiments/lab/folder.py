@@ -122,6 +122,7 @@ class Folder:
         document = _header(self.experiment) | {
             "commit": origin.commit(),
             "device": origin.device(),
+            "versions": origin.versions(),
             "processes": jax.process_count(),
             "config": dataclasses.asdict(self.config),
             "rows": [

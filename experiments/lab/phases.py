@@ -155,20 +155,26 @@ class Lab:
         result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
         mesh: jax.sharding.Mesh | None = None,
         at_once: bool = False,
+        shared: bool = False,
     ) -> None:
         """Train a phase of all runs, in one program where they agree.
 
         Args:
-          asked: run -> the training; with `at_once`, runs -> the training of each.  Its host is chosen here.
+          asked: run -> the training; with `at_once`, runs -> the training of each.  Of its host, `fully_sharded`
+            counts; the rest is chosen here.
           result: what is kept of the last state; default: the best parameters.
           mesh: of a run that trains alone.
+          shared: the training is the same for all runs: the first one does it.
         """
 
         def compute(members: list[Run]) -> list[Any]:
-            wanted = asked(members) if at_once else [asked(run) for run in members]  # type: ignore[arg-type]
-            hosts = [run.host(phase, one.settings.steps, mesh) for run, one in zip(members, wanted, strict=True)]
+            able = members[:1] if shared else members
+            wanted = asked(able) if at_once else [asked(run) for run in able]  # type: ignore[arg-type]
+            hosts = [run.host(phase, one.settings.steps, mesh) for run, one in zip(able, wanted, strict=True)]
+            hosts = [new._replace(fully_sharded=one.host.fully_sharded) for new, one in zip(hosts, wanted, strict=True)]
             placed = [one._replace(host=host) for one, host in zip(wanted, hosts, strict=True)]
-            return [result(run, state) for run, state in zip(members, runs.train(placed), strict=True)]
+            states = runs.train(placed) * (len(members) if shared else 1)
+            return [result(run, state) for run, state in zip(members, states, strict=True)]
 
         self.together(phase, compute)
 

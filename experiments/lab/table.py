@@ -1,8 +1,9 @@
 """The rows of a table, and how they are printed in Markdown."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -25,7 +26,8 @@ class Column(NamedTuple):
     metric: str
     title: str
     percent: bool = False
-    digits: int = 3
+    digits: int | None = 3
+    """After the point; None: four that count, for a metric that no experiment describes."""
 
 
 class Results(NamedTuple):
@@ -42,8 +44,8 @@ def table(rows: list[Row], columns: Sequence[Column]) -> str:
     head = ["row", *[column.title for column in columns], *[f"paper: {column.title}" for column in papers]]
     body = [
         [row.name]
-        + [_cell(row.metrics.get(column.metric), column) for column in columns]
-        + [_number(row.paper[column.metric], column) if column.metric in row.paper else "-" for column in papers]
+        + [cell(row.metrics.get(column.metric), column) for column in columns]
+        + [theirs(row, column) for column in papers]
         for row in rows
     ]
     return markdown(head, body)
@@ -54,16 +56,27 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True)
 
 
-def _cell(estimate: Estimate | None, column: Column) -> str:
+def cell(estimate: Estimate | None, column: Column) -> str:
+    """value [low, high]; a count or a measured time has no interval, `-` was not measured."""
     if estimate is None:
         return "-"
-    text = _number(estimate.value, column)
+    text = number(estimate.value, column)
     if estimate.low == estimate.high:
         return text
-    return f"{text} [{_number(estimate.low, column)}, {_number(estimate.high, column)}]"
+    return f"{text} [{number(estimate.low, column)}, {number(estimate.high, column)}]"
 
 
-def _number(value: float, column: Column) -> str:
+def theirs(row: Any, column: Column) -> str:
+    """The paper's number of a row, `-` if it reports none."""
+    return number(row.paper[column.metric], column) if column.metric in row.paper else "-"
+
+
+def number(value: float, column: Column) -> str:
+    """A value in the column's units; `?` if it is not finite."""
+    if not math.isfinite(value):
+        return "?"
+    if column.digits is None:
+        return f"{value:,.4g}"
     return f"{value * (100 if column.percent else 1):,.{column.digits}f}"
 
 

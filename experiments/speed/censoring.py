@@ -63,11 +63,11 @@ class SpeedConfig(TimedConfig):
     """Samples of them drawn at a time."""
     large_steps: Annotated[int, Between(2, 1000)] = 2
     """Steps of sampling timed together."""
-    batch: Annotated[int, Between(1, 100_000)] = MnistConfig.base_batch
+    batch: Annotated[int, Between(1, 100_000)] = MnistConfig.training.batch
     """Batch of a training step of the U-Net."""
     train_steps: Annotated[int, Between(1, 100_000)] = 5
     """Steps timed together."""
-    reward_batch: Annotated[int, Between(1, 100_000)] = MnistConfig.reward_batch
+    reward_batch: Annotated[int, Between(1, 100_000)] = MnistConfig.reward.batch
     """Batch of a training step of each reward."""
     reward_steps: Annotated[int, Between(1, 100_000)] = 5
     """Steps timed together."""

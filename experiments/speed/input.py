@@ -145,7 +145,7 @@ def of_digits(config: InputConfig, folder: str) -> Fed:
     loss = losses.denoising(setup.process, setup.model, losses.epsilon_weight(setup.process))
     theta = mnist.initialised(mnist.unet_of(images), images, jax.random.key(0))
     scaled = lambda element: digits.scaled(element["x"][None, :, :, 0])[0]
-    return Fed(stored(folder, "digits", config.images), scaled, lambda _: Task(loss), theta, images.base_batch)
+    return Fed(stored(folder, "digits", config.images), scaled, lambda _: Task(loss), theta, images.training.batch)
 
 
 def of_motions(config: InputConfig, folder: str) -> Fed:

@@ -81,10 +81,10 @@ def on_mnist(size: str) -> Trained:
     """That of MNIST."""
     images = mnist.PRESETS[size]
     return Trained(
-        mnist.base_task(mnist.problem(images), images.base_batch),
+        mnist.base_task(mnist.problem(images), images.training.batch),
         mnist.initialised(mnist.unet_of(images), images, jax.random.key(0)),
         jnp.zeros((256, images.size, images.size, 1)),
-        Settings(images.base_steps),
+        Settings(images.training.steps),
     )
 
 

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.lab import start
 from experiments.censoring import mnist
 from experiments.censoring.mnist import MnistConfig
+from experiments.lab import start
 from experiments.speed import ours
 from gendiff import distributed, losses, potential, process
 from gendiff.convert import guided_diffusion
 from gendiff.methods import censoring
-from gendiff.methods.censoring import Censoring, Problem
+from gendiff.methods.censoring import Censoring, LabelProblem
 from gendiff.nets.unet import HalfUNet, UNet
 from gendiff.training import Settings
 from gendiff.types import Params
@@ -65,8 +65,12 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
             for more, of in zip((inputs, answers), trained(problem, theta, rewards, key), strict=True):
                 more |= of
             inputs["noise"], answers["samples"] = short(problem, theta, potential.stacked(*rewards), key)
-            same = ("base_rate", "base_decay", "reward_rate", "benign_weight")
-            told["training"] = {field: getattr(config, field) for field in same}
+            told["training"] = {
+                "base_rate": config.training.rate,
+                "base_decay": config.decay,
+                "reward_rate": config.reward.rate,
+                "benign_weight": config.weights.ensemble,
+            }
         told["nets"][name] = {
             "fields": {"unet": fields(mnist.unet_of(config)), "reward": fields(mnist.reward_of(config))},
             "size": config.size,
@@ -121,7 +125,7 @@ def state_dict(params: Params) -> dict[str, np.ndarray]:
     }
 
 
-def sample(problem: Problem, theta: Params, rewards: Params, n: int, key: Array) -> Callable[[], Any]:
+def sample(problem: LabelProblem, theta: Params, rewards: Params, n: int, key: Array) -> Callable[[], Any]:
     """Draws n censored samples on all devices; the parameters are there already, as in a long run."""
     mesh = distributed.make_mesh()
     theta, rewards = distributed.place(mesh, (theta, rewards))
@@ -131,7 +135,7 @@ def sample(problem: Problem, theta: Params, rewards: Params, n: int, key: Array)
 def train(config: MnistConfig, theta: Params, batch: int, steps: int, key: Array) -> Callable[[], Any]:
     """Goes on training the base model."""
     images = jax.random.uniform(key, (1000, config.size, config.size, 1), minval=-1.0)
-    settings = Settings(config.base_steps, config.base_rate, config.base_decay, schedule=config.base_schedule)
+    settings = Settings(config.training.steps, config.training.rate, config.decay, schedule=config.schedule)
     task = mnist.base_task(mnist.problem(config), batch)
     return ours.train(task, theta, images, settings, steps, key, distributed.make_mesh())
 
@@ -141,9 +145,9 @@ def train_rewards(config: MnistConfig, rewards: list[Params], batch: int, steps:
     shape = (len(rewards), LABELLED, config.size, config.size, 1)
     labels = jnp.tile(jnp.array([0.0, 1.0]), (len(rewards), LABELLED // 2))
     images = jax.random.uniform(key, shape, minval=-1.0)
-    context = (images, labels, jnp.int32(LABELLED), jnp.float32(config.benign_weight))
+    context = (images, labels, jnp.int32(LABELLED), jnp.float32(config.weights.ensemble))
     settings = Settings(
-        config.reward_steps, config.reward_rate, decay=0.0, schedule="linear", clip=None, weight_decay=0.05
+        config.reward.steps, config.reward.rate, decay=0.0, schedule="linear", clip=None, weight_decay=0.05
     )
     task = censoring.reward_task(mnist.problem(config), batch)
     mesh = distributed.training_mesh()
@@ -151,7 +155,9 @@ def train_rewards(config: MnistConfig, rewards: list[Params], batch: int, steps:
 
 
 @partial(jax.jit, static_argnums=0)
-def questions(problem: Problem, theta: Params, rewards: Params, key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+def questions(
+    problem: LabelProblem, theta: Params, rewards: Params, key: Array
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both sides are asked of their networks, and gendiff's answers.
 
     Returns:
@@ -174,7 +180,7 @@ def questions(problem: Problem, theta: Params, rewards: Params, key: Array) -> t
 
 @partial(jax.jit, static_argnums=0)
 def trained(
-    problem: Problem, theta: Params, rewards: list[Params], key: Array
+    problem: LabelProblem, theta: Params, rewards: list[Params], key: Array
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The same for the losses.
 
@@ -208,7 +214,7 @@ def trained(
     return inputs, answers | {"reward_loss": reward_loss, "reward_gradient_norm": norm(reward_gradient)}
 
 
-def short(problem: Problem, theta: Params, rewards: Params, key: Array) -> tuple[Array, Array]:
+def short(problem: LabelProblem, theta: Params, rewards: Params, key: Array) -> tuple[Array, Array]:
     """The noise (steps + 1, n, h, w, 1) that `sampling.refine` draws, the first of x_T, and the censored samples."""
     keys = jax.random.split(key, PARITY)
     draw = lambda i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), problem.shape))(keys)

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.lab import start
-from experiments.relative_reward import maze2d
+from experiments.relative_reward import maze2d, paths
 from experiments.relative_reward.maze2d import MazeConfig
+from experiments.relative_reward.rows import Rewards
 from experiments.speed import memory, ours
-from gendiff import distributed, losses, potential, process, sampling
+from gendiff import distributed, losses, potential, process, sampling, training
 from gendiff.convert import diffuser
 from gendiff.losses import Aligned
 from gendiff.methods import relative_reward
@@ -52,7 +53,7 @@ def prepare(setup: Mapping[str, Any]) -> tuple[dict[str, Callable[[], Any]], dic
         "expert": state_dict(expert, diffuser.name),
         "reward": state_dict(reward, reward_name),
         "known": known(config),
-        "training": {name: getattr(config, name) for name in ("rate", "decay", "reward_rate")},
+        "training": {"rate": config.models.rate, "decay": config.decay, "reward_rate": config.rewards.rate},
         "inputs": jax.tree.map(np.asarray, inputs),
         "answers": jax.tree.map(np.asarray, answers),
     }
@@ -77,19 +78,22 @@ def shape(config: MazeConfig) -> tuple[int, int]:
 
 def known(config: MazeConfig) -> np.ndarray:
     """(horizon, d), True where the diffusion models are given the state: at both ends."""
-    mask = np.zeros(shape(config), bool)
-    mask[[0, -1], maze2d.ACTIONS :] = True
-    return mask
+    return maze2d.families("umaze")[0].known(config)
+
+
+def published(config: MazeConfig) -> Rewards:
+    """The rewards of the row `published`."""
+    return maze2d.families("umaze")[0].rewards(config)
 
 
 def reward_of(config: MazeConfig) -> WindowMLP:
     """The rewards' network, as published."""
-    return maze2d.reward_of(config, PUBLISHED, config.window)
+    return published(config).network
 
 
 def fields(config: MazeConfig) -> dict[str, dict[str, Any]]:
     """What the rival needs of the networks' fields."""
-    both = {"unet": maze2d.unet_of(config), "reward": reward_of(config)}
+    both = {"unet": paths.unet_of(config), "reward": reward_of(config)}
     names = ("width", "multipliers", "window", "widths", "strided", "activation")
     return {key: {name: getattr(net, name) for name in names if hasattr(net, name)} for key, net in both.items()}
 
@@ -107,7 +111,7 @@ def networks(config: MazeConfig, seed: int) -> tuple[Params, Params, Params]:
         return jnp.asarray(scale * rng.standard_normal(leaf.shape, np.float32) + (kind == "scale"))
 
     start = lambda net: jax.tree.map_with_path(draw, shapes(net, config))
-    return start(maze2d.unet_of(config)), start(maze2d.unet_of(config)), start(reward_of(config))
+    return start(paths.unet_of(config)), start(paths.unet_of(config)), start(reward_of(config))
 
 
 def shapes(net: TemporalUnet | WindowMLP, config: MazeConfig) -> Params:
@@ -133,20 +137,20 @@ def reward_name(path: tuple[str, ...]) -> str:
 
 def logit(config: MazeConfig) -> potential.Logit:
     """The rewards' network in steps from 1."""
-    return maze2d.reward_problem(config, PUBLISHED, config.window).network
+    return published(config).problem.network
 
 
 def train_reward(
     config: MazeConfig, frozen: tuple[Params, Params, Samples], reward: Params, batch: int, steps: int, key: PRNGKey
 ) -> Callable[[], Any]:
     """Goes on training a reward, with targets computed in every step as in the published code."""
-    mesh, model = distributed.make_mesh(), maze2d.model(config)
+    mesh, model = distributed.make_mesh(), paths.model(config)
 
     def task(frozen: tuple[Params, Params, Samples]) -> Task:
         base, expert, paths = frozen
         experts = lambda x, t: model(expert, x, t)[None]
         example = relative_reward.examples(
-            maze2d.chain(config.diffusion_steps), partial(model, base), experts, PUBLISHED
+            paths.chain(config.diffusion_steps), partial(model, base), experts, PUBLISHED
         )
 
         def draw(key: PRNGKey) -> Aligned:
@@ -162,7 +166,7 @@ def train_reward(
 
 def settings(config: MazeConfig, steps: int) -> Settings:
     """Of a reward's training: Adam, nothing else."""
-    return Settings(steps, config.reward_rate, 0.0, every=steps, schedule="constant", clip=None)
+    return Settings(steps, config.rewards.rate, 0.0, every=steps, schedule="constant", clip=None)
 
 
 def train_cached(
@@ -170,13 +174,14 @@ def train_cached(
 ) -> Callable[[], Any]:
     """Trains the rewards of all goals on one pool of examples."""
     goals = potential.leading_size(rewards)
-    problem = maze2d.reward_problem(config, PUBLISHED, config.window)._replace(batch=batch)
+    problem = published(config).problem._replace(batch=batch)
     draw = lambda i, *more: jax.random.normal(jax.random.fold_in(key, i), (pool, *more, *shape(config)))
     times = 1 + jnp.arange(pool) % config.diffusion_steps
     examples = Aligned(draw(0), times, draw(1, goals), jnp.ones((pool, *shape(config))))
-    fit = partial(relative_reward.fit, problem, examples, jnp.arange(goals), rewards, settings(config, steps), key)
+    arguments = (problem, examples, jnp.arange(goals), rewards, settings(config, steps), key)
     host = Host(distributed.make_mesh())
-    return lambda: jax.block_until_ready(fit(host).last)
+    asked = lambda: relative_reward.reward_training(*arguments)._replace(host=host)
+    return lambda: jax.block_until_ready(training.train(*asked()).last)
 
 
 def train(config: MazeConfig, theta: Params, paths: Samples, batch: int, steps: int, key: PRNGKey) -> Callable[[], Any]:
@@ -185,7 +190,7 @@ def train(config: MazeConfig, theta: Params, paths: Samples, batch: int, steps: 
     def task(paths: Samples) -> Task:
         return Task(denoising(config), lambda key: paths[jax.random.randint(key, (batch,), 0, len(paths))])
 
-    how = Settings(steps, config.rate, config.decay, schedule="constant", clip=None)
+    how = Settings(steps, config.models.rate, config.decay, schedule="constant", clip=None)
     return ours.train(task, theta, paths, how, steps, key, distributed.training_mesh())
 
 
@@ -193,7 +198,7 @@ def denoising(config: MazeConfig) -> losses.Loss:
     """The loss of a diffusion model: the mean over the coordinates, where none is known."""
     weight = lambda t: jnp.float32(1 / math.prod(shape(config)))
     return losses.denoising(
-        maze2d.chain(config.diffusion_steps), maze2d.model(config), weight, jnp.asarray(known(config))
+        paths.chain(config.diffusion_steps), paths.model(config), weight, jnp.asarray(known(config))
     )
 
 
@@ -209,8 +214,8 @@ def sample(
     config: MazeConfig, steps: int, mesh: jax.sharding.Mesh | None, theta: Params, paths: Samples, keys: PRNGKey
 ) -> Samples:
     """The same, compiled."""
-    chain = maze2d.chain(config.diffusion_steps)
-    kernel = sampling.ancestral(chain, partial(maze2d.model(config), theta))
+    chain = paths.chain(config.diffusion_steps)
+    kernel = sampling.ancestral(chain, partial(paths.model(config), theta))
 
     def one(given: tuple[PRNGKey, Array]) -> Array:
         pinned = sampling.pinned(kernel, given[1], jnp.asarray(known(config)))
@@ -239,7 +244,7 @@ def questions(
       Answers: "denoised", "mean", "target" and "slope" (n, horizon, d); "reward" (n,); "samples"; "loss" and
       "gradient_norm" of the alignment, "train_loss" and "train_gradient_norm" of the base model, ().
     """
-    chain, model = maze2d.chain(config.diffusion_steps), maze2d.model(config)
+    chain, model = paths.chain(config.diffusion_steps), paths.model(config)
     keys = jax.random.split(jax.random.fold_in(key, 1), PARITY)
     x0 = jax.random.uniform(jax.random.fold_in(key, 2), (PARITY, *shape(config)), minval=-1.0)
     x, t = jax.vmap(partial(losses.noised, chain))(keys, x0)

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from gendiff import check
-from gendiff.data import checkerboard, commonroad, drawn_sevens, episodes, maze2d, mnist, traffic
+from gendiff.data import checkerboard, commonroad, drawn_sevens, episodes, maze2d, mazes, mnist, traffic
 from gendiff.data.traffic import Cut, Scenes
 
 Row: TypeAlias = Mapping[str, Any]
@@ -196,7 +196,7 @@ class Drive(tfds.core.BuilderConfig):
     """Maze and goal of the controller; see `gendiff.data.maze2d.generate`."""
 
     maze: str
-    goal: maze2d.Goal | None = None
+    goal: mazes.Goal | None = None
     transitions: int = 1_000_000
     seed: int = 0
 
@@ -207,10 +207,10 @@ class Maze2d(Builder):
     ABOUT = "Episodes of a point mass that a controller drives through a maze."
     HOMEPAGE = "https://github.com/Farama-Foundation/D4RL"
     BUILDER_CONFIGS: Sequence[Drive] = [
-        *(Drive(name=name, description="Random goals.", maze=name) for name in maze2d.MAZES),
+        *(Drive(name=name, description="Random goals.", maze=name) for name in mazes.MAZES),
         *(
             Drive(name=f"{name}-goal-{i}", description=f"All episodes drive to goal {i}.", maze=name, goal=goal)
-            for name, maze in maze2d.MAZES.items()
+            for name, maze in mazes.MAZES.items()
             for i, goal in enumerate(maze.goals, 1)
         ),
     ]

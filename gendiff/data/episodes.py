@@ -1,26 +1,20 @@
-"""Episodes of control: storage that survives a kill, readers for D4RL and Minari, and windows for training.
+"""Episodes of control: storage that survives a kill, and readers for D4RL and Minari.
 
-A row is a step: an observation, and the action taken after it.  A window is `horizon` rows of one episode, as
-normalised (action, observation).  Diffuser (Janner et al. 2022) and the paper of relative rewards (NeurIPS 2023) train
-on such windows.
+A row is a step: an observation, and the action taken after it.  `gendiff.data.windows` cuts windows for training.
 """
 
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from gendiff import check
 from gendiff.data import DataError, files, regular
 
-LIMIT = 1000
-"""Rows of an episode that windows use, from its start."""
 PATIENCE = 2000
 """Discarded attempts in a row that end the search with an error."""
 SHARD = "a whole shard"
@@ -337,130 +331,3 @@ def _array(path: Path, file: Any, name: str) -> np.ndarray:
     if not np.ndim(array):
         raise DataError(f"episodes: {path} must have an array {name}, got {sorted(file)}")
     return np.asarray(array)
-
-
-# Windows for training.
-
-Rows = TypeVar("Rows", np.ndarray, jax.Array)
-
-
-class Normaliser(NamedTuple):
-    """Least and largest values of (action, observation), per coordinate."""
-
-    low: Float[np.ndarray, " d"]
-    high: Float[np.ndarray, " d"]
-
-
-def fit(episodes: Episodes, limit: int = LIMIT) -> Normaliser:
-    """Fit the normaliser to the rows that windows use (`trimmed`), in float32 or wider.
-
-    A constant coordinate gets low, high = value -+ max(1, |value| / 8192), because 1e8 + 1 rounds to 1e8 in float32.
-
-    Raises:
-      ValueError: no episode is long enough, a row is not finite, or high - low overflows.
-    """
-    rows = _rows(trimmed(episodes, limit))
-    rows = rows.astype(np.promote_types(rows.dtype, np.float32))  # in 16 bits the difference may overflow
-    check.number("episodes: rows", rows)
-    low, high = rows.min(0), rows.max(0)
-    width = np.where(low == high, np.maximum(1, np.abs(low) / 8192), 0).astype(rows.dtype)
-    with np.errstate(over="ignore"):
-        found = Normaliser(low - width, high + width)
-        check.number("episodes: high - low", found.high - found.low, above=0)
-    return found
-
-
-def normalise(normaliser: Normaliser, rows: Rows) -> Rows:
-    """Return 2 (x - low) / (high - low) - 1 of rows (.., d); in [-1, 1] for the rows of the fit."""
-    low, high = _edges(normaliser, rows)
-    return 2 * (rows - low) / (high - low) - 1
-
-
-def unnormalise(normaliser: Normaliser, rows: Rows) -> Rows:
-    """Invert `normalise` for rows (.., d), clipped to [-1, 1]."""
-    low, high = _edges(normaliser, rows)
-    return (rows.clip(-1, 1) + 1) / 2 * (high - low) + low
-
-
-def _edges(normaliser: Normaliser, rows: Rows) -> Normaliser:
-    """Return the normaliser with the rank of the rows, because JAX can be set to refuse rank promotion."""
-    return Normaliser(*(edge.reshape((1,) * (rows.ndim - 1) + edge.shape) for edge in normaliser))
-
-
-def trimmed(episodes: Episodes, limit: int = LIMIT) -> Episodes:
-    """Drop the last row of all episodes, and cut them to `limit` rows; leave out episodes of fewer than two rows.
-
-    Raises:
-      ValueError: no episode is left, or `limit` is below 2.
-    """
-    check.number("episodes: limit", limit, at_least=2, whole=True)
-    lengths = np.minimum(episodes.lengths - 1, limit)
-    lengths = np.where(lengths > 1, lengths, 0)
-    if not lengths.any():
-        longest = max(episodes.lengths, default=0)
-        raise ValueError(
-            f"episodes: one must have 3 rows or more, got {len(lengths)} episodes, the longest of {longest} rows"
-        )
-    keep = _place(episodes.lengths) < np.repeat(lengths, episodes.lengths)
-    return Episodes(episodes.observations[keep], episodes.actions[keep], lengths[lengths > 0])
-
-
-def thinned(episodes: Episodes, stride: int) -> Episodes:
-    """Keep every `stride`-th row of an episode, counted back from the last but one, because windows drop the last."""
-    check.number("episodes: stride", stride, at_least=1, whole=True)
-    from_end = np.repeat(episodes.lengths, episodes.lengths) - 1 - _place(episodes.lengths)
-    keep = ((from_end - 1) % stride == 0) | (from_end == 0) if stride > 1 else np.ones(len(from_end), bool)
-    owner = np.repeat(np.arange(len(episodes.lengths)), episodes.lengths)[keep]
-    lengths = np.bincount(owner, minlength=len(episodes.lengths))
-    return Episodes(episodes.observations[keep], episodes.actions[keep], lengths)
-
-
-class Windows(NamedTuple):
-    """The rows of a data set and the begins of its windows, as arguments of a compiled program."""
-
-    rows: Float[np.ndarray, "n d"]
-    """(action, observation), normalised."""
-    begin: Int[np.ndarray, " w"]
-    """First rows of the windows."""
-    last: Int[np.ndarray, " w"]
-    """Last rows of the windows' episodes."""
-    still: Float[np.ndarray, " a"]
-    """The action 0, normalised."""
-
-
-def windows(episodes: Episodes, normaliser: Normaliser, horizon: int, limit: int = LIMIT) -> Windows:
-    """Return all windows, repeated so that episodes of any length have about the same weight.
-
-    Windows of an episode of L rows (`trimmed`) begin at its rows 0 .. M - 1, with M = max(L - horizon, 1).  They are
-    repeated floor(max M / M) times, as in the paper's code.
-    """
-    check.number("windows: horizon", horizon, at_least=1, whole=True)
-    used = trimmed(episodes, limit)
-    starts = np.maximum(used.lengths - horizon, 1)
-    repeated = starts.max() // starts * starts
-    episode = np.repeat(np.arange(len(starts)), repeated)
-    ends = np.cumsum(used.lengths)
-    begin = (ends - used.lengths)[episode] + _place(repeated) % starts[episode]
-    still = normalise(normaliser, np.zeros_like(normaliser.low))[: used.actions.shape[1]]
-    rows = normalise(normaliser, _rows(used))
-    return Windows(rows, begin.astype(np.int32), (ends - 1)[episode].astype(np.int32), still)
-
-
-def window(source: Windows, i: int | Int[Array, ""], horizon: int) -> Float[Array, "horizon d"]:
-    """Return window i.  After the end of its episode, the last observation is repeated and the action is 0."""
-    check.number("window: horizon", horizon, at_least=1, whole=True)
-    row = jnp.take(source.begin, i) + jnp.arange(horizon)
-    last = jnp.take(source.last, i)
-    rows = jnp.take(source.rows, jnp.minimum(row, last), 0)
-    actions = len(source.still)
-    done = jnp.where((row <= last)[:, None], rows[:, :actions], source.still)
-    return jnp.concatenate([done, rows[:, actions:]], 1)
-
-
-def _rows(episodes: Episodes) -> np.ndarray:
-    return np.concatenate([episodes.actions, episodes.observations], 1)
-
-
-def _place(counts: np.ndarray) -> np.ndarray:
-    """Return 0 .. counts[0] - 1, 0 .. counts[1] - 1, .."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from gendiff import check
 
@@ -30,7 +30,7 @@ def rate(events: int, n: int) -> Estimate:
     events, n = (int(count) if float(count).is_integer() else count for count in (events, n))  # sums of float masks
     check.number("rate: n", n, at_least=1, whole=True)
     check.number("rate: events", events, at_least=0, at_most=n, whole=True)
-    interval = stats.binomtest(int(events), int(n)).proportion_ci(CONFIDENCE, method="wilson")
+    interval = scipy.stats.binomtest(int(events), int(n)).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(events / n, float(interval.low), float(interval.high), int(n))
 
 
@@ -45,7 +45,7 @@ def mean(values: ArrayLike) -> Estimate:
     value = float(values.mean())
     if n == 1:
         return _unbounded(value, 1)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * values.std(ddof=1) / n**0.5)
+    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * values.std(ddof=1) / n**0.5)
     return Estimate(value, value - half, value + half, n)
 
 

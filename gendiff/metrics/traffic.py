@@ -6,8 +6,8 @@ Realism is the distance of the marginals of speed, heading and gaps to real marg
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Bool, Float, Int
-from scipy.stats import wasserstein_distance
 
 from gendiff import check
 from gendiff.metrics import rates
@@ -101,7 +101,8 @@ def differences(generated: Marginals, real: Marginals) -> dict[str, float]:
     both = {name: (generated[name], real[name]) for name in real}
     for name, pair in both.items():
         check.number(f"differences: {name}", np.concatenate(pair))
-    return {name: float(wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf for name, pair in both.items()}
+    distance = lambda pair: float(scipy.stats.wasserstein_distance(*pair)) if all(map(len, pair)) else np.inf
+    return {name: distance(pair) for name, pair in both.items()}
 
 
 def distances(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gendiff.data import drawn_sevens, episodes, maze2d, mnist, traffic
+from gendiff.data import drawn_sevens, episodes, maze2d, mazes, mnist, traffic
 from gendiff.data.episodes import Episodes
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -78,7 +78,7 @@ def test_maze2d(tmp_path):
     assert_rows(found, {name: [source[i][name] for i in range(len(source))] for name in source[0]})
     names = builders.Maze2d.builder_configs
     assert names["umaze"].goal is None
-    assert names["large-goal-3"].goal == maze2d.MAZES["large"].goals[2]
+    assert names["large-goal-3"].goal == mazes.MAZES["large"].goals[2]
     assert len(names) == 36
 
 

@@ -1,15 +1,12 @@
 import contextlib
 import json
 import os
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from gendiff.data import DataError, episodes
 from gendiff.data.episodes import Episodes
@@ -335,139 +332,3 @@ def test_what_is_no_minari_data_set_is_named(hdf5, tmp_path):
         episodes.minari(hdf5({"episode_0/observations": np.zeros((1, 4)), "episode_0/actions": np.zeros((0, 2))}))
     with pytest.raises(DataError, match="must have an array episode_0/observations"):
         episodes.minari(hdf5({"episode_0": np.zeros((1, 4))}))
-
-
-# Windows.
-
-NUMBERS = st.floats(-50, 50, width=32).map(lambda x: np.float32(round(x, 3)))
-
-
-@given(rows=hnp.arrays(np.float32, (5, 6), elements=NUMBERS))
-def test_the_normaliser_maps_the_data_onto_the_cube_and_back(rows):
-    normaliser = episodes.fit(Episodes(np.r_[rows, rows[:1]][:, 2:], np.r_[rows, rows[:1]][:, :2], np.array([6])))
-    mapped = episodes.normalise(normaliser, rows)
-    varies = np.ptp(rows, 0) > 0
-    assert mapped.dtype == np.float32
-    np.testing.assert_allclose(mapped.min(0), np.where(varies, -1, 0), atol=1e-6)
-    np.testing.assert_allclose(mapped.max(0), np.where(varies, 1, 0), atol=1e-6)
-    np.testing.assert_allclose(episodes.unnormalise(normaliser, mapped), rows, atol=1e-5)
-    np.testing.assert_allclose(episodes.unnormalise(normaliser, 0 * mapped + 9)[0], normaliser.high, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-@pytest.mark.parametrize("value", [0.0, 5.0, -7000.0, 6e4, 1e8, -3e30])
-def test_a_constant_coordinate_has_a_width_of_its_size(value, dtype):
-    value = float(np.clip(value, -65504, 65504)) if dtype == np.float16 else value
-    rows = np.concatenate([np.full((9, 1), value), np.arange(9.0)[:, None]], 1).astype(dtype)
-    given = Episodes(rows, rows, np.array([9]))
-    normaliser = episodes.fit(given)
-    both = np.concatenate([rows, rows], 1).astype(np.promote_types(dtype, np.float32))
-    mapped = episodes.normalise(normaliser, both)
-    np.testing.assert_allclose(mapped[:, [0, 2]], 0, atol=2e-3)
-    np.testing.assert_allclose(episodes.unnormalise(normaliser, mapped)[:-1], both[:-1], rtol=1e-6, atol=1e-6)
-    if abs(value) <= 8192:
-        np.testing.assert_array_equal(normaliser.low[0], np.float64(value) - 1)
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (np.full((5, 4), np.nan, np.float32), "rows must be a finite number, got nan"),
-        (np.float32([[-3e38], [3e38], [0], [0], [0]]), "high - low must be > 0, got inf"),
-    ],
-)
-def test_rows_without_a_normaliser_are_named(rows, message):
-    with pytest.raises(ValueError, match=message):
-        episodes.fit(Episodes(rows, rows, np.array([5])))
-    for limit in (1, 0, -1):
-        with pytest.raises(ValueError, match="limit must be >= 2 and whole"):
-            episodes.fit(numbered([5]), limit)
-
-
-def test_dropped_rows_do_not_count_for_the_normaliser():
-    given = numbered([4, 2, 5])  # rows 0 1 2, none, 6 7 8 9
-    low, high = episodes.fit(given)
-    np.testing.assert_array_equal(low, [100, 2, 0, -9])
-    np.testing.assert_array_equal(high, [109, 4, 9, 0])
-    np.testing.assert_array_equal(episodes.fit(given, limit=2).high, [107, 4, 7, 0])
-
-
-def test_windows_of_handmade_episodes():
-    given = numbered([6, 3, 2, 12])  # of which 5, 2, none and 11 rows are used
-    found = episodes.windows(given, episodes.fit(given), 4)
-    # M = 1, 1, 7 starts; the first two are repeated 7 times.
-    np.testing.assert_array_equal(found.begin, [0] * 7 + [5] * 7 + list(range(7, 14)))
-    np.testing.assert_array_equal(found.last, [4] * 7 + [6] * 7 + [17] * 7)
-    assert found.begin.dtype == found.last.dtype == np.int32
-    rows = episodes.unnormalise(episodes.fit(given), episodes.window(found, 7, 4))
-    # The action 0 is far outside the data's: clipped here, but not in the window.
-    np.testing.assert_allclose(rows[:, 2], [6, 7, 7, 7], atol=1e-4)
-    np.testing.assert_allclose(rows[:2, :2], [[106, 3], [107, 3]], atol=1e-4)
-    np.testing.assert_allclose(episodes.window(found, 7, 4)[2:, 0], 2 * (0 - 100) / 21 - 1, rtol=1e-6)
-
-
-def padded(given: Episodes, horizon: int, limit: int) -> list[np.ndarray]:
-    """The spec's sentences, one after the other, before normalisation."""
-    ends = np.cumsum(given.lengths)
-    whole, counts = [], []
-    for begin, end in zip(ends - given.lengths, ends, strict=True):
-        seen, done = given.observations[begin : end - 1][:limit], given.actions[begin : end - 1][:limit]
-        if (length := len(seen)) <= 1:
-            continue
-        more = limit + horizon - length
-        seen = np.concatenate([seen, np.repeat(seen[-1:], more, 0)])
-        whole.append(np.concatenate([np.concatenate([done, np.zeros((more, 2))]), seen], 1))
-        counts.append(max(min(min(length, limit - horizon), length - horizon), 1))
-    repeated = [(e, s) for e, m in enumerate(counts) for _ in range(max(counts) // m) for s in range(m)]
-    return [whole[e][s : s + horizon] for e, s in repeated]
-
-
-@partial(jax.jit, static_argnums=1)
-def batch(source: episodes.Windows, horizon: int) -> jax.Array:
-    return jax.vmap(lambda i: episodes.window(source, i, horizon))(jnp.arange(len(source.begin)))
-
-
-@given(
-    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=6).filter(lambda each: max(each) > 2),
-    horizon=st.sampled_from([1, 4, 16]),
-    limit=st.integers(2, 12),
-)
-def test_windows_are_slices_of_padded_episodes(lengths, horizon, limit):
-    given = numbered(lengths)
-    normaliser = episodes.fit(given, limit)
-    found = episodes.windows(given, normaliser, horizon, limit)
-    expected = [episodes.normalise(normaliser, each) for each in padded(given, horizon, limit)]
-    assert len(found.begin) == len(expected)
-    # Arrays of one size are one program.
-    fixed = episodes.Windows(*(np.resize(array, (100, *array.shape[1:])) for array in found[:3]), found.still)
-    np.testing.assert_allclose(batch(fixed, horizon)[: len(expected)], expected, rtol=2e-5, atol=2e-5)
-
-
-def test_windows_are_arguments_of_a_compiled_program():
-    found = episodes.windows(numbered([6, 12]), episodes.fit(numbered([6, 12])), 4)
-    compiled = batch(found, 4)
-    for i in (0, 9):
-        np.testing.assert_array_equal(compiled[i], episodes.window(found, i, 4))
-    assert np.isnan(episodes.window(found, len(found.begin), 4)[:, 2:]).all()
-
-
-@pytest.mark.parametrize("lengths", [[], [1, 2, 2]])
-def test_without_a_usable_episode_there_are_no_windows(lengths):
-    given = numbered(lengths)
-    with pytest.raises(ValueError, match=f"one must have 3 rows or more, got {len(lengths)} episodes, the longest of "):
-        episodes.fit(given)
-    with pytest.raises(ValueError, match="horizon must be >= 1 and whole, got 0"):
-        episodes.windows(numbered([9]), episodes.fit(numbered([9])), 0)
-
-
-def test_thinning_keeps_the_rows_before_the_last_and_the_last():
-    lengths = np.array([7, 1, 2, 6])
-    rows = np.arange(16.0)[:, None]
-    thin = episodes.thinned(episodes.Episodes(rows, -rows, lengths), 3)
-    np.testing.assert_array_equal(thin.observations[:, 0], [2, 5, 6, 7, 8, 9, 11, 14, 15])
-    np.testing.assert_array_equal(thin.actions, -thin.observations)
-    np.testing.assert_array_equal(thin.lengths, [3, 1, 2, 3])
-    same = episodes.thinned(episodes.Episodes(rows, rows, lengths), 1)
-    np.testing.assert_array_equal(same.observations, rows)
-    with pytest.raises(ValueError, match="stride must be >= 1 and whole, got 0"):
-        episodes.thinned(same, 0)

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gendiff.data import episodes, maze2d
-from gendiff.data.maze2d import MAZES, Controller, Rules
+from gendiff.data import episodes, maze2d, mazes
+from gendiff.data.maze2d import Controller, Rules
+from gendiff.data.mazes import MAZES
 
 needs_mujoco = pytest.mark.skipif(importlib.util.find_spec("mujoco") is None, reason="MuJoCo is not installed")
 every_maze = pytest.mark.parametrize("maze", MAZES.values(), ids=MAZES)
@@ -28,15 +29,15 @@ def free_step(states: np.ndarray, actions: np.ndarray) -> np.ndarray:
 
 def test_sizes_of_the_mazes():
     assert [maze.extent for maze in MAZES.values()] == [(5, 7), (5, 5), (8, 8), (9, 12)]
-    assert [len(maze2d.cells(maze)) for maze in MAZES.values()] == [15, 7, 26, 46]
-    assert [maze2d.routes(maze).shape[-1] for maze in MAZES.values()] == [6, 6, 11, 19]
+    assert [len(mazes.cells(maze)) for maze in MAZES.values()] == [15, 7, 26, 46]
+    assert [mazes.routes(maze).shape[-1] for maze in MAZES.values()] == [6, 6, 11, 19]
 
 
 @every_maze
 def test_goals_are_eight_free_places_in_order(maze):
     assert len(maze.goals) == len(set(maze.goals)) == 8
     assert list(maze.goals) == sorted(maze.goals)
-    assert (maze2d.wall_distance(maze, np.array(maze.goals)) > 0).all()
+    assert (mazes.wall_distance(maze, np.array(maze.goals)) > 0).all()
 
 
 @every_maze
@@ -45,7 +46,7 @@ def test_the_wall_distance_is_that_of_all_squares(maze):
     squares = np.array([(i, j) for i, row in enumerate(maze.rows) for j, cell in enumerate(row) if cell == "#"])
     nearest = np.clip(points[:, None], squares - 0.5, squares + 0.5)
     expected = np.linalg.norm(points[:, None] - nearest, axis=-1).min(1)
-    found = maze2d.wall_distance(maze, points)
+    found = mazes.wall_distance(maze, points)
     near = np.isfinite(found)  # the middle of a large hall sees no wall
     np.testing.assert_allclose(found[near], expected[near], atol=1e-12)
     assert (expected[~near] > 1).all()
@@ -53,7 +54,7 @@ def test_the_wall_distance_is_that_of_all_squares(maze):
 
 @every_maze
 def test_routes_are_those_of_q_iteration(maze):
-    free = [tuple(int(i) for i in cell) for cell in maze2d.cells(maze)]
+    free = [tuple(int(i) for i in cell) for cell in mazes.cells(maze)]
     moves = [(0, 0), (0, -1), (0, 1), (-1, 0), (1, 0)]
     after = lambda cell, move: (cell[0] + move[0], cell[1] + move[1])
     stay = lambda cell, move: after(cell, move) if after(cell, move) in free else cell
@@ -64,7 +65,7 @@ def test_routes_are_those_of_q_iteration(maze):
         for _ in range(25):
             value = (every == goal)[:, None] + 0.99 * value.max(1)[onwards]
         place = every
-        for step in maze2d.routes(maze)[:, goal].T:
+        for step in mazes.routes(maze)[:, goal].T:
             place = onwards[place, np.argmax(value[place], 1)]
             np.testing.assert_array_equal(step, place)
         assert (place == goal).all()
@@ -80,7 +81,7 @@ def test_routes_are_those_of_q_iteration(maze):
 )
 def test_impossible_mazes(rows, what):
     with pytest.raises(ValueError, match=f"mine must have .*{what}"):
-        maze2d.routes(maze2d.Maze("mine", rows, ()))
+        mazes.routes(mazes.Maze("mine", rows, ()))
 
 
 # Physics.
@@ -91,11 +92,11 @@ def test_a_step_in_free_space_has_a_closed_form():
     rng = np.random.default_rng(0)
     states = np.concatenate([rng.uniform([1, 1], [3, 5], (200, 2)), rng.uniform(-10, 10, (200, 2))], 1)
     actions = rng.uniform(-2, 2, (200, 2))
-    with maze2d.physics(MAZES["open"], 1) as step:
+    with mazes.physics(MAZES["open"], 1) as step:
         np.testing.assert_allclose(step(states, actions), free_step(states, actions), rtol=0, atol=1e-12)
     slow = states.copy()
     slow[:, 2:] = slow[:, 2:].clip(-5, 5)
-    with maze2d.physics(MAZES["open"], 2, largest_speed=5.0) as step:
+    with mazes.physics(MAZES["open"], 2, largest_speed=5.0) as step:
         np.testing.assert_allclose(step(states, actions), free_step(slow, actions), rtol=0, atol=1e-12)
 
 
@@ -111,7 +112,7 @@ def test_walls_stop_the_ball_and_let_it_slide(axis):
     actions = np.full((2, 2), 0.02)
     actions[:, axis] = (-1, 1)
     alone = states
-    with maze2d.physics(MAZES["open"], 1) as step:
+    with mazes.physics(MAZES["open"], 1) as step:
         for _ in range(150):
             states, alone = step(states, actions), free_step(alone, actions)
     np.testing.assert_allclose(states[:, axis], [1 - 0.597, last + 0.197], atol=2e-3)
@@ -149,13 +150,13 @@ def test_decisions(numbers, factor, step):
 def test_waypoints_are_the_cells_of_the_route_with_an_offset(controller):
     maze = MAZES["large"]
     starts, paths = maze2d.begin(maze, 0, np.arange(400), None, Rules(controller))
-    free = maze2d.cells(maze).tolist()
+    free = mazes.cells(maze).tolist()
     offsets = []
     for start, path in zip(starts, paths, strict=True):
-        route = maze2d.routes(maze)[free.index(np.rint(start).tolist()), free.index(np.rint(path[-1]).tolist())]
+        route = mazes.routes(maze)[free.index(np.rint(start).tolist()), free.index(np.rint(path[-1]).tolist())]
         count = np.sum(route != route[-1])
         np.testing.assert_array_equal(path[count:], np.tile(path[-1], (len(path) - count, 1)))
-        offset = path[:count] - maze2d.cells(maze)[route[:count]]
+        offset = path[:count] - mazes.cells(maze)[route[:count]]
         if not controller.each:
             np.testing.assert_allclose(offset, np.tile(offset[:1], (count, 1)), atol=1e-12)
         offsets.append(offset if controller.each else offset[:1])
@@ -177,14 +178,14 @@ def test_areas_of_the_cells():
 def test_densities_of_starts_and_goals(maze, start):
     n = 20_000
     points = maze2d.places(maze, np.random.default_rng(0).random((n, maze2d.PROPOSALS, 3)), Rules(start=start))
-    assert (maze2d.wall_distance(maze, points) >= 0.26 - 1e-12).all()
+    assert (mazes.wall_distance(maze, points) >= 0.26 - 1e-12).all()
     low, high, area = maze2d.rooms(maze)
     rectangle = np.prod(high - low, 1)
     # Where starts may be: without the quarter discs around corners (the area that the paper's code takes has squares).
     allowed = rectangle - np.round((rectangle - area) / 0.26**2) * np.pi / 4 * 0.26**2
     assert (allowed / rectangle).min() > 0.8
     share = allowed if start == "area" or maze.name == "open" else allowed / rectangle / area
-    cells = maze2d.cells(maze).tolist()
+    cells = mazes.cells(maze).tolist()
     counts = np.bincount([cells.index(cell) for cell in np.rint(points).astype(int).tolist()], minlength=len(cells))
     # Chi-square over the cells; false-alarm rate 1e-4 for each maze and distribution.
     assert stats.chisquare(counts, n * share / share.sum()).pvalue > 1e-4
@@ -196,12 +197,12 @@ def test_densities_of_starts_and_goals(maze, start):
 # Episodes.
 
 
-def plain(maze: maze2d.Maze, seed: int, attempt: int) -> np.ndarray | None:
+def plain(maze: mazes.Maze, seed: int, attempt: int) -> np.ndarray | None:
     """One attempt of the paper's loop, step by step, in scalar code on MuJoCo's own."""
     import mujoco
 
     (start,), (path,) = maze2d.begin(maze, seed, np.array([attempt]))
-    model = mujoco.MjModel.from_xml_string(maze2d.xml(maze))
+    model = mujoco.MjModel.from_xml_string(mazes.xml(maze))
     data = mujoco.MjData(model)
     data.qpos[:] = before = start
     at, rows = 0, []
@@ -213,7 +214,7 @@ def plain(maze: maze2d.Maze, seed: int, attempt: int) -> np.ndarray | None:
         action = 3 * (waypoint - place) - 0.3**0.5 * velocity
         at += bool(not solved and slow and np.linalg.norm(waypoint - place) < 0.3)
         rows.append(np.concatenate([place, velocity, action]))
-        if maze2d.wall_distance(maze, place[None])[0] < 0.26:
+        if mazes.wall_distance(maze, place[None])[0] < 0.26:
             return None
         if solved or len(rows) == 1000:
             return np.array(rows) if solved or at else None
@@ -260,7 +261,7 @@ def test_statistics_of_base_episodes(name):
     discarded = 1 - len(kept) / len(tried)
     assert abs(discarded - share) < 4 * np.sqrt(share * (1 - share) * (1 / len(tried) + 1 / of)) + 0.005
     seen, done = (np.concatenate(part) for part in zip(*kept, strict=True))
-    assert (maze2d.wall_distance(maze, seen[:, :2]) > 0.26 - 1e-6).all()
+    assert (mazes.wall_distance(maze, seen[:, :2]) > 0.26 - 1e-6).all()
     largest = abs(done).max(0)
     # 3 times the longest straight way in the open maze, else about 1.5 cells and some speed.
     assert (largest < ([7.45, 13.45] if name == "open" else 5.6)).all()
@@ -357,10 +358,10 @@ def test_what_cannot_be_made_is_named(change, what, tmp_path):
 
 def test_beyond_the_maze_all_is_wall():
     points = np.array([[-30.0, 1.0], [1.0, 90.0], [-0.9, -0.9], [1e9, 1e9]])
-    np.testing.assert_array_equal(maze2d.wall_distance(maze2d.MAZES["umaze"], points), 0)
+    np.testing.assert_array_equal(mazes.wall_distance(MAZES["umaze"], points), 0)
     for bad, what in ((points * np.nan, "points must be a finite number, got nan"), (points[:, :1], "have shape")):
         with pytest.raises(ValueError, match=what):
-            maze2d.wall_distance(maze2d.MAZES["umaze"], bad)
+            mazes.wall_distance(MAZES["umaze"], bad)
 
 
 @needs_mujoco
@@ -390,7 +391,7 @@ def test_the_physics_is_that_of_gymnasium_robotics():
     rng = np.random.default_rng(0)
     state = np.array([[1.0, 1.0, 0.0, 0.0]])
     env.set_state(place(state), np.zeros(2))
-    with maze2d.physics(MAZES["umaze"], 1, 5.0) as step:
+    with mazes.physics(MAZES["umaze"], 1, 5.0) as step:
         for action in np.repeat(rng.uniform(-1, 1, (40, 2)), 10, 0):
             env.step(turned(*action))
             state = step(state, action[None])

@@ -39,12 +39,11 @@ TINY = [
 ]  # fmt: skip
 NAMES = ["data", "baseline", "round-1-unweighted", "round-1", "distilled-1", "round-2", "distilled-2", "rejection",
          "refit", "replay", "smc"]  # fmt: skip
-CACHE = Path(__file__).parents[2] / ".cache" / "experiments"
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """The experiment in a process of its own, with two virtual devices and a compile cache."""
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "2"}
+    """The experiment in a process of its own, with two virtual devices."""
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-m", "experiments.genneg.checkerboard", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -213,7 +212,7 @@ for name, changes in {
 
 
 def test_seed_output_and_scale_compile_nothing_and_steps_of_the_sampler_do(tmp_path: Path) -> None:
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "2"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
     command = [sys.executable, "-c", COUNTED, str(tmp_path), *TINY, "--rounds", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

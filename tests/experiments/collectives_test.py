@@ -11,10 +11,10 @@ import pytest
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard_problem, traffic_problem
-from experiments.relative_reward import maze2d
+from experiments.relative_reward import maze2d, paths
 from gendiff import devices, distributed, losses, programs, training
 from gendiff.data import scenes, traffic
-from gendiff.data.episodes import Windows
+from gendiff.data.windows import Windows
 from gendiff.devices import Placement
 from gendiff.methods import censoring, genneg, relative_reward
 from gendiff.training import Settings
@@ -40,6 +40,11 @@ def test_the_parse_sees_collectives():
     assert collectives(gathered.lower(jnp.zeros(64)).compile().as_text()) == {"all-gather": 1}
 
 
+def blank(function, *arguments):
+    """Zeros of the shapes of the results: no text depends on numbers, and to compute them is a program more."""
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), jax.eval_shape(function, *arguments))
+
+
 def placed(tree):
     return distributed.place(distributed.make_mesh(), tree)
 
@@ -59,7 +64,7 @@ def classifier_text(setup, phi, synthetic, conditions):
 
 
 def student_text(setup, guided, x0, conditions, rows):
-    examples = genneg.teach(setup, None, guided, x0, jax.random.key(5), conditions, rows)
+    examples = blank(partial(genneg.teach, setup, None), guided, x0, jax.random.key(5), conditions, rows)
     task = genneg.student_task(losses.regression(setup.model, setup.weight), 8, setup.bind)
     return steps_text(task, guided.theta, (examples, rows, len(x0), conditions))
 
@@ -71,9 +76,10 @@ def samples_text(program, static, given):
 def of_mnist():
     config = mnist.PRESETS["smoke"]
     setup = mnist.problem(config)
-    theta = mnist.initialised(mnist.unet_of(config), config, jax.random.key(0))
+    theta = blank(lambda: mnist.initialised(mnist.unet_of(config), config, jax.random.key(0)))
     images = np.zeros((64, config.size, config.size, 1), np.float32)
-    rewards = jax.tree.map(lambda a: a[None], mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
+    reward = blank(lambda: mnist.initialised(mnist.reward_of(config), config, jax.random.key(1)))
+    rewards = jax.tree.map(lambda a: a[None], reward)
     how = censoring.Censoring(scale=0.0, recurrence=1)
     static, given = (setup, how, UNEVEN), (theta, rewards, jax.random.key(2), 1.0, 2)
     k = 3
@@ -83,15 +89,16 @@ def of_mnist():
         partial(steps_text, mnist.base_task(setup, 16), theta, images),
         partial(steps_text, censoring.reward_task(setup, 16), several, labelled),
     ]
-    return trainings, partial(samples_text, censoring._draw, static, given)
+    return trainings, partial(samples_text, censoring.drawn, static, given)
 
 
 def of_traffic():
     config = traffic_problem.PRESETS["smoke"]
     setup, held = traffic_problem.problem(config), traffic.take(traffic.embedded("test"), np.arange(16))
     given = jax.tree.map(jnp.asarray, scenes.place(held))
-    theta = jax.jit(traffic_problem.denoiser_network(config).init)(jax.random.key(0), traffic.take(given, 0))
-    phi = jax.jit(traffic_problem.classifier_network(config, "agent").init)(jax.random.key(1), traffic.take(given, 0))
+    place = traffic.take(given, 0)
+    theta = blank(traffic_problem.denoiser_network(config).init, jax.random.key(0), place)
+    phi = blank(traffic_problem.classifier_network(config, "agent").init, jax.random.key(1), place)
     guided = genneg.append(genneg.Guided(theta), {"net": phi, "shift": jnp.zeros(())})
     x = jnp.asarray(scenes.normalised(held))
     context = ((given, x), (given, x), jax.random.split(jax.random.key(2), 16))
@@ -109,8 +116,12 @@ def of_traffic():
 def of_checkerboard():
     config = checkerboard_problem.PRESETS["smoke"]
     setup = checkerboard_problem.problem(config)
-    theta = checkerboard_problem.initialised(checkerboard_problem.denoiser_network(config), jax.random.key(0))
-    net = checkerboard_problem.initialised(checkerboard_problem.classifier_network(config), jax.random.key(1))
+    theta = blank(
+        lambda: checkerboard_problem.initialised(checkerboard_problem.denoiser_network(config), jax.random.key(0))
+    )
+    net = blank(
+        lambda: checkerboard_problem.initialised(checkerboard_problem.classifier_network(config), jax.random.key(1))
+    )
     guided = genneg.append(genneg.Guided(theta), {"net": net, "shift": jnp.zeros(())})
     points = jnp.zeros((64, 2))
     context = (points, points, jax.random.split(jax.random.key(2), 64))
@@ -135,15 +146,14 @@ def runs_text(task, params, context, own):
 
 def of_maze():
     config = maze2d.PRESETS["smoke"]
-    family, chain = maze2d.FAMILIES[1], maze2d.chain(config.diffusion_steps)
-    problem = maze2d.reward_problem(config, family.switches, config.window)
-    network = maze2d.reward_of(config, family.switches, config.window)
+    family = maze2d.families("umaze")[1]
+    models, rewards = family.models(config), family.rewards(config)
     path = jnp.zeros((config.horizon, len(maze2d.COORDINATES)))
-    theta = jax.jit(maze2d.unet_of(config).init)(jax.random.key(0), path, jnp.zeros(()))
-    phi = jax.jit(network.init)(jax.random.key(1), path, jnp.zeros(()))
-    paths, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
+    theta = blank(paths.unet_of(config).init, jax.random.key(0), path, jnp.zeros(()))
+    phi = blank(rewards.network.init, jax.random.key(1), path, jnp.zeros(()))
+    x0, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
     targets = jnp.broadcast_to(path, (64, maze2d.GOALS, *path.shape))
-    examples = losses.Aligned(paths, jnp.ones(64, jnp.int32), targets, paths)
+    examples = losses.Aligned(x0, jnp.ones(64, jnp.int32), targets, x0)
     # One run each of 8 devices: rewards of one pool, and models of one data set.
     rows = np.zeros((8, 64, path.shape[1]), np.float32)
     begin = np.zeros((8, 16), np.int32)
@@ -154,12 +164,12 @@ def of_maze():
     }
     goals = {"goal": np.arange(8) % 4}
     runs = [
-        partial(runs_text, relative_reward.reward_task(problem), phi, (examples, goals), (False, True)),
-        partial(runs_text, maze2d.diffuser_task(config), theta, own, True),
+        partial(runs_text, relative_reward.reward_task(rewards.problem), phi, (examples, goals), (False, True)),
+        partial(runs_text, paths.diffuser_task(config), theta, own, True),
     ]
-    static = (chain, maze2d.model(config), problem.network, family.switches)
-    given = (known, theta, phi, jnp.float32(1.0), paths[:UNEVEN], jax.random.key(2))
-    return runs, partial(samples_text, maze2d._plans, static, given)
+    static = (models.process, models.model, rewards.problem.network, models.switches)
+    given = (theta, phi, jnp.float32(1.0), known, x0[:UNEVEN], jax.random.key(2))
+    return runs, partial(samples_text, relative_reward.steered, static, given)
 
 
 SLOW = pytest.param(of_mnist, marks=pytest.mark.slow)  # minutes of compilation

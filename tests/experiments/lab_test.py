@@ -68,7 +68,7 @@ def test_results_have_one_shape(tmp_path: Path) -> None:
     rows = [Row("baseline", {"infraction_rate": rates.rate(1, 8)}, {"infraction_rate": 0.0003})]
     results = folder.finish(rows, [Column("infraction_rate", "infraction %", percent=True)])
     document = json.loads((tmp_path / "results.json").read_text())
-    assert set(document) == {"experiment", "format", "commit", "device", "processes", "config", "rows"}
+    assert set(document) == {"experiment", "format", "commit", "device", "versions", "processes", "config", "rows"}
     row = document["rows"][0]
     assert (row["name"], row["paper"]) == ("baseline", {"infraction_rate": 0.0003})
     assert set(row["metrics"]["infraction_rate"]) == {"value", "low", "high", "n"}
@@ -318,13 +318,13 @@ def test_paths_with_a_colon_are_paths(path):
     [
         ("relative_reward.maze2d", ["--mazes", "open", "open"]),
         ("relative_reward.maze2d", ["--grid", "4", "4"]),
-        ("censoring.mnist", ["--sweep", "1", "2", "1"]),
-        ("censoring.mnist", ["--active-labels", "5", "5"]),
+        ("censoring.mnist", ["--guidance.sweep", "1", "2", "1"]),
+        ("censoring.mnist", ["--active.labels", "5", "5"]),
         ("speed.censoring", ["--members", "1", "1"]),
         ("speed.genneg", ["--classifiers", "1", "1"]),
         ("genneg.traffic", ["--data", "gs://bucket/x"]),
         ("genneg.traffic", ["--recorded", "gs://bucket/x"]),
-        ("censoring.mnist", ["--resnet-weights", "gs://bucket/x"]),
+        ("censoring.mnist", ["--resnet.weights", "gs://bucket/x"]),
         ("censoring.oracle", ["--data", "gs://bucket/x"]),
         ("speed.mesh", ["--output", "gs://bucket/x"]),
     ],

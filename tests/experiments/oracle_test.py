@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.censoring import oracle
-from experiments.lab.config import ConfigError
-from gendiff.data import mnist
+from experiments.lab.config import ConfigError, Training
+from gendiff.data import mnist, natural_sevens
 from gendiff.feedback import consensus, labels
 from gendiff.feedback.samples import content_hash
 from gendiff.oracles import crossed_seven
@@ -46,13 +46,15 @@ def hand(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     other = [mark._replace(rater="page", id=f"page-{i}") for i, mark in enumerate(marks)]
     other[5] = other[5]._replace(label="malign")
     labels.append(page, other)
-    monkeypatch.setattr(oracle, "HAND", file)
-    monkeypatch.setattr(oracle, "PAGE", page)
+    monkeypatch.setattr(natural_sevens, "HAND", file)
+    monkeypatch.setattr(natural_sevens, "PAGE", page)
     return file
 
 
 def test_the_table_is_there_and_learned_something(data: Path, hand: Path, tmp_path: Path) -> None:
-    config = oracle.OracleConfig(preset="smoke", steps=80, batch=32, data=data, output=tmp_path / "out")
+    config = oracle.OracleConfig(
+        preset="smoke", training=Training(80, batch=32, rate=2e-3), data=data, output=tmp_path / "out"
+    )
     results = oracle.run(config)
     found = {row.name: row.metrics for row in results.rows}
     assert set(found) == {"held-out pairs", "held-out pairs, perturbed", *oracle.SUBSETS.values(), oracle.RATERS}
@@ -71,26 +73,25 @@ def test_the_table_is_there_and_learned_something(data: Path, hand: Path, tmp_pa
     assert json.loads((results.folder / "results.json").read_text())["rows"] == before
     # What was measured is what is kept.
     kept = crossed_seven.read(results.folder / "crossed_seven_16.npz")
-    again = oracle.row("", oracle.held_out(config, kept, perturb=False))
-    assert again.metrics == found["held-out pairs"]
+    assert oracle.measured(oracle.judged(config, kept)["held-out pairs"]) == found["held-out pairs"]
 
 
 def test_bad_options_are_named() -> None:
-    with pytest.raises(ConfigError, match="--steps must be 1 to 1000000, got 0"):
-        oracle.OracleConfig(steps=0)
+    with pytest.raises(ConfigError, match=r"--training\.steps must be 1 to 100000000, got 0"):
+        oracle.OracleConfig(training=Training(0))
     with pytest.raises(mnist.DataError, match="/nowhere must hold MNIST's files"):
-        oracle.pools(oracle.OracleConfig(data=Path("/nowhere")))
+        natural_sevens.pools(Path("/nowhere"), 0)
 
 
 def test_the_kept_hand_labels_can_be_read() -> None:
-    marks = labels.read(oracle.HAND)
+    marks = labels.read(natural_sevens.HAND)
     subsets = [mark.sample.partition("/")[0] for mark in marks]
     assert set(subsets) == set(oracle.SUBSETS)
     assert subsets.count("random") >= 250
     assert len({mark.hash for mark in marks}) == len(marks) >= 300
     random = [mark.label for mark in marks if mark.sample.startswith("random/")]
     assert 0.1 < random.count("malign") / len(random) < 0.2
-    page = labels.read(oracle.PAGE)
+    page = labels.read(natural_sevens.PAGE)
     assert {mark.hash for mark in page} == {mark.hash for mark in marks}
     assert labels.seconds(page)["vision-model-at-page"] > 0
     (pair,) = consensus.agreement(marks + page).pairs.values()

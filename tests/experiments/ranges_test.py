@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
-from experiments import contract, sweep
-from experiments.lab.config import Between, Config, ConfigError
+from experiments import sweep
+from experiments.lab import command
+from experiments.lab.config import Between, Config, ConfigError, options
 from experiments.lab.experiment import find
 
 PAPERS = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
@@ -23,18 +24,27 @@ def presets(name: str) -> dict[str, Config]:
     return importlib.import_module(f"experiments.{name}").PRESETS
 
 
-def ranges(config: Config) -> dict[str, tuple[Any, Between]]:
-    """Each field with a number in it: its type and its range.  A field of another kind, such as a nested
-    configuration, is an error: this test would not see into it."""
+def ranges(config: Any, prefix: str = "") -> dict[str, tuple[Any, Between]]:
+    """Each option with a number in it, those of groups too: its type and its range.  An option of a kind that this test
+    does not see into is an error."""
     found = {}
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        limits = [each for each in get_args(hint)[1:] if isinstance(each, Between)]
+    for field, hint in get_type_hints(type(config), include_extras=True).items():
+        name, value = prefix + field, getattr(config, field)
+        limits = [mark for mark in get_args(hint)[1:] if isinstance(mark, Between)]
         kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-        if limits:
+        if dataclasses.is_dataclass(value):
+            found |= ranges(value, f"{name}.")
+        elif limits:
             found[name] = kind, limits[0]
         else:
             assert kind in (str, bool, Path | None) or get_origin(kind) is Literal or name == "mazes", (name, hint)
     return found
+
+
+def replaced(config: Any, option: str, value: Any) -> Any:
+    """The configuration with another value of an option, which may be of a group."""
+    field, dot, inner = option.partition(".")
+    return dataclasses.replace(config, **{field: replaced(getattr(config, field), inner, value) if dot else value})
 
 
 def outside(kind: Any, limits: Between) -> list[Any]:
@@ -53,23 +63,24 @@ def test_every_number_out_of_range_is_one_error(name: str) -> None:
     for field, (kind, limits) in ranges(config).items():
         for value in outside(kind, limits):
             with pytest.raises(ConfigError) as caught:
-                dataclasses.replace(config, **{field: value})
+                replaced(config, field, value)
             assert str(caught.value).startswith(f"--{field.replace('_', '-')} must "), value
             assert "\n" not in str(caught.value)
             checked += 1
-    assert checked >= 5 * len(dataclasses.fields(config)) / 2
+    assert checked >= 5 * len(list(options(config))) / 2
 
 
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("genneg.checkerboard", ["--patience", "-1"], "--patience must be 10 to 10000000, got -1"),
+        ("genneg.checkerboard", ["--baseline.patience", "-1"], "--baseline.patience must be 10 to 100000000, got -1"),
         ("genneg.traffic", ["--eta", "nan"], "--eta must be 0.0 to 1.0, got nan"),
         ("genneg.traffic", ["--eta", "5"], "--eta must be 0.0 to 1.0, got 5.0"),
         ("genneg.traffic", ["--seed", "-1"], "--seed must be 0 to 2147483647, got -1"),
-        ("censoring.mnist", ["--base-rate", "inf"], "--base-rate must be 1e-07 to 1.0, got inf"),
-        ("censoring.mnist", ["--sweep", "1", "nan"], "--sweep must be 1e-06 to 1000.0, got nan"),
-        ("censoring.mnist", ["--resnet-widths"], "--resnet-widths must have 1 or more numbers, got 0"),
+        ("censoring.mnist", ["--training.rate", "inf"], "--training.rate must be 1e-07 to 1.0, got inf"),
+        ("censoring.mnist", ["--guidance.sweep", "1", "nan"], "--guidance.sweep must be 1e-06 to 1000.0, got nan"),
+        ("censoring.mnist", ["--resnet.widths"], "--resnet.widths must have 1 or more numbers, got 0"),
+        ("relative_reward.maze2d", ["--rewards.rate", "2"], "--rewards.rate must be 1e-07 to 1.0, got 2.0"),
         ("relative_reward.maze2d", ["--decay", "2"], "--decay must be 0.0 to 0.99999, got 2.0"),
         ("relative_reward.maze2d", ["--multipliers", "1", "0"], "--multipliers must be 1 to 64, got 0"),
         ("relative_reward.maze2d", ["--mazes"], "--mazes must have 1 or more values, got none"),
@@ -82,7 +93,7 @@ def test_a_command_says_it_in_one_line_with_status_2(
     monkeypatch.setattr("sys.argv", ["experiment", *words])
     known = presets(name)
     with pytest.raises(SystemExit) as left:
-        contract.main(type(known["default"]), known, lambda config: pytest.fail("it ran"))
+        command.main(type(known["default"]), known, lambda config: pytest.fail("it ran"))
     assert left.value.code == 2
     assert capsys.readouterr().err.splitlines() == [f"error: {said}", "(GENDIFF_TRACEBACK=1 shows where)"]
 

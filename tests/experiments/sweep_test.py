@@ -13,7 +13,7 @@ from scipy import stats
 from experiments import sweep
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard, traffic
-from experiments.lab.config import Config, ConfigError
+from experiments.lab.config import Config, ConfigError, of_program
 from experiments.lab.experiment import Experiment, find
 from experiments.lab.table import Column
 from gendiff.metrics import rates
@@ -216,8 +216,17 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("module", [checkerboard, traffic, mnist])
 def test_problems_are_equal_where_programs_are(module):
     config = module.PRESETS["smoke"]
-    again = dataclasses.replace(config, guidance_scale=3.0, seed=4, output=Path("elsewhere"))
+    again = dataclasses.replace(scaled(config, 3.0), seed=4, output=Path("elsewhere"))
+    assert of_program(again) == of_program(config)
     assert module.problem(again) == module.problem(config)
     assert hash(module.problem(again)) == hash(module.problem(config))
     fewer = dataclasses.replace(config, sampler_steps=config.sampler_steps - 1)
+    assert of_program(fewer) != of_program(config)
     assert module.problem(fewer) != module.problem(config)
+
+
+def scaled(config, scale):
+    """The configuration with another scale of guidance."""
+    if isinstance(config, mnist.MnistConfig):
+        return dataclasses.replace(config, guidance=dataclasses.replace(config.guidance, scale=scale))
+    return dataclasses.replace(config, guidance_scale=scale)

@@ -14,7 +14,7 @@ from scipy import stats
 from gendiff import guidance, losses, process, sampling, steps, training, types
 from gendiff.checkpoint import Archive
 from gendiff.methods import censoring
-from gendiff.methods.censoring import Censoring, Labelled, Problem, RewardTraining, Sets
+from gendiff.methods.censoring import Censoring, Imitation, Labelled, LabelProblem, Request, RewardTraining, Sets
 from gendiff.nets import resnet
 from gendiff.nets.conv import Linear
 from gendiff.training import Settings
@@ -34,7 +34,7 @@ def plain(theta, x, t):
 
 
 def problem(steps=200, **changes):
-    return Problem(DDPM, plain, bump, (3,), steps, **changes)
+    return LabelProblem(DDPM, plain, bump, (3,), steps, **changes)
 
 
 def drawn(settings, rewards=NONE, steps=20, n=64, **changes):
@@ -91,6 +91,20 @@ def test_ddim_shifts_the_score():
 def test_copies_are_scale(universal):
     many = drawn(Censoring(scale=0.7, universal=universal), {"shift": jnp.zeros(3)})
     np.testing.assert_allclose(many, drawn(Censoring(scale=2.1, universal=universal)), rtol=1e-4, atol=1e-5)
+
+
+def test_runs_that_draw_together_draw_as_alone():
+    own = problem(20)
+    of_run = lambda k: Request(
+        None, {"shift": jnp.full(2, 0.1 * k)}, Censoring(scale=1.0 + k, recurrence=1 + k), jax.random.key(k)
+    )
+    together = censoring.draw_all(own, [of_run(k) for k in range(3)], 8)
+    for k, samples in enumerate(together):
+        alone = censoring.draw(own, *of_run(k), 8)
+        np.testing.assert_allclose(samples, alone, rtol=1e-4, atol=1e-5)
+    other = of_run(0)._replace(settings=Censoring(mode="ddim"))
+    with pytest.raises(ValueError, match="settings of runs must agree but for scale and recurrence"):
+        censoring.draw_all(own, [of_run(0), other], 8)
 
 
 def test_universal_gradient_goes_through_the_model():
@@ -181,7 +195,7 @@ def exact_problem(mixture, steps):
         return log_good - jnp.log(-jnp.expm1(jnp.minimum(log_good, -1e-6))) + phi["shift"]
 
     model = lambda theta, x, t: mixture.denoiser(DDPM)(x, t)
-    return Problem(DDPM, model, logit, (2,), steps, low=-jnp.inf, high=jnp.inf, chunk=4096)
+    return LabelProblem(DDPM, model, logit, (2,), steps, low=-jnp.inf, high=jnp.inf, chunk=4096)
 
 
 @pytest.mark.parametrize(
@@ -214,22 +228,41 @@ def test_rejection_samples_what_is_benign(mixture):
 # Labels and rewards
 
 
-def test_collect_stops_at_the_first_moment_with_enough():
+def test_marking_stops_at_the_first_moment_with_enough():
     stream = np.arange(100, dtype=np.float32)[:, None]
     rater = lambda x: x[:, 0] % 5 != 4  # 4, 9, 14 .. are malign
     batches = iter(np.split(stream, 10))
-    marked = censoring.collect(lambda key: next(batches), rater, 3, 2, 100, jax.random.key(0))
+    marked = censoring.mark(lambda key: next(batches), rater, 3, 2, 100, jax.random.key(0))
     np.testing.assert_array_equal(marked.malign[:, 0], [4, 9, 14])
     assert (marked.seen, len(marked.benign)) == (15, 12)
 
 
+def test_runs_that_mark_together_mark_as_alone():
+    # Run 0 has enough after one batch, run 1 after three; the keys and samples are those of each alone.
+    batches = lambda key: jax.random.uniform(key, (8, 1))
+    raters = [lambda x: x[:, 0] > 0.5, lambda x: x[:, 0] > 0.05]
+    asked = []
+
+    def batches_of_runs(runs, keys):
+        asked.append(runs)
+        return [batches(key) for key in keys]
+
+    keys = list(jax.random.split(jax.random.key(0), 2))
+    together = censoring.mark_all(batches_of_runs, raters, 1, 2, 200, keys)
+    assert asked[0] == [0, 1]
+    assert asked[-1] == [1]
+    for k, labelled in enumerate(together):
+        alone = censoring.mark(batches, raters[k], 1, 2, 200, keys[k])
+        jax.tree.map(np.testing.assert_array_equal, labelled, alone)
+
+
 @pytest.mark.parametrize(
     ("malign", "benign", "message"),
-    [(0, 1, "malign must be >= 1"), (1, -2, "benign must be >= 1"), (30, 1, "within 50")],
+    [(0, 1, "malign must be >= 1"), (1, -2, "benign must be >= 1"), (30, 1, "within 50, got ")],
 )
-def test_collect_with_too_little(malign, benign, message):
+def test_marking_with_too_little(malign, benign, message):
     with pytest.raises(ValueError, match=message):
-        censoring.collect(lambda key: np.ones((20, 1)), lambda x: x[:, 0] > 0, malign, benign, 50, jax.random.key(0))
+        censoring.mark(lambda key: np.ones((20, 1)), lambda x: x[:, 0] > 0, malign, benign, 50, jax.random.key(0))
 
 
 def test_bootstrap_shares_the_malign():
@@ -258,7 +291,7 @@ def test_augmentation_keeps_originals_and_labels():
         np.testing.assert_array_equal(labels == 1, images[:, 0, 0, 0] >= 1)
     assert len(np.unique(sets.images[:, 5:, 0, 0, 0])) == 40  # each copy its own
     fewer = [*pairs, (pairs[0][0], pairs[0][1][:1])]
-    with pytest.raises(ValueError, match=r"as many for each reward, given \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"as many labels each, got \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
         censoring.augmented(fewer, 4, jax.random.key(0), lambda key, image: image)
 
 
@@ -285,7 +318,7 @@ def test_benign_weight_shifts_the_logit(weight):
     # Labels that x tells nothing about: the optimum is logit(p) + ln(alpha).
     labels = np.repeat([0.0, 1.0], [100, 300])
     sets = Sets(np.zeros((2, 400, 1), np.float32), np.stack([labels, labels]))
-    own = Problem(DDPM, plain, lambda phi, x, t: phi["b"] + 0 * x[0], (1,), 10)
+    own = LabelProblem(DDPM, plain, lambda phi, x, t: phi["b"] + 0 * x[0], (1,), 10)
     settings = RewardTraining(Settings(1500, 0.05, decay=0.99, every=500, clip=None), 512, weight)
     start = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     state = censoring.fit(own, sets, start, settings, jax.random.key(0))
@@ -296,10 +329,10 @@ def test_members_train_as_they_would_alone():
     # One program for K members: each moves by its own gradient only.  Full batches of one example make it exact.
     images = np.float32([[[0.5]], [[-1.0]]])
     sets = Sets(images, np.float32([[1.0], [0.0]]))
-    own = Problem(DDPM, plain, line, (1,), 10)
+    own = LabelProblem(DDPM, plain, line, (1,), 10)
     both = np.float32([[[0.5], [-1.0]]] * 2), np.float32([[1.0, 0.0]] * 2)
     settings = RewardTraining(Settings(40, 0.05, decay=0.0, every=20, schedule="linear", clip=None), 8, 0.3)
-    with pytest.raises(ValueError, match="malign: expected at least one label"):
+    with pytest.raises(ValueError, match="number of malign labels of a reward must be >= 1 and whole, got 0"):
         censoring.fit(own, sets, {"a": jnp.zeros(2), "b": jnp.zeros(2)}, settings, jax.random.key(0))
     sets = Sets(*both)
     start = {"a": jnp.array([0.0, 0.5]), "b": jnp.array([0.0, -0.5])}
@@ -323,7 +356,7 @@ class Normed(nn.Module):
 
 
 NET = Normed()
-CLEAN = Problem(
+CLEAN = LabelProblem(
     DDPM, plain, line, (3, 2, 1), 10, clean=NET.apply, in_batch=lambda phi, x: resnet.in_batch(NET, phi, x), chunk=6
 )
 CLEAN_TRAINING = RewardTraining(
@@ -403,7 +436,7 @@ def test_clean_rewards_say_that_they_diverged(fresh):
 
 
 def test_disagreement_is_the_spread_of_the_members():
-    own = Problem(DDPM, plain, line, (1,), 10)
+    own = LabelProblem(DDPM, plain, line, (1,), 10)
     rewards = {"a": jnp.array([0.0, 4.0]), "b": jnp.zeros(2)}
     x = np.float32([[0.0], [2.0], [-2.0]])
     np.testing.assert_allclose(
@@ -414,15 +447,16 @@ def test_disagreement_is_the_spread_of_the_members():
 # Imitation
 
 
-def imitation_rounds(tmp_path, steps=(20, 60, 100), **changes):
-    own = Problem(DDPM, lambda theta, x, t: 0.3 * x + theta, line, (1,), 10)
+def imitation_rounds(tmp_path, steps=(20, 60, 100), name="imitation", **changes):
+    own = LabelProblem(DDPM, lambda theta, x, t: 0.3 * x + theta, line, (1,), 10)
     settings = RewardTraining(Settings(0, 0.05, decay=0.0, every=20, schedule="linear", clip=None), 16, 0.5)
     prepare = lambda labelled, key: censoring.augmented([labelled[:2]], 1, key, lambda key, x: x)
     start = lambda key: {"a": jnp.zeros(()), "b": 0 * jax.random.normal(key)}
+    how = Imitation(steps, 4, settings, Censoring(scale=2.0), batch=16, **changes)
     return list(
         censoring.imitate(
-            own, jnp.float32(0.1), start, lambda x: x[:, 0] > 0.2, steps, 4, settings, Censoring(scale=2.0), prepare,
-            jax.random.key(0), Archive(tmp_path), batch=16, **changes,
+            own, jnp.float32(0.1), start, lambda x: x[:, 0] > 0.2, prepare, how, jax.random.key(0), Archive(tmp_path),
+            name=name,
         )
     )  # fmt: skip
 
@@ -505,23 +539,23 @@ def test_evaluations():
 @pytest.mark.parametrize(
     ("draws", "message"),
     [
-        (lambda key: np.zeros((0, 1)), "number of samples of draw must be >= 1 and whole, got 0"),
-        (lambda key: np.zeros(()), "samples of draw must be arrays with one number of rows"),
-        (lambda key: next(iter(())), "draw must give samples, got none"),
-        (lambda key: np.array([[1.0], [np.nan]]), "samples of draw must be a finite number, got nan among 2 values"),
-        (lambda key: np.array([[-np.inf], [1.0]]), "samples of draw must be a finite number, got -inf among 2 values"),
+        (lambda key: np.zeros((0, 1)), "number of samples must be >= 1 and whole, got 0"),
+        (lambda key: np.zeros(()), "samples must be arrays with one number of rows"),
+        (lambda key: next(iter(())), "batches must give samples, got none"),
+        (lambda key: np.array([[1.0], [np.nan]]), "samples must be a finite number, got nan among 2 values"),
+        (lambda key: np.array([[-np.inf], [1.0]]), "samples must be a finite number, got -inf among 2 values"),
     ],
     ids=["empty", "scalar", "ended", "nan", "infinite"],
 )
-def test_collect_ends_where_no_sample_can_be_marked(draws, message, rater):
-    with pytest.raises(ValueError, match=f"^censoring.collect: {message}"):
-        censoring.collect(draws, rater, 3, 3, 50, jax.random.key(0))
+def test_marking_ends_where_no_sample_can_be_marked(draws, message, rater):
+    with pytest.raises(ValueError, match=f"^censoring.mark: {message}"):
+        censoring.mark(draws, rater, 3, 3, 50, jax.random.key(0))
 
 
 @pytest.mark.parametrize("budget", [0, -3])
 def test_a_budget_is_a_number_of_samples(budget):
-    with pytest.raises(ValueError, match=f"censoring.collect: budget must be >= 1 and whole, got {budget}"):
-        censoring.collect(lambda key: np.ones((4, 1)), lambda x: np.ones(4), 1, 1, budget, jax.random.key(0))
+    with pytest.raises(ValueError, match=f"censoring.mark: budget must be >= 1 and whole, got {budget}"):
+        censoring.mark(lambda key: np.ones((4, 1)), lambda x: np.ones(4), 1, 1, budget, jax.random.key(0))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 255.0, -6.0])
@@ -531,7 +565,7 @@ def test_images_of_another_range_are_refused(bad, fresh):
     images[0, 1, 2, 1, 0] = bad
     with pytest.raises(ValueError, match=r"images, of range \[-1, 1\], must be >= -5 and <= 5, got "):
         censoring.fit(CLEAN, Sets(images, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0))
-    own, rewards = Problem(DDPM, plain, line, (3,), 10), {"a": jnp.ones(2), "b": jnp.zeros(2)}
+    own, rewards = LabelProblem(DDPM, plain, line, (3,), 10), {"a": jnp.ones(2), "b": jnp.zeros(2)}
     samples = np.float32([[0.1, 0.2, 0.3], [0.1, bad, 0.0]])
     for use in (
         lambda: censoring.disagreement(own, rewards, samples),
@@ -542,7 +576,7 @@ def test_images_of_another_range_are_refused(bad, fresh):
 
 
 def test_rewards_that_are_no_numbers_keep_nothing_unseen():
-    own = Problem(DDPM, plain, lambda phi, x, t: jnp.where(x[0] > 0.5, phi["bad"], x[0]), (1,), 10)
+    own = LabelProblem(DDPM, plain, lambda phi, x, t: jnp.where(x[0] > 0.5, phi["bad"], x[0]), (1,), 10)
     x = np.float32([[0.1], [0.2], [0.9]])
     bad = lambda value: {"bad": jnp.full(2, value)}
     for use in (
@@ -575,7 +609,7 @@ def test_numbers_out_of_range_are_named(call, message):
 
 
 def test_rewards_of_a_narrower_type_are_compared_in_float32():
-    own = Problem(DDPM, plain, lambda phi, x, t: (phi["b"] + x[0]).astype(jnp.bfloat16), (1,), 10)
+    own = LabelProblem(DDPM, plain, lambda phi, x, t: (phi["b"] + x[0]).astype(jnp.bfloat16), (1,), 10)
     rewards, x = {"b": jnp.zeros(2)}, np.float32([[0.5], [-0.5]])
     assert censoring.scores(own, rewards, x).dtype == jnp.float32
     np.testing.assert_allclose(censoring.scores(own, rewards, x), np.tile(-np.logaddexp(0, -x), 2), rtol=0.01)

@@ -6,7 +6,7 @@ from scipy import stats
 
 from gendiff import denoiser, losses, process, sampling, training
 from gendiff.methods import relative_reward
-from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED, Diffusion, Switches
+from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED, Diffusion, PoolRequest, Switches
 
 FALSE_ALARM = 1e-4
 CHAIN = process.ddpm(process.cosine_betas(100))
@@ -103,8 +103,8 @@ def fitted():
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 4))
     settings = training.Settings(3000, 2e-2, every=1000, clip=None)
     goals = jnp.array([1, 1, 0, 0])
-    state = relative_reward.fit(problem, pool, goals, start, settings, jax.random.key(4))
-    return state.last, goals, pool
+    asked = relative_reward.reward_training(problem, pool, goals, start, settings, jax.random.key(4))
+    return training.train(*asked).last, goals, pool
 
 
 def test_the_potential_is_the_log_ratio(fitted):
@@ -208,7 +208,7 @@ def test_a_pool_is_its_examples_one_by_one():
     x0 = jax.random.normal(jax.random.key(6), (7, 2))
     known = jnp.array([True, False])
     switches = PRINCIPLED
-    pool = relative_reward.pool(CHAIN, model, switches, jnp.float32(0.0), thetas, known, key, x0, 3)
+    pool = relative_reward.pools(CHAIN, model, switches, [PoolRequest(jnp.float32(0.0), thetas, known, key, x0)], 3)[0]
     key = jax.random.key(5)  # the same again, on purpose
     assert pool.target.shape == (7, 3, 2)
     np.testing.assert_array_equal(pool.weight, np.tile([0.0, 1.0], (7, 1)))
@@ -220,6 +220,17 @@ def test_a_pool_is_its_examples_one_by_one():
         for g in range(3):
             expected = CHAIN.alpha(t) / CHAIN.sigma(t) * (model(thetas[g], x, t) - model(0.0, x, t))
             np.testing.assert_allclose(pool.target[i, g], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pools_of_several_runs_are_those_of_one():
+    model = lambda shift, x, t: BASE(x + shift, t)
+    request = lambda k: PoolRequest(
+        jnp.float32(0.1 * k), jnp.float32([0.3, -0.2]), None, jax.random.key(k), np.full((5, 2), 0.1 * k, np.float32)
+    )
+    pools = relative_reward.pools(CHAIN, model, PRINCIPLED, [request(k) for k in range(3)], 4)
+    for k, pool in enumerate(pools):
+        alone = relative_reward.pools(CHAIN, model, PRINCIPLED, [request(k)], 4)[0]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), pool, alone)
 
 
 def test_paths_need_no_data():
@@ -303,7 +314,9 @@ def test_targets_that_are_not_finite_are_named():
     problem = relative_reward.PairProblem(CHAIN, network)
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 2))
     with pytest.raises(ValueError, match="got 1 examples of 6 that are not, the first at t = 9, of expert 1"):
-        relative_reward.fit(problem, bad, jnp.array([0, 1]), start, training.Settings(10), jax.random.key(0))
+        relative_reward.reward_training(
+            problem, bad, jnp.array([0, 1]), start, training.Settings(10), jax.random.key(0)
+        )
 
 
 def test_goals_out_of_range_are_named():
@@ -311,7 +324,9 @@ def test_goals_out_of_range_are_named():
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 2))
     problem = relative_reward.PairProblem(CHAIN, network)
     with pytest.raises(ValueError, match="goals must be >= 0 and <= 1 and whole, got 2 among 2 values"):
-        relative_reward.fit(problem, examples, jnp.array([0, 2]), start, training.Settings(10), jax.random.key(0))
+        relative_reward.reward_training(
+            problem, examples, jnp.array([0, 2]), start, training.Settings(10), jax.random.key(0)
+        )
 
 
 def test_a_process_without_steps_has_no_mean():
@@ -337,7 +352,7 @@ def test_data_that_make_no_examples_are_named(x0, message):
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
         relative_reward.pool_of_models(base, [expert], PRINCIPLED, jax.random.key(0), x0)
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
-        relative_reward.pool(CHAIN, model, PRINCIPLED, 0.0, jnp.zeros(2), None, jax.random.key(0), x0)
+        relative_reward.pools(CHAIN, model, PRINCIPLED, [PoolRequest(0.0, jnp.zeros(2), None, jax.random.key(0), x0)])
 
 
 def test_models_of_another_shape_are_named():
@@ -369,7 +384,9 @@ def test_models_of_another_shape_are_named():
         (lambda x, key: relative_reward.strength(CHAIN, PRINCIPLED, np.nan), "relative reward: scale must be"),
         (lambda x, key: relative_reward.steer(CHAIN, None, Switches(at="y")), "relative reward: at must be 'x' or"),
         (
-            lambda x, key: relative_reward.pool(CHAIN, None, PRINCIPLED, 0.0, None, None, key, x[None], 0),
+            lambda x, key: relative_reward.pools(
+                CHAIN, None, PRINCIPLED, [PoolRequest(0.0, None, None, key, x[None])], 0
+            ),
             "relative reward: piece must be >= 1",
         ),
         (
@@ -394,3 +411,18 @@ def test_a_model_that_gives_nan_makes_no_examples():
     broken = Diffusion("expert", CHAIN, lambda x, t: x / 0.0, (2,))
     with pytest.raises(ValueError, match=r"relative reward: targets, .* must be a finite number, got (nan|inf|-inf)"):
         relative_reward.pool_of_models(base, [broken], PRINCIPLED, jax.random.key(0), jnp.ones((4, 2)))
+
+
+def test_bounds_cover_every_time_once():
+    for steps in (20, 100):
+        bounds = relative_reward.tenths(process.ddpm(process.cosine_betas(steps)))
+        assert bounds[0] == 1
+        assert bounds[-1] == steps + 1
+        assert np.all(np.diff(bounds) > 0)
+
+
+def test_means_and_deviations_by_time():
+    values = np.array([[1.0, 3.0, 10.0], [2.0, 2.0, -1.0]])
+    mean, spread = relative_reward.by_time(values, np.array([1, 1, 3]), 3)
+    np.testing.assert_array_equal(mean, [[0, 2, 0, 0], [0, 2, 0, 0]])
+    np.testing.assert_allclose(spread, [[1, 1, 1, 1], [1, 1e-12, 1, 1]])

@@ -107,7 +107,7 @@ def problem():
 
 @cache
 def censored():
-    return censoring.Problem(DDPM, gaussian(DDPM), classifier, (2,), steps=10, chunk=4, low=-9.0, high=9.0)
+    return censoring.LabelProblem(DDPM, gaussian(DDPM), classifier, (2,), steps=10, chunk=4, low=-9.0, high=9.0)
 
 
 def reward(phi, x, t):
@@ -127,7 +127,8 @@ def pieces() -> dict[str, Any]:
     thetas = np.float32([[0.1, 0.2], [0.5, -0.2]])
     path = lambda theta, x, t: gaussian(DDPM)(theta, x, t)
     switches = relative_reward.PRINCIPLED
-    pool = relative_reward.pool(DDPM, path, switches, theta, thetas, None, key, DATA[:45, :2], 29, mesh)
+    request = relative_reward.PoolRequest(theta, thetas, None, key, DATA[:45, :2])
+    pool = relative_reward.pools(DDPM, path, switches, [request], 29, mesh)[0]
     start = {"w": np.ones((4, 2, 3), np.float32), "b": np.float32([0.1, 0.2, 0.3, 0.4])}
     rewards = relative_reward.PairProblem(DDPM, reward, 8)
     goals = np.int32([0, 1, 0, 1])
@@ -146,7 +147,7 @@ def pieces() -> dict[str, Any]:
             censored(), censoring.Sets(images, labels), np.float32([0.1, 0.2, 0.3]), labelled, key
         ).last,
         "pool": pool.target,
-        "rewards": relative_reward.fit(rewards, pool, goals, start, settings, key).last,
+        "rewards": training.train(*relative_reward.reward_training(rewards, pool, goals, start, settings, key)).last,
     }
 
 

@@ -142,7 +142,7 @@ def test_create_knows_the_runtime_of_a_type(cloud, kind, runtime):
 def test_create_asks_for_the_runtime_of_an_unknown_type(cloud):
     done = cloud.run("create", *PLACE, "--type", "v9-8")
     assert (done.returncode, cloud.calls) == (2, [])
-    assert done.stderr == "error: --runtime: expected with --type v9-8, given none\n"
+    assert done.stderr == "error: --runtime must be set with --type v9-8, got none\n"
 
 
 def test_create_waits_until_active(cloud):
@@ -160,7 +160,7 @@ def test_create_ends_when_the_slice_will_not_come(cloud, state):
     cloud.answer("describe", ("PROVISIONING", 0), (state, 0), ("ACTIVE", 0))
     done = cloud.run("create", *PLACE, "--type", "v5litepod-16", "--poll", "0")
     assert done.returncode == 1
-    assert f"error: traffic: expected ACTIVE in the end, given {state or 'no state'};" in done.stderr
+    assert f"error: traffic must become ACTIVE, got {state or 'no state'}:" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["create", "describe"])
@@ -226,10 +226,7 @@ def test_the_commands_of_install_make_the_clone(cloud, clone, tmp_path):
 
 def test_install_warns_of_changes(cloud, clone):
     (TPU / "create.sh").write_text("changed")
-    assert (
-        "warning: changes that are not committed stay here\n"
-        in cloud.run("install", *PLACE, "--bucket", "results").stderr
-    )
+    assert "warning: uncommitted changes are not sent\n" in cloud.run("install", *PLACE, "--bucket", "results").stderr
 
 
 def test_install_from_a_url_on_several_slices(cloud):
@@ -253,13 +250,13 @@ def test_install_from_a_url_on_several_slices(cloud):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "--bucket or --nfs: expected one, given none: all hosts must see the results"),
-        (("--bucket", "results", "--nfs", "a:/b"), "--bucket or --nfs: expected one, given both"),
-        (("--bucket", "results", "--url", "https://x/y"), "--commit: expected with --url, given none"),
-        (("--bucket", "results", "--url", "ext::sh -c id"), "--url: expected https://, ssh:// or git@, given "),
-        (("--bucket", "results", "--commit", "main"), "--commit: expected the 40 digits of a commit, given main"),
-        (("--bucket", "gs://results"), "--bucket: expected the name of a bucket, without gs://, given gs://results"),
-        (("--bucket", "results", "--extras", "traffic"), "--extras: expected tpu among them, given traffic"),
+        ((), "--bucket or --nfs must be set, got none: all hosts must see the results"),
+        (("--bucket", "results", "--nfs", "a:/b"), "--bucket or --nfs must be set, got both"),
+        (("--bucket", "results", "--url", "https://x/y"), "--commit must be set with --url, got none"),
+        (("--bucket", "results", "--url", "ext::sh -c id"), "--url must be https://, ssh:// or git@, got "),
+        (("--bucket", "results", "--commit", "main"), "--commit must be the 40 digits of a commit, got main"),
+        (("--bucket", "gs://results"), "--bucket must be the name of a bucket, without gs://, got gs://results"),
+        (("--bucket", "results", "--extras", "traffic"), "--extras must include tpu, got traffic"),
     ],
 )
 def test_install_refuses(cloud, words, told):
@@ -318,20 +315,20 @@ def test_values_are_checked(cloud, option, value):
     given = dict(zip(PLACE[::2], PLACE[1::2], strict=True)) | {"--run": "r"} | {option: value}
     done = cloud.run("launch", *(word for pair in given.items() for word in pair), "--", "experiments.genneg.traffic")
     assert (done.returncode, cloud.calls) == (2, [])
-    assert done.stderr.startswith(f"error: {option}: expected ")
-    assert ", given " in done.stderr
+    assert done.stderr.startswith(f"error: {option} must be ")
+    assert ", got " in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "told"),
     [
-        ("os", "after --: expected a module such as experiments.genneg.traffic, given os"),
+        ("os", "the word after -- must be a module such as experiments.genneg.traffic, got os"),
         (
             "experiments.x;id",
-            r"after --: expected a module such as experiments.genneg.traffic, given experiments.x\;id",
+            r"the word after -- must be a module such as experiments.genneg.traffic, got experiments.x\;id",
         ),
-        (None, "after --: expected a module such as experiments.genneg.traffic, given none"),
+        (None, "the word after -- must be a module such as experiments.genneg.traffic, got none"),
     ],
 )
 def test_only_experiments_are_launched(cloud, module, told):
@@ -342,7 +339,7 @@ def test_only_experiments_are_launched(cloud, module, told):
 def test_launch_names_the_output_itself(cloud):
     done = cloud.run("launch", *PLACE, "--run", "r", "--", "experiments.genneg.traffic", "--output=/tmp")
     assert (done.returncode, cloud.calls) == (2, [])
-    assert done.stderr == "error: --output: expected none, given one: results go to /mnt/gendiff/r\n"
+    assert done.stderr == "error: --output must not be set, got one: results go to /mnt/gendiff/r\n"
 
 
 @pytest.mark.parametrize(
@@ -434,7 +431,10 @@ def test_no_gcloud_is_one_clear_error(cloud, script):
     (cloud.bin / "gcloud").unlink()
     done = cloud.run(script, *WHOLE[script])
     assert done.returncode == 2
-    assert done.stderr == "error: gcloud: expected on PATH (https://cloud.google.com/sdk/docs/install), found none\n"
+    assert (
+        done.stderr
+        == "error: gcloud must be on PATH, got none: install it (https://cloud.google.com/sdk/docs/install)\n"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -449,11 +449,11 @@ def test_help(cloud, script):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "given none"),
-        (("--nmae", "x"), "--nmae: expected an option of this script, given another one (--help lists them)"),
-        (("x y",), r"expected an option, given x\ y (--help lists them)"),
-        (("--project",), "--project: expected a value, given none"),
-        (("--dry-run=1",), "--dry-run: expected no value, given 1"),
+        ((), "got none"),
+        (("--nmae", "x"), "options must be of this script, got --nmae: --help lists them"),
+        (("x y",), r"arguments must be options, got x\ y: --help lists them"),
+        (("--project",), "--project must have a value, got none"),
+        (("--dry-run=1",), "--dry-run must have no value, got 1"),
     ],
 )
 def test_wrong_options(cloud, script, words, told):
@@ -562,9 +562,9 @@ def test_one_run_at_a_time_and_a_notice_ends_it(machine):
     assert machine.run("status", "one").stdout.endswith(": running\n")
     for second in (machine.run("ready", "/mnt"), machine.start("two", "ends", "0")):
         assert second.returncode == 1
-        assert "expected no run, found one still running" in second.stderr
+        assert "no run must be going on, got one: stop.sh ends it" in second.stderr
     assert not (machine.home / "arguments").read_text().count("ends")
-    assert machine.run("stop", "one").stdout.endswith(": told to stop\n")
+    assert machine.run("stop", "one").stdout.endswith(": stopping\n")
     followed = machine.run("follow", "one")
     assert followed.returncode == 75
     assert "stored" in followed.stdout
@@ -580,7 +580,7 @@ def test_a_killed_run_says_so_and_can_start_again(machine):
     os.killpg(int((machine.home / "gendiff-runs/one/pid").read_text()), signal.SIGKILL)
     followed = machine.run("follow", "one")
     assert followed.returncode == 1
-    assert "one: expected an exit status, found none: killed, or the machine was restarted" in followed.stderr
+    assert "one must have an exit status, got none: it was killed, or the machine restarted" in followed.stderr
     assert machine.start("one", "ends", "0").returncode == 0
 
 
@@ -588,7 +588,7 @@ def test_a_worker_without_its_mount_is_not_ready(machine):
     (machine.cloud.bin / "mountpoint").write_text("#!/bin/sh\nexit 1\n")
     done = machine.run("ready", "/mnt/gendiff")
     assert done.returncode == 1
-    assert "/mnt/gendiff: expected to be mounted: run install.sh again" in done.stderr
+    assert "/mnt/gendiff must be mounted, got no mount: run install.sh again" in done.stderr
     (machine.home / "gendiff" / ".venv" / "bin" / "python").unlink()
     assert "run install.sh" in machine.run("ready", "/mnt/gendiff").stderr
 
@@ -597,7 +597,7 @@ def test_a_worker_knows_no_run(machine):
     for verb in ("follow", "status", "stop"):
         done = machine.run(verb, "other")
         assert done.returncode == 1
-        assert "other: expected a run that was started here, found none" in done.stderr
+        assert "other must be a run of this worker, got no such run" in done.stderr
 
 
 # Kubernetes.

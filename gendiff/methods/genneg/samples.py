@@ -148,7 +148,7 @@ def _labelled(
         request if row is None else request._replace(conditions=jax.tree.map(lambda a: a[row], request.conditions))  # noqa: B023
         for request, row in zip(requests, rows, strict=True)
     ]
-    found = []
+    found: list[tuple[Any, np.ndarray]] = []
     for request, row, samples in zip(bound, rows, draw_all(problem, bound, n, mesh), strict=True):
         if not np.isfinite(samples).all():
             raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")

@@ -3,8 +3,8 @@ and Henriques 2023, "Extracting reward functions from diffusion models", NeurIPS
 
     two frozen models, base b and expert e, over one process     `Diffusion`, `check_pair`
     their difference at noisy samples                             `examples` (Algorithm 1), `along_paths` (Algorithm 2)
-    the same, stored for many rewards                             `pool`, `pool_of_models`
-    rho(x_t, t) <- | grad rho - factor(t) (e - b)(x_t, t) |^2     `reward_training`, `fit`
+    the same, stored for many rewards                             `pools`, `pool_of_models`
+    rho(x_t, t) <- | grad rho - factor(t) (e - b)(x_t, t) |^2     `reward_training`
     base model + grad rho / factor(t)                             `steer`: a perfect rho turns base into expert
 
 Every difference of two models is one factor of t times the difference of their denoisers (`factor`):
@@ -24,15 +24,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gendiff import check, guidance, losses, potential, training
-from gendiff.denoiser import Denoiser, denoise
-from gendiff.guidance import Guidance, Strength
+from gendiff import check, losses, training
 from gendiff.losses import Aligned
-from gendiff.methods.relative_reward.measures import Fit, asymmetry, difference, line_integral, quality
+from gendiff.methods.relative_reward.measures import (
+    Fit,
+    asymmetry,
+    by_time,
+    difference,
+    line_integral,
+    quality,
+    tenths,
+    told_apart,
+)
+from gendiff.methods.relative_reward.steering import kernel, steer, steered, strength
 from gendiff.methods.relative_reward.targets import (
     PRINCIPLED,
     PUBLISHED,
     Diffusion,
+    PoolRequest,
     Switches,
     aligned,
     along_paths,
@@ -40,21 +49,21 @@ from gendiff.methods.relative_reward.targets import (
     check_pair,
     examples,
     factor,
-    pool,
     pool_of_models,
-    pool_of_pieces,
-    pool_pieces,
     pooled,
+    pools,
 )
-from gendiff.potential import Logit, Potential
+from gendiff.potential import Logit
 from gendiff.process import Process
 from gendiff.static import by_value
-from gendiff.types import Params, PRNGKey, Sample, Scalar, Time
+from gendiff.types import Params, PRNGKey, Samples
 
 __all__ = [
-    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "Switches", "aligned", "along_paths", "asymmetry",
-    "base_mean", "check_pair", "difference", "examples", "factor", "fit", "line_integral", "pool", "pool_of_models",
-    "pool_of_pieces", "pool_pieces", "pooled", "quality", "reward_task", "reward_training", "steer", "strength",
+    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "PoolRequest", "Switches", "aligned", "along_paths",
+    "asymmetry", "base_mean", "by_time", "check_pair", "difference", "discriminator_task",
+    "discriminator_training", "examples", "factor", "kernel", "line_integral",
+    "pool_of_models", "pooled", "pools", "quality", "reward_task", "reward_training", "steer", "steered", "strength",
+    "tenths", "told_apart",
 ]  # fmt: skip
 
 
@@ -76,14 +85,16 @@ def reward_training(
     start: Params,
     settings: training.Settings,
     key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
 ) -> training.Training:
     """The training of K rewards at once, spread over the devices, on one pool of examples.
 
     Args:
-      examples: as of `pool`, with targets (n, G, *shape).
+      examples: a pool, with targets (n, G, *shape).
       goals: (K,), the expert of each reward, in 0 .. G - 1.
       start: K parameter trees stacked on axis 0.
+
+    Returns:
+      The arguments of `training.train`.  The rewards are `last` of its state (published), not the averages.
 
     Raises:
       ValueError: a target is not finite, and the message has its place; a goal has no expert; batch < 1.
@@ -104,20 +115,7 @@ def reward_training(
     check.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=experts - 1, whole=True)
     context = (examples, {"goal": jnp.asarray(goals, jnp.int32)})
     keys = training.keys(key, len(goals))
-    return training.Training(keys, start, reward_task(problem), context, settings, host, own=(False, True))
-
-
-def fit(
-    problem: PairProblem,
-    examples: Aligned,
-    goals: Array,
-    start: Params,
-    settings: training.Settings,
-    key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
-) -> training.State:
-    """Train K rewards (see `reward_training`): `last` of the state; the published evaluations use no averages."""
-    return training.train(*reward_training(problem, examples, goals, start, settings, key, host))
+    return training.Training(keys, start, reward_task(problem), context, settings, own=(False, True))
 
 
 @by_value
@@ -138,25 +136,43 @@ def reward_task(problem: PairProblem) -> Callable[[tuple[Aligned, dict[str, Arra
     return task
 
 
-def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
-    """How far grad rho shifts x_0: 1 / `factor`, so that a perfect reward at scale 1 turns base into expert."""
-    check.number("relative reward: scale", scale)
-    unit = factor(process, switches.target)
-    return lambda t: scale / unit(t)
+def discriminator_training(
+    problem: PairProblem,
+    base: Samples,
+    experts: Array,
+    goals: Array,
+    start: Params,
+    settings: training.Settings,
+    key: PRNGKey,
+) -> training.Training:
+    """The training of K classifiers of base against expert at once, whose log-odds are rewards.
+
+    Args:
+      base: (n, *shape) data.
+      experts: (G, n, *shape) data.
+      goals, start: as of `reward_training`.
+    """
+    context = ((base, experts), {"goal": jnp.asarray(goals, jnp.int32)})
+    keys = training.keys(key, len(goals))
+    return training.Training(keys, start, discriminator_task(problem), context, settings, own=(False, True))
 
 
-def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | float = 1.0) -> Guidance:
-    """Steer the base model with its reward; with `at="base_mean"`, by the gradient where it was fitted."""
-    check.choice("relative reward: at", switches.at, ("x", "base_mean"))
-    shift, gradient = strength(process, switches, scale), jax.grad(potential.scalar("relative reward", rho))
-    if switches.at == "x":
-        return guidance.steer(rho, shift)
+@by_value
+def discriminator_task(
+    problem: PairProblem,
+) -> Callable[[tuple[tuple[Samples, Array], dict[str, Array]]], training.Task]:
+    """Cross-entropy of base against the expert of the run, in equal numbers, at random times of the process."""
+    loss = losses.cross_entropy(problem.process, problem.network)
 
-    def steering(base: Denoiser) -> Denoiser:
-        def steered(x: Sample, t: Time) -> Sample:
-            x0 = denoise("relative reward: base", base, x, t)
-            return x0 + shift(t) * gradient(base_mean(process, x, x0, t), t)
+    def task(context: tuple[tuple[Samples, Array], dict[str, Array]]) -> training.Task:
+        (base, experts), own = context
 
-        return steered
+        def draw_batch(key: PRNGKey) -> tuple[Samples, Array, Array]:
+            rows = jax.random.randint(key, (problem.batch,), 0, len(base))
+            label = (jnp.arange(problem.batch) % 2).astype(jnp.float32)
+            expert = label.reshape(-1, *[1] * (base.ndim - 1)) == 1
+            return jnp.where(expert, experts[own["goal"], rows], base[rows]), label, jnp.ones_like(label)
 
-    return steering
+        return training.Task(loss, draw_batch)
+
+    return task

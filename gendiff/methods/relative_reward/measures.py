@@ -1,5 +1,6 @@
-"""How well a reward is fitted, and whether the difference of two models is a gradient at all."""
+"""How well a reward is fitted, what it tells apart, and whether the difference of two models is a gradient at all."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gendiff import check, distributed, potential
+from gendiff import check, distributed, losses, potential
 from gendiff.denoiser import Denoiser, denoise
 from gendiff.losses import Aligned
 from gendiff.methods.relative_reward.targets import factor
 from gendiff.potential import Logit
 from gendiff.process import Process
-from gendiff.types import Params, PRNGKey, Sample, Scalar, Time
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
 
 class Fit(NamedTuple):
@@ -57,6 +58,67 @@ def _squares(network: Logit, rewards: Params, goals: Array, examples: Aligned) -
         return distributed.chunked(of_example, examples, 256)
 
     return potential.over_members(of_reward, (rewards, goals))
+
+
+def tenths(process: Process) -> np.ndarray:
+    """The bounds of t for `quality`: tenths of the steps of a discrete chain."""
+    steps = check.number("tenths: steps", process.steps or 0, at_least=1, whole=True)
+    return np.unique(np.concatenate([[1], np.linspace(0, steps, 11)[1:].astype(int) + 1]))
+
+
+def told_apart(
+    process: Process,
+    network: Logit,
+    rewards: Params,
+    goals: Array,
+    data: Sequence[Samples],
+    key: Callable[[int], PRNGKey],
+    latest: int,
+    centred: bool,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each of K rewards, its values (n,) of the base model's data and of its expert's, noised to times 1 .. latest.
+
+    Args:
+      rewards: stacked on axis 0.
+      goals: (K,), the expert of each reward; not falling.
+      data: (n, *shape) of the base model, then of every expert in `goals`.
+      key: place in `data` -> key of its noise.
+      centred: less the base's mean at the same time, in units of its standard deviation there, both of the base's
+        samples 0, 2, ..  A reward is known up to a constant for each time, and has units of its own at each.
+    """
+    noisy = [_early(process, latest, key(i), jnp.asarray(x0)) for i, x0 in enumerate(data)]
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    for i, goal in enumerate(np.unique(goals), 1):
+        own = jax.tree.map(lambda a: a[np.flatnonzero(goals == goal)], rewards)  # noqa: B023 (used at once)
+        base, expert = (np.asarray(_values(network, own, *noisy[k])) for k in (0, i))
+        if centred:
+            times, theirs = (np.asarray(noisy[k][1]) for k in (0, i))
+            mean, spread = by_time(base[:, ::2], times[::2], latest)
+            base, expert = (base - mean[:, times]) / spread[:, times], (expert - mean[:, theirs]) / spread[:, theirs]
+        pairs.extend(zip(base, expert, strict=True))
+    return pairs
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _early(process: Process, latest: int, key: PRNGKey, x0: Array) -> tuple[Array, Array]:
+    early = process._replace(sample_time=lambda key: jax.random.randint(key, (), 1, latest + 1))
+    return jax.vmap(partial(losses.noised, early))(jax.random.split(key, len(x0)), x0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _values(network: Logit, rewards: Params, x: Array, t: Array) -> Array:
+    """(K, n)."""
+    return potential.over_members(lambda phi: jax.vmap(partial(network, phi))(x, t), rewards)
+
+
+def by_time(values: np.ndarray, times: np.ndarray, latest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations (K, latest + 1) of values (K, n) at each time; 0 and 1 where there are too few."""
+    mean, spread = np.zeros((len(values), latest + 1)), np.ones((len(values), latest + 1))
+    for t in range(latest + 1):
+        now = values[:, times == t]
+        if now.shape[1] > 1:
+            mean[:, t], spread[:, t] = now.mean(1), np.maximum(now.std(1), 1e-12)
+    return mean, spread
 
 
 def difference(process: Process, base: Denoiser, expert: Denoiser, target: str) -> Denoiser:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from gendiff import check, distributed, losses, potential, sampling
+from gendiff import check, distributed, losses, potential, runs, sampling
 from gendiff.denoiser import Denoiser, Model, denoise
 from gendiff.guidance import Strength
 from gendiff.losses import Aligned
@@ -194,7 +194,7 @@ def pool_of_models(
     x0: Samples,
     known: Bool[Array, "*shape"] | None = None,
 ) -> Aligned:
-    """`pool` for models of several networks, whose parameters become constants of the compiled program.
+    """One of `pools` for models of several networks, whose parameters become constants of the compiled program.
 
     Raises:
       ValueError: two models do not fit together (see `check_pair`), there is no expert, a target is not finite, or x0
@@ -220,56 +220,60 @@ def _check_data(x0: Samples, shape: Sequence[int | None]) -> None:
     check.number("relative reward: x0", x0)
 
 
-def pool(
+class PoolRequest(NamedTuple):
+    """The pool that one run asks for."""
+
+    theta: Params
+    """The base model's parameters."""
+    thetas: Params
+    """Of G experts, stacked on axis 0."""
+    known: Bool[Array, "*shape"] | None
+    """Coordinates that the models get as conditions."""
+    key: PRNGKey
+    x0: Samples
+    """(n, *shape) data."""
+
+
+def pools(
     process: Process,
     model: Model,
     switches: Switches,
-    theta: Params,
-    thetas: Params,
-    known: Bool[Array, "*shape"] | None,
-    key: PRNGKey,
-    x0: Samples,
+    requests: Sequence[PoolRequest],
     piece: int = 1024,
     mesh: jax.sharding.Mesh | None = None,
     report: Callable[[int], None] = lambda examples: None,
-) -> Aligned:
-    """Examples (n) with the targets of all experts (n, G, *shape), computed once for all rewards (Algorithm 1).
+) -> list[Aligned]:
+    """For each run, examples (n) with the targets of all experts (n, G, *shape), computed once for all its rewards.
 
-    The published code computes them anew for every reward and step, which takes 98 % of its time.
+    The published code computes targets anew for every reward and step, which takes 98 % of its time.  Runs whose
+    arrays agree in shape share a program.
 
     Args:
       model: network of the base model and of the experts, with parameters first.
-      theta, thetas: the base model's parameters, and those of G experts stacked on axis 0.
-      known: coordinates that the models get as conditions.
-      x0: (n, *shape) data.
+      requests: with data of one size.
       piece: examples of one call of the compiled program, which pools of any size share; >= 1.
 
     Raises:
       ValueError: x0 is empty or not finite, or piece < 1.
     """
-    parts: list[Aligned] = []
-    for arguments in pool_pieces(theta, thetas, known, key, x0, piece):
-        part = pooled(process, model, switches, mesh, *distributed.place(mesh, arguments))
-        parts.append(distributed.gather(part, piece))
-        report(min(len(parts) * piece, len(x0)))
-    return pool_of_pieces(parts, len(x0))
+    parts: list[list[Aligned]] = []
+    n = len(requests[0].x0)
+    for of_runs in zip(*(_pieces(request, piece) for request in requests), strict=True):
+        found = runs.call(pooled, (process, model, switches), mesh, of_runs)
+        parts.append([distributed.gather(part, piece) for part in found])
+        report(min(len(parts) * piece, n))
+    join = lambda *arrays: np.concatenate(arrays)[:n]
+    return [jax.tree.map(join, *of_run) for of_run in zip(*parts, strict=True)]
 
 
-def pool_pieces(
-    theta: Params, thetas: Params, known: Bool[Array, "*shape"] | None, key: PRNGKey, x0: Samples, piece: int
-) -> list[tuple]:
-    """The arguments of `pooled`, after its static ones, for every piece of a pool; the last is padded."""
-    x0 = np.asarray(x0)
+def _pieces(request: PoolRequest, piece: int) -> list[PoolRequest]:
+    """The request piece by piece, each with a key for every example; the last is padded."""
+    x0 = np.asarray(request.x0)
     _check_data(x0, x0.shape[1:])
     check.number("relative reward: piece", piece, at_least=1, whole=True)
-    keys = jax.random.split(key, len(x0))
+    keys = jax.random.split(request.key, len(x0))
     rows = [np.minimum(np.arange(i, i + piece), len(x0) - 1) for i in range(0, len(x0), piece)]
-    return [(theta, thetas, known, keys[chosen], x0[chosen]) for chosen in rows]
-
-
-def pool_of_pieces(parts: Sequence[Aligned], n: int) -> Aligned:
-    """The first n examples of all pieces."""
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays)[:n], *parts)
+    return [request._replace(key=keys[chosen], x0=x0[chosen]) for chosen in rows]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -284,7 +288,7 @@ def pooled(
     keys: PRNGKey,
     x0: Samples,
 ) -> Aligned:
-    """The compiled program of `pool`, for one piece."""
+    """The compiled program of `pools`, for one piece."""
     experts = lambda x, t: potential.over_members(lambda phi: model(phi, x, t), thetas)
     example = examples(process, partial(model, theta), experts, switches, known)
     return distributed.chunked(lambda pair: example(*pair), (keys, x0), 64, mesh, cut=False)

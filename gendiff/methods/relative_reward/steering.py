@@ -1,0 +1,75 @@
+"""Steering a base model with its reward."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jaxtyping import Array, Bool
+
+from gendiff import check, distributed, guidance, potential, sampling
+from gendiff.denoiser import Denoiser, Model, denoise
+from gendiff.guidance import Guidance, Strength
+from gendiff.methods.relative_reward.targets import Switches, base_mean, factor
+from gendiff.potential import Logit, Potential
+from gendiff.process import Process
+from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
+
+
+def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
+    """How far grad rho shifts x_0: 1 / `factor`, so that a perfect reward at scale 1 turns base into expert."""
+    check.number("relative reward: scale", scale)
+    unit = factor(process, switches.target)
+    return lambda t: scale / unit(t)
+
+
+def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | float = 1.0) -> Guidance:
+    """Steer the base model with its reward; with `at="base_mean"`, by the gradient where it was fitted."""
+    check.choice("relative reward: at", switches.at, ("x", "base_mean"))
+    shift, gradient = strength(process, switches, scale), jax.grad(potential.scalar("relative reward", rho))
+    if switches.at == "x":
+        return guidance.steer(rho, shift)
+
+    def steering(base: Denoiser) -> Denoiser:
+        def steered(x: Sample, t: Time) -> Sample:
+            x0 = denoise("relative reward: base", base, x, t)
+            return x0 + shift(t) * gradient(base_mean(process, x, x0, t), t)
+
+        return steered
+
+    return steering
+
+
+def kernel(
+    process: Process,
+    model: Model,
+    network: Logit,
+    switches: Switches,
+    theta: Params,
+    phi: Params,
+    scale: Scalar | float,
+    known: Bool[Array, "*shape"],
+) -> Callable[[Sample], sampling.Kernel]:
+    """The ancestral step of the steered model, clipped to [-1, 1], of a sample whose known coordinates are held."""
+    towards = steer(process, partial(network, phi), switches, scale)
+    denoiser = guidance.chain(towards, guidance.clip(-1.0, 1.0))(partial(model, theta))
+    return lambda held: sampling.pinned(sampling.ancestral(process, denoiser), held, known)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def steered(
+    process: Process,
+    model: Model,
+    network: Logit,
+    switches: Switches,
+    mesh: jax.sharding.Mesh | None,
+    theta: Params,
+    phi: Params,
+    scale: Scalar | float,
+    known: Bool[Array, "*shape"],
+    held: Samples,
+    key: PRNGKey,
+) -> Samples:
+    """Samples of a discrete chain, one for each of `held` (n, *shape), whose known coordinates stay (see `kernel`)."""
+    of, grid = kernel(process, model, network, switches, theta, phi, scale, known), process.grid(process.steps or 100)
+    draw = lambda pair: sampling.sample(process, of(pair[1]), grid, pair[0], pair[1].shape)
+    return distributed.chunked(draw, (jax.random.split(key, len(held)), held), 64, mesh, cut=False)
