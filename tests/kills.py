@@ -3,9 +3,9 @@
     python -m tests.kills --kills 100 --seed 0 --work FOLDER
 
 Smoke presets run as commands in their own process groups.  A group gets SIGKILL, or sometimes SIGTERM or SIGINT, at a
-moment drawn evenly over the time of an undisturbed run.  Every number of `results.json` without a clock must be equal in
-all bits.  FOLDER has the record, so that the same command goes on after a stop.  This script uses only commands, files
-and exit statuses of the project.
+moment drawn evenly over the time of an undisturbed run.  Every number of `results.json` that no clock measures must be
+equal in all bits.  FOLDER has the record, so that the same command goes on after a stop.  This script uses only
+commands, files and exit statuses of the project.
 """
 
 import argparse
@@ -322,15 +322,15 @@ def split(total: int, shares: dict[str, int]) -> dict[str, int]:
 
 
 def main() -> None:
-    """The command line: status 0 where no run was lost or different, and no process lived on; else 1."""
+    """The command line: status 0 if no run is lost or different and no process is left over; else 1."""
     parser = argparse.ArgumentParser("python -m tests.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, and of what was done")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs and of their record")
     usual = " ".join(f"{name}={share}" for name, share in SHARES.items())
     parser.add_argument("--experiments", nargs="+", metavar="NAME=SHARE", help=f"default: {usual}")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` switches it off, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # because a script's `&` switches it off for children
     try:
         pairs = [text.partition("=") for text in options.experiments or []]
         shares = {name: int(share or 1) for name, _, share in pairs} or SHARES
@@ -342,7 +342,7 @@ def main() -> None:
     work = Work(options.work.absolute(), options.seed)
     series(work, wanted)
     print(table(work, wanted))
-    bad = any(each.lost or each.different for each in work.done) or any(each.left for each in work.kills)
+    bad = any(run.lost or run.different for run in work.done) or any(kill.left for kill in work.kills)
     raise SystemExit(1 if bad else 0)
 
 
