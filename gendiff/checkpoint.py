@@ -1,10 +1,10 @@
-"""Checkpoints: complete or absent, verified when read.  The only file that imports Orbax.
+"""Checkpoints: complete or absent, verified when read.  Only this file imports Orbax.
 
-Orbax writes into a temporary folder and renames it at the end, so a killed save leaves nothing that looks complete.
-A manifest (gendiff.manifest) stands in its metadata, so a checkpoint comes back as it was written, or not at all.
+Orbax writes into a temporary folder and renames it at the end, so a killed save leaves no folder that looks complete.
+The metadata hold a manifest (`gendiff.manifest`), so that damage is found.
 
-Where a run has several processes all of them save and read at the same calls, and need one file system.  Arrays are
-written whole, so that a checkpoint serves any number of processes and devices.
+All processes of a run save and read at the same calls, in one file system.  A checkpoint serves any number of processes
+and devices, because it holds complete arrays.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ Tree = TypeVar("Tree")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; what had been written before is untouched."""
+    """A checkpoint cannot be written or read; those before it are untouched."""
 
 
 def save(folder: Path, tree: Any, **notes: Any) -> None:
@@ -40,7 +40,7 @@ def save(folder: Path, tree: Any, **notes: Any) -> None:
       notes: values that JSON can hold.
 
     Raises:
-      ValueError: `load` could not return the same tree or notes.
+      ValueError: `load` cannot return the same tree or notes.
       CheckpointError: the file system refuses.
     """
     manifest.check_containers(tree)
@@ -53,7 +53,7 @@ def save(folder: Path, tree: Any, **notes: Any) -> None:
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Read the tree (of NumPy arrays) and the notes that `save` wrote.
+    """Read the tree, of NumPy arrays, and the notes.
 
     Raises:
       CheckpointError: the checkpoint is damaged, or of a later gendiff.
@@ -63,14 +63,10 @@ def load(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 
 class Checkpoints:
-    """The checkpoints of one training run, by step, written in the background.
-
-    Args:
-      keep: how many of the newest are kept.
-    """
+    """The newest `keep` checkpoints of a training run, by step, written in the background."""
 
     _newest: ClassVar["Checkpoints | None"] = None
-    """Of a process among several: what was last begun to be written."""
+    """The last one that began to write, of several processes."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
@@ -81,25 +77,25 @@ class Checkpoints:
         """Begin to write a state (any pytree of arrays and keys), and the position of `data` if it has `get_state`.
 
         Raises:
-          ValueError: `restore` could not return the same arrays.
-          CheckpointError: this one cannot be begun, or the last one was not written.
+          ValueError: `restore` cannot return the same arrays.
+          CheckpointError: this write cannot begin, or the previous one failed.
         """
-        # A copy: the state's own buffers are donated to the next step.
-        whole = jax.tree.map(np.array, distributed.gather(_without_keys(state)))
+        data_of = lambda leaf: jax.random.key_data(leaf) if distributed.is_key(leaf) else leaf
+        # Copy, because the next step donates the state's buffers.
+        arrays = jax.tree.map(np.array, distributed.gather(jax.tree.map(data_of, state)))
         position = data.get_state() if hasattr(data, "get_state") else None
-        metadata = manifest.write(whole, {"data": position}, manifest.keys(state))
+        metadata = manifest.write(arrays, {"data": position}, manifest.keys(state))
         self._finish()
         if jax.process_count() > 1:
-            # Orbax numbers its barriers by the newest operation of a process: of two writes under way, those of the
-            # older one would have other names on each process, and never meet.
+            # Finish the previous write first, because two concurrent Orbax saves deadlock across processes.
             if Checkpoints._newest is not None:
                 Checkpoints._newest._finish()
             Checkpoints._newest = self
         with _writing(self.folder / str(step)):
-            _check_room(self.folder, whole)
+            _check_room(self.folder, arrays)
             if self._checkpointer is None:
                 self._checkpointer = self._open()
-            filled = manifest.filled(whole)
+            filled = manifest.filled(arrays)
             self._writing = step, self._checkpointer.save_async(step, filled, custom_metadata=metadata, overwrite=True)
 
     def _finish(self) -> None:
@@ -112,25 +108,21 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
-        """What was begun in it is written at its end, also when something fails, which stays what is raised."""
+        """On exit wait for pending writes, also after an error, then re-raise that error."""
         try:
             yield
-        except distributed.Preempted:  # which says what is written
+        except distributed.Preempted:  # whose message says that all is written
             self.close()
             raise
         except BaseException as error:
-            if not _lost(error):  # else nobody is there to write it with
+            if not _lost(error):  # because a write needs all processes
                 with contextlib.suppress(Exception):
                     self.close()
             raise
         self.close()
 
     def close(self) -> None:
-        """Waits until everything that was begun is written.
-
-        Raises:
-          CheckpointError: it could not be.
-        """
+        """Wait for pending writes; raises CheckpointError if one fails."""
         try:
             self._finish()
         finally:
@@ -143,26 +135,28 @@ class Checkpoints:
         return ocp.training.Checkpointer(self.folder.absolute(), preservation_policy=newest)
 
     def restore(self, state: Tree, data: Any = None) -> Tree:
-        """The newest checkpoint in the structure and sharding of `state`, or `state` itself if there is none.
+        """The newest checkpoint in the structure and sharding of `state`, or `state` without checkpoints.
 
         Raises:
-          CheckpointError: it is damaged, or holds arrays of other names, shapes or types than `state`.
+          CheckpointError: the checkpoint is damaged, or its arrays have other names, shapes or types than `state`.
         """
         step = self.latest()
-        distributed.agree(f"checkpoint {self.folder}: the newest step", str(step))  # a file system may lag on a host
+        # Compare, because a shared file system may lag on a host.
+        distributed.agree(f"checkpoint {self.folder}: the newest step", str(step))
         if step is None:
             return state
         folder = self.folder / str(step)
-        stored = _read(folder, order=list(manifest.named(state)))
+        wanted = manifest.named(state)
+        stored = _read(folder, order=list(wanted))
         _check_like(folder, stored, state)
         found = manifest.named(stored.tree)
         if stored.notes.get("data") is not None and hasattr(data, "set_state"):
             data.set_state(stored.notes["data"])
-        leaves = [_as(found[name], leaf) for name, leaf in manifest.named(state).items()]
+        leaves = [_as(found[name], leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def latest(self) -> int | None:
-        """The newest step, or None."""
+        """The newest step; None without checkpoints."""
         self.close()
         if not self.folder.exists():
             return None
@@ -170,39 +164,34 @@ class Checkpoints:
             return None if checkpointer.latest is None else checkpointer.latest.step
 
 
-def _without_keys(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if distributed.is_key(leaf) else leaf, tree)
-
-
 def _as(value: np.ndarray, like: Any) -> Any:
-    """`value` as an array like another: a key if that is one, on its devices."""
+    """`value` as a key, and on the devices, of `like`."""
     if not isinstance(like, jax.Array):
         return value
-    whole: Any = value
+    array: Any = value
     if distributed.is_key(like):
-        whole = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like))
-    return distributed.put(whole, like.sharding)
+        array = jax.random.wrap_key_data(jax.numpy.asarray(value), impl=jax.random.key_impl(like))
+    return distributed.put(array, like.sharding)
 
 
 class Archive:
-    """The results of an experiment's named phases, each computed once and kept in a folder.
+    """The results of an experiment's named phases, computed once and stored in a folder.
 
-    `Archive(None)` keeps nothing, so that a method reads the same with and without.
+    `Archive(None)` stores nothing, so that a method reads the same without a folder.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.seconds: dict[str, float] = {}
-        """Wall-clock time of each phase, from its first computation also when it was read; of a phase that was stopped
-        and resumed, the time since it was resumed."""
+        """Wall-clock time of the phases, stored with their results; of a resumed phase, since it was resumed."""
 
     def once(self, name: str, compute: Callable[[], Any], kind: Callable[..., Any] = dict, like: Any = None) -> Any:
         """`compute()`, or its result of an earlier run.
 
         Args:
-          name: of the phase, such as "round-1/draws"; a folder below the archive's.
-          compute: gives a dict, or a NamedTuple of type `kind`, of (nested dicts and lists of) arrays and numbers.
-          like: a tree with the names, shapes and types of the result, where they are known before; None: any.
+          name: of the phase, such as "round-1/draws", a folder of the archive.
+          compute: returns a dict, or a NamedTuple of type `kind`, of (nested dicts and lists of) arrays and numbers.
+          like: a tree with the names, shapes and types of the result; None: any.
 
         Raises:
           CheckpointError: the stored result is damaged, or has other fields than `kind` or other arrays than `like`.
@@ -211,12 +200,12 @@ class Archive:
         stored = self.held(name, kind, like)
         if stored is not None:
             return stored
-        begun = time.perf_counter()
+        start = time.perf_counter()
         result = jax.block_until_ready(compute())
-        return self.keep(name, result, time.perf_counter() - begun, kind)
+        return self.keep(name, result, time.perf_counter() - start, kind)
 
     def held(self, name: str, kind: Callable[..., Any] = dict, like: Any = None) -> Any:
-        """The result of an earlier run, or None; arguments and errors of `once`."""
+        """The result of an earlier run, or None; for arguments and errors see `once`."""
         folder = None if self.folder is None else self.folder / name / "result"
         if folder is None or not distributed.first(folder.exists):
             return None
@@ -225,48 +214,53 @@ class Archive:
             raise _damaged(folder)
         if like is not None:
             _check_like(folder, stored, like)
-        result = _built(folder, kind, stored.tree)
+        try:
+            result = kind(**stored.tree)
+        except TypeError as error:
+            fields = ", ".join(stored.tree)
+            raise CheckpointError(
+                f"checkpoint {folder}: must have the fields of {kind.__name__}, got {fields} ({error}). It is "
+                "complete, but of another version: name another folder, or use the version that wrote it."
+            ) from None
         self.seconds[name] = stored.notes["seconds"]
         return result
 
     def keep(self, name: str, result: Any, seconds: float, kind: Callable[..., Any] = dict) -> Any:
-        """Store the result of a phase that took so many seconds, and return it as `once` does."""
+        """Store the result of a phase and its seconds, and return it as `once` does."""
         self.seconds[name] = seconds
-        own = result if isinstance(result, dict) else result._asdict()
+        fields = result if isinstance(result, dict) else result._asdict()
         if self.folder is None:
-            return result if jax.process_count() == 1 else kind(**distributed.gather(own))
+            return result if jax.process_count() == 1 else kind(**distributed.gather(fields))
         phase = self.folder / name
-        manifest.check_containers(own)
-        fields = distributed.gather(own)
+        manifest.check_containers(fields)
+        fields = distributed.gather(fields)
         save(phase / "result", fields, seconds=seconds)
-        if jax.process_count() > 1:  # all go on with the same bits, whatever each computed
+        if jax.process_count() > 1:  # because all processes must go on with the same bits
             fields, _ = load(phase / "result")
-        # The way to a result need not be kept once the result is.
         distributed.first(lambda: shutil.rmtree(phase / "steps", ignore_errors=True))
         return kind(**fields)
 
     def steps(self, name: str) -> Checkpoints | None:
-        """Checkpoints for the training run of a phase; they go once the phase's result is stored."""
+        """Checkpoints of a phase's training, which `keep` removes."""
         return None if self.folder is None else Checkpoints(self.folder / name / "steps")
 
 
 def _check_room(folder: Path, tree: Any) -> None:
-    """Makes and removes a folder there and asks whether the arrays fit, on every process: Orbax tries again and again
-    for minutes where one cannot write."""
-    wanted = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    """Check on every process that the folder can be written and has room, because Orbax retries for minutes."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
-    def make() -> None:
+    def attempt() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".room-"):
             pass
-        if (free := shutil.disk_usage(folder).free) < wanted:
-            raise OSError(errno.ENOSPC, f"expected room for {wanted:,} bytes, given {free:,}")
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise OSError(errno.ENOSPC, f"free space must be >= {size:,} bytes, got {free:,}")
 
-    distributed.everywhere(make)
+    distributed.everywhere(attempt)
 
 
 def _sync(folder: Path) -> None:
-    """Make a checkpoint survive a crash of the machine; 20 ms.  TensorStore syncs the arrays, Orbax no metadata."""
+    """Sync the metadata (20 ms), which Orbax does not, so that a checkpoint survives a crash of the machine."""
     if not distributed.is_first():
         return
     for path in folder.rglob("*METADATA"):
@@ -278,7 +272,7 @@ def _sync(folder: Path) -> None:
 def _read(folder: Path, order: list[str] | None = None) -> Stored:
     """Read and verify a checkpoint; `order` is that of `manifest.verify`."""
     with _reading(folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it takes shapes and sharding from the file, as we want
+        warnings.simplefilter("ignore", UserWarning)  # Orbax warns that shapes and sharding are those of the file
         written = ocp.metadata(folder.absolute()).custom_metadata
         if written.get("format", 0) > FORMAT:
             raise CheckpointError(
@@ -294,8 +288,7 @@ def _read(folder: Path, order: list[str] | None = None) -> Stored:
 
 def _damaged(folder: Path) -> CheckpointError:
     return CheckpointError(
-        f"checkpoint {folder}: must have the checksums that it was written with, got others: the files are damaged. "
-        f"{DELETE}"
+        f"checkpoint {folder}: must have the checksums of its manifest, got others: the files are damaged. {DELETE}"
     )
 
 
@@ -307,52 +300,32 @@ def _check_like(folder: Path, stored: Stored, like: Any) -> None:
         )
 
 
-def _built(folder: Path, kind: Callable[..., Any], fields: dict[str, Any]) -> Any:
-    """`kind(**fields)` of a stored result."""
-    try:
-        return kind(**fields)
-    except TypeError as error:
-        raise CheckpointError(
-            f"checkpoint {folder}: must have the fields of {kind.__name__}, got {', '.join(fields)} ({error}). It is "
-            "complete, but of another version: name another folder, or use the version that wrote it."
-        ) from None
-
-
-DELETE = "Delete this folder and run the same command again; what is beside it is kept."
+DELETE = "Delete this folder and run the same command again; the folders beside it stay."
 
 
 def _reading(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return _failing(
-        f"checkpoint {folder}: must be complete, got files that cannot be read",
-        DELETE,
-    )
+    return _failing(f"checkpoint {folder}: must be complete, got files that cannot be read", DELETE)
 
 
 def _writing(folder: Path) -> contextlib.AbstractContextManager[None]:
-    return _failing(
-        f"checkpoint {folder}: could not be written",
-        "What was stored before is complete: make room or mend the cause, and run the same command again.",
-    )
+    remedy = "The checkpoints before it are complete: free space or repair the cause, and run the same command again."
+    return _failing(f"checkpoint {folder}: could not be written", remedy)
 
 
 @contextlib.contextmanager
 def _failing(problem: str, remedy: str) -> Iterator[None]:
-    """Orbax and TensorStore raise many types: they become one, and the cause stays attached."""
+    """Raise the many errors of Orbax and TensorStore as CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
     except Exception as error:
         if _lost(error):
-            raise  # there is nothing wrong with the files
-        raise CheckpointError(f"{problem} ({_first_line(error)}). {remedy}") from error
+            raise  # because the files are intact
+        line = str(error).strip().partition("\n")[0][:300]  # TensorStore's lines are long
+        raise CheckpointError(f"{problem} ({type(error).__name__}: {line}). {remedy}") from error
 
 
 def _lost(error: BaseException) -> bool:
-    """Whether it may mean that another process of the run was lost."""
+    """Return True if the error may mean that another process of the run is lost."""
     return jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300] if text else ''}"  # TensorStore's lines are long

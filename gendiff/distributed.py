@@ -1,13 +1,11 @@
-"""Devices and processes: one mesh per run, arrays that all of its processes share, and what they agree on.
+"""Devices and processes: meshes, global arrays, agreement and preemption.
 
-A mesh has two axes.  `replica` is for independent runs (seeds, goals, members, configurations), `data` for the batch of
-a training; either may be 1.  Samples, which are independent too, are drawn over both.  Compiled SPMD: a function is
-written for the whole batch, `jit` splits it over the mesh, and the collectives are the compiler's (one all-reduce in a
-training step, none in sampling).
+A mesh has two axes: `replica` for independent runs (seeds, goals, members, configurations), `data` for the batch of a
+training.  Samples are drawn over both.  Compiled SPMD: a function is written for the complete batch, `jit` splits it
+over the mesh, and the compiler adds the collectives (one all-reduce in a training step, none in sampling).
 
-Several processes of one run (a host of a pod each, or any machines) all run the same program on the same arguments.
-What a process holds whole becomes a global array by `put`, a result that is split comes back by `gather`, and what only
-one of them can do, such as writing a table, is done by `first`.
+All processes of a run, one a host, run the same program on the same arguments.  `put` turns local arrays into a global
+one, `gather` brings a split result back, and `first` runs on one process, for example to write a table.
 """
 
 import collections
@@ -17,7 +15,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -37,65 +34,72 @@ EVERY_DEVICE = ("replica", "data")
 
 
 class StartError(Exception):
-    """The processes of a run did not find each other."""
+    """The processes of a run cannot find each other."""
 
 
 class Disagreement(Exception):
-    """The processes of a run were started differently."""
+    """The processes of a run have different arguments."""
 
 
 class Elsewhere(Exception):
-    """Another process of the run failed; its message."""
+    """Another process of the run failed, with this message."""
 
 
 class Preempted(Exception):
-    """The machine is to be given back; everything that was computed is stored."""
+    """SIGTERM asked the run to stop; everything computed is stored."""
 
     status = command.STOPPED
     """Exit status of the command."""
 
 
 class Interrupted(Preempted):
-    """The user pressed Ctrl-C; everything that was computed is stored."""
+    """Ctrl-C asked the run to stop; everything computed is stored."""
 
     status = command.INTERRUPTED
 
 
 def start(environment: Mapping[str, str] = os.environ) -> None:
-    """Joins the other processes of the run, if there are any; before the first use of a device.
+    """Join the other processes of the run; call it before the first use of a device.
 
-    On a TPU pod (also of Kubernetes) and under SLURM and Open MPI JAX finds them itself, under Kubernetes without TPUs
-    if `jax[k8s]` is installed.  Elsewhere each process is told with
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.  On a single machine nothing
-    happens.  GENDIFF_START_SECONDS (300) is how long to wait for the others, GENDIFF_HEARTBEAT_SECONDS (30) after which
-    silence a process counts as lost.
+    On a single machine nothing happens.  JAX finds the processes of a TPU pod (also of Kubernetes), of SLURM and of
+    Open MPI, and of Kubernetes without TPUs if `jax[k8s]` is installed.  Elsewhere set JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    GENDIFF_START_SECONDS (300) limits the wait for the others.  A process that is silent for GENDIFF_HEARTBEAT_SECONDS
+    (30) counts as lost.
 
     Raises:
-      StartError: of the three variables one is missing or no number, or the others did not come.
+      StartError: a variable is missing or out of range, or a process does not join in time.
     """
+    wait = _number(environment, "GENDIFF_START_SECONDS", 300, 1)
+    # At least 5 s, so that a failing process can still report its error.
+    heartbeat = _number(environment, "GENDIFF_HEARTBEAT_SECONDS", 30, 5)
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = {name: environment[name] for name in names if environment.get(name)}
-    # A shorter silence is that of a process which is about to say what went wrong.
-    wait, heartbeat = (
-        _number(environment, name, default, least)
-        for name, default, least in (("GENDIFF_START_SECONDS", 300, 1), ("GENDIFF_HEARTBEAT_SECONDS", 30, 5))
-    )
+    present = [name for name in names if environment.get(name)]
+    missing = [name for name in names if name not in present]
     own: dict[str, Any] = {}
-    if given:
-        missing = [name for name in names if name not in given]
+    where, processes = "the coordinator that JAX finds", "all processes of the run"
+    if present:
         if missing:
-            raise StartError(f"{', '.join(missing)}: expected with {', '.join(given)}, given none")
-        _check_address(given[names[0]])
+            raise StartError(f"{', '.join(missing)} must be set beside {', '.join(present)}, got none: set all or none")
+        where = environment[names[0]]
+        host, _, port = where.rpartition(":")
+        if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+            raise StartError(
+                f"JAX_COORDINATOR_ADDRESS must be host:port with a port from 1 to 65535, got {where!r}: name the host "
+                "of process 0 and a free port there"
+            )
         count, index = (_number(environment, name, 0, least) for name, least in zip(names[1:], (1, 0), strict=True))
         if index >= count:
-            raise StartError(f"JAX_PROCESS_ID: expected 0 to {count - 1}, given {index}")
+            raise StartError(f"JAX_PROCESS_ID must be < JAX_NUM_PROCESSES ({count}), got {index}")
         if count == 1:
             return
-        own = {"coordinator_address": given[names[0]], "num_processes": count, "process_id": index}
-    where = own.get("coordinator_address", "the coordinator that JAX finds")
-    whom = f"all {own['num_processes']} processes of the run" if own else "all processes of the run"
-    # JAX aborts the process when its own time is up, with a page of addresses; we speak before it.
-    late = threading.Timer(wait, _leave, (f"error: {where}: expected {whom} within {wait} s, given not all of them",))
+        own = {"coordinator_address": where, "num_processes": count, "process_id": index}
+        processes = f"all {count} processes of the run"
+    demand = f"{where}: {processes} must join within {wait} s"
+    remedy = "start every process, with an address that it can reach"
+    # Report first, because JAX aborts the process after its own timeout, with a page of addresses.
+    late = threading.Timer(wait, command.fail, (f"{demand}, got fewer: {remedy}",))
     late.daemon = True
     late.start()
     try:
@@ -109,30 +113,15 @@ def start(environment: Mapping[str, str] = os.environ) -> None:
         if own or "coordinator_address" not in str(error):
             raise StartError(f"distributed: {error}") from None
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StartError(f"{where}: expected {whom} within {wait} s ({reason})") from None
+        raise StartError(f"{demand}, got {str(error).strip().splitlines()[0]}: {remedy}") from None
     finally:
         late.cancel()
-    # On CPUs programs that are under way together would mix up their collectives.
+    # On CPU, run one program at a time, because concurrent collectives interleave.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
-def _leave(message: str) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
-    os._exit(2)
-
-
-def _check_address(text: str) -> None:
-    host, colon, port = text.rpartition(":")
-    if not host or not colon or not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise StartError(
-            f"JAX_COORDINATOR_ADDRESS must be host:port with a port from 1 to 65535, got {text!r}: name the host of "
-            "process 0 and a free port there"
-        )
-
-
 MOST = 1_000_000
-"""Of numbers in the environment, which JAX keeps in 32 bits."""
+"""Largest number in the environment; JAX has 32 bits for it."""
 
 
 def _number(environment: Mapping[str, str], name: str, default: int, least: int) -> int:
@@ -143,95 +132,90 @@ def _number(environment: Mapping[str, str], name: str, default: int, least: int)
 
 
 def joined() -> bool:
-    """Whether this process is one of several of a run."""
+    """Return True if this process is one of several of a run."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process writes tables, pictures and progress: true on a single machine."""
+    """Return True for the process that writes tables, pictures and progress, as on a single machine."""
     return jax.process_index() == 0
 
 
 def name() -> str:
-    """What log lines of this process begin with; nothing on a single machine."""
+    """The prefix of this process's log lines; empty on a single machine."""
     if not joined() or jax.process_count() == 1:
         return ""
     return f"[process {jax.process_index()} of {jax.process_count()}, {socket.gethostname()}] "
 
 
 def first(function: Callable[[], T]) -> T:
-    """What `function` gives on the first process, on all of them; JSON must be able to hold it.
+    """Run `function` on the first process, and return its value, which JSON can hold, on all.  Collective.
 
     Raises:
-      Elsewhere: on the others, where it raised on the first.
+      Elsewhere: on the other processes, if `function` raised.
     """
     if jax.process_count() == 1:
         return function()
-    failed: Exception | SystemExit | None = None
-    document = b""
-    if is_first():
-        try:
-            document = json.dumps({"value": function()}).encode()
-        except (Exception, SystemExit) as error:
-            failed, document = error, json.dumps({"error": _said(error)}).encode()
+    text, failed = _attempt(lambda: json.dumps({"value": function()})) if is_first() else ("", None)
+    document = (text if failed is None else json.dumps({"error": _message(failed)})).encode()
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(document))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(document)] = np.frombuffer(document, np.uint8)
-    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    received = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(_bytes(document, size))).tobytes())
     if failed is not None:
         raise failed
-    if "error" in told:
-        raise Elsewhere(f"process 0: {told['error']}")
-    return told["value"]
+    if "error" in received:
+        raise Elsewhere(f"process 0: {received['error']}")
+    return received["value"]
 
 
 def everywhere(function: Callable[[], T]) -> T:
-    """What `function` gives here, once it has succeeded on every process; an exit is a failure.
+    """Run `function` on every process, and return its value here once all have succeeded.  Collective.
 
     Raises:
-      Elsewhere: it raised on another one, which is named.
+      Elsewhere: it raised, or exited, on another process.
     """
     if jax.process_count() == 1:
         return function()
-    value: Any = None
-    failed: Exception | SystemExit | None = None
-    try:
-        value = function()
-    except (Exception, SystemExit) as error:
-        failed = error
-    message = np.zeros(400, np.uint8)
-    text = ("" if failed is None else _said(failed)).encode()[: len(message)]
-    message[: len(text)] = np.frombuffer(text, np.uint8)
-    every = np.asarray(multihost_utils.process_allgather(message))
+    value, failed = _attempt(function)
+    message = ("" if failed is None else _message(failed)).encode()
+    messages = np.asarray(multihost_utils.process_allgather(_bytes(message, 400)))
     if failed is not None:
         raise failed
-    for index, each in enumerate(every):
-        if each.any():
-            raise Elsewhere(f"process {index}: {each.tobytes().rstrip(bytes(1)).decode(errors='replace')}")
+    for index, reply in enumerate(messages):
+        if reply.any():
+            raise Elsewhere(f"process {index}: {reply.tobytes().rstrip(bytes(1)).decode(errors='replace')}")
     return value
 
 
-def _said(error: BaseException) -> str:
-    """What the other processes are told of an error."""
+def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | SystemExit | None]:
+    try:
+        return function(), None
+    except (Exception, SystemExit) as error:
+        return None, error
+
+
+def _bytes(text: bytes, size: int) -> np.ndarray:
+    """A text as an array of `size` bytes, cut or padded with zeros."""
+    return np.frombuffer(text[:size].ljust(size, bytes(1)), np.uint8)
+
+
+def _message(error: BaseException) -> str:
+    """The message of an error for the other processes."""
     return f"exit with status {error.code}" if isinstance(error, SystemExit) else str(error) or type(error).__name__
 
 
-def agree(what: str, value: str) -> None:
-    """Compares `value` over the processes.
+def agree(subject: str, value: str) -> None:
+    """Compare `value` over the processes.  Collective.
 
     Raises:
-      Disagreement: on all of them, naming those that have another one than process 0.
+      Disagreement: on all processes; it names the processes whose value is not that of process 0.
     """
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest()[:8], np.uint32)
-    every = np.asarray(multihost_utils.process_allgather(digest))
-    others = [str(index) for index, each in enumerate(every) if (each != every[0]).any()]
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    others = ", ".join(map(str, np.flatnonzero((digests != digests[0]).any(1))))
     if others:
-        raise Disagreement(
-            f"{what}: expected the same on all {len(every)} processes, given another than process 0's on process "
-            f"{', '.join(others)}"
-        )
+        raise Disagreement(f"{subject} must be equal on all {len(digests)} processes, got another on process {others}")
 
 
 # Preemption.
@@ -241,91 +225,88 @@ _stopping = False
 
 
 def heed_notices() -> None:
-    """Treat SIGTERM (preemption) and Ctrl-C as requests to stop after the next checkpoint, from now on."""
-    if jax.process_count() == 1:  # of several, JAX listens to SIGTERM and tells them all; Ctrl-C ends a process at once
+    """Treat SIGTERM (preemption) and Ctrl-C as requests to stop after the next checkpoint."""
+    if jax.process_count() == 1:  # JAX tells several processes of SIGTERM; Ctrl-C ends one of them at once
         command.heed()
 
 
 def preempted() -> bool:
-    """Whether the run is to stop now: on all processes at the same call, which all must make."""
+    """Return True if the run must stop.  Collective: all processes must call it together."""
     global _asked, _stopping
     if jax.process_count() == 1:
         return command.noticed()
-    if not _stopping:  # JAX says it at one call alone
+    if not _stopping:  # because JAX answers True once
         _asked += 1
         _stopping = bool(multihost_utils.reached_preemption_sync_point(_asked))
     return _stopping
 
 
-def stop_if_noticed(what: str) -> None:
-    """Raises Preempted after a notice in what one process does alone, which cannot ask the others.
-
-    Of several processes none stops here: the notice waits for the next call that all of them make.
-    """
+def stop_if_noticed(stored: str) -> None:
+    """As `stop_if_preempted`, for work that one process does alone; several processes never stop here."""
     if command.noticed():
-        stop(what)
+        stop(stored)
 
 
-def stop_if_preempted(what: str) -> None:
-    """Raises Preempted after a notice; `what` is the last thing that is stored."""
+def stop_if_preempted(stored: str) -> None:
+    """Raise Preempted after a notice; `stored` names the newest thing on disk.  Collective."""
     if preempted():
-        stop(what)
+        stop(stored)
 
 
-def stop(what: str) -> NoReturn:
-    """Raise Preempted, after Ctrl-C its subclass Interrupted; `what` is the last thing that is stored."""
+def stop(stored: str) -> NoReturn:
+    """Raise Preempted, or Interrupted after Ctrl-C; `stored` names the newest thing on disk."""
     number = signal.SIGINT if signal.SIGINT in command.notices else signal.SIGTERM
     kind = Interrupted if number == signal.SIGINT else Preempted
-    raise kind(f"{command.stopped_by(number)}: {what} is stored; the same command goes on from there")
+    raise kind(f"{command.stopped_by(number)}: {stored} is stored; the same command goes on from there")
 
 
 # Meshes.
 
 
 def make_mesh(devices: list[jax.Device] | None = None, replica: int = 1) -> jax.sharding.Mesh:
-    """A mesh of all devices of all processes, or of the given ones.
+    """A mesh of `devices`, by default of all devices of all processes.
 
-    Of several slices, which a slower network joins, neighbours on `data` lie in one slice as far as that goes, so that
-    an all-reduce is one within each slice and a small one among them.
+    A slower network joins slices.  So neighbours on `data` lie in one slice if possible, and an all-reduce is one
+    within every slice and a small one between them.
 
     Args:
       replica: length of the axis `replica`; `data` has the rest.
     """
     devices = jax.devices() if devices is None else devices
     if not devices:
-        raise ValueError("distributed: devices: expected one or more, given none")
+        raise ValueError("mesh: devices must be one or more, got none")
     if replica < 1 or len(devices) % replica:
-        raise ValueError(f"distributed: replica: expected a divisor of {len(devices)} devices, given {replica}")
+        raise ValueError(f"mesh: replica must be a divisor of {len(devices)} devices, got {replica}")
     data = len(devices) // replica
-    # Explicit axes, the default, reject `alphas[t]` and concatenation with replicated arrays, which diffusion needs.
+    # Auto, because explicit axes reject `alphas[t]` and concatenation with replicated arrays.
     types = (jax.sharding.AxisType.Auto,) * 2
     sizes = collections.Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(sizes) == 1:
         try:
             return jax.make_mesh((replica, data), EVERY_DEVICE, axis_types=types, devices=devices)
         except NotImplementedError:  # it splits the axes of a torus on v5e alone: 8 x 8 of 4 x 4 x 4
-            whole = mesh_utils.create_device_mesh((replica, data), devices, allow_split_physical_axes=True)
-            return jax.sharding.Mesh(whole, EVERY_DEVICE, axis_types=types)
+            grid = mesh_utils.create_device_mesh((replica, data), devices, allow_split_physical_axes=True)
+            return jax.sharding.Mesh(grid, EVERY_DEVICE, axis_types=types)
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"distributed: expected slices of one size, given {sorted(sizes.values())} devices")
-    # `jax.make_mesh` refuses slices.  Those that divide `replica` go there: replicas have nothing to tell each other.
+        raise ValueError(f"mesh: slices must have one size, got {sorted(sizes.values())} devices")
+    # `jax.make_mesh` refuses slices.  Put slices on `replica` if they divide it, because replicas do not communicate.
     rows = math.gcd(replica, len(sizes))
     between = rows, len(sizes) // rows
     within = replica // between[0], data // between[1]
-    whole = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(whole, EVERY_DEVICE, axis_types=types)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, EVERY_DEVICE, axis_types=types)
 
 
 def training_mesh(
     batch: int | None = None, devices: list[jax.Device] | None = None, *, every_core: bool = False
 ) -> jax.sharding.Mesh:
-    """All accelerators, or one CPU device a process: its cores share each operation better than they share a batch.
+    """A mesh of all accelerators, or of one CPU device a process, because cores share an operation best.
 
     Args:
-      batch: examples of a step.  Where the devices do not divide it, `data` has as many of them as do, and the others
-        are copies of these on `replica`: 1,000 examples on 64 devices are 8 parts, computed 8 times.
-      every_core: all CPU devices too, where they divide the batch; for networks of operations so small that cores
-        cannot share them (1.2 times as fast for `gendiff.nets.scene_transformer` on two cores).
+      batch: examples of a step.  `data` has as many devices as divide it, and `replica` repeats their work: 1,000
+        examples on 64 devices are 8 parts, computed 8 times.
+      every_core: use all CPU devices if they divide the batch, for operations too small for several cores (1.2 times
+        as fast for `gendiff.nets.scene_transformer` on two cores).
     """
     devices = jax.devices() if devices is None else devices
     if devices[0].platform == "cpu" and not (every_core and batch and batch % len(devices) == 0):
@@ -340,41 +321,41 @@ def split(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Sharding of an array with a copy on every device."""
     return jax.NamedSharding(mesh, jax.P())
 
 
 def fully_sharded(mesh: jax.sharding.Mesh, tree: Any, least: int = 2**14) -> Any:
-    """Shardings that leave each device a part of every large array (FSDP): along the longest axis that `data` divides.
+    """Shardings that split every large array (FSDP) along the longest axis that `data` divides.
 
     Args:
       tree: of arrays or their shapes.
-      least: elements of an array from which on it is split.
+      least: smallest size of an array that is split, in elements.
     """
     devices = mesh.shape["data"]
 
-    def one(leaf: Any) -> jax.NamedSharding:
-        able = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % devices == 0]
-        if not able or leaf.size < least or is_key(leaf):
+    def sharding(leaf: Any) -> jax.NamedSharding:
+        axes = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % devices == 0]
+        if not axes or leaf.size < least or is_key(leaf):
             return replicated(mesh)
-        return jax.NamedSharding(mesh, jax.P(*[None] * -max(able)[1], "data"))
+        return jax.NamedSharding(mesh, jax.P(*[None] * -max(axes)[1], "data"))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(sharding, tree)
 
 
 # Arrays.
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether an array, or a shape with a type, is of typed PRNG keys."""
+    """Return True for an array, or a `jax.ShapeDtypeStruct`, of typed PRNG keys."""
     return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def put(tree: Any, sharding: Any) -> Any:
-    """Global arrays from a tree that every process holds whole, or that is global already.
+    """Global arrays from a tree of global arrays, or of local ones that are equal on all processes.
 
     Args:
-      sharding: one for all leaves, or a tree of them.
+      sharding: a sharding for all leaves, or a tree of shardings.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -390,18 +371,18 @@ def _put(leaf: Any, sharding: jax.NamedSharding) -> jax.Array:
     if is_key(leaf):
         data = _put(jax.random.key_data(jax.random.clone(leaf)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    whole = _gather(leaf) if is_global else np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    array = _gather(leaf) if is_global else np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def replicate(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-    """A copy of `tree` on every device of the mesh; the copy may be donated, the original stays."""
-    # `may_alias=False` alone still shares the original's buffer where there are several devices.
+    """Copy `tree` to every device of the mesh; the caller may donate the copy."""
+    # `may_alias=False` alone shares the original's buffer if there are several devices.
     return put(jax.tree.map(jnp.copy, tree), replicated(mesh))
 
 
 def place(mesh: jax.sharding.Mesh | None, tree: Any) -> Any:
-    """`tree` on every device of the mesh, wherever it was; without a mesh, as it is."""
+    """Put `tree` on every device of the mesh; without a mesh, return it."""
     return tree if mesh is None else put(tree, replicated(mesh))
 
 
@@ -412,19 +393,21 @@ def shard(mesh: jax.sharding.Mesh, local: Any) -> Any:
       ValueError: the devices do not divide the batch.
     """
     if jax.process_count() > 1 and mesh.shape["replica"] > 1:
-        raise ValueError(f"batch: expected all {mesh.size} devices on the axis `data`, given a mesh of {mesh.shape}")
-    here = len(mesh.local_devices) // mesh.shape["replica"]
-    rows = check.rows("batch", local)
-    if rows % here:
-        raise ValueError(f"batch: expected a multiple of the {here} devices of a process, given {rows} rows")
+        raise ValueError(f"batch: mesh must have all {mesh.size} devices on the axis `data`, got {dict(mesh.shape)}")
+    _check_divides(check.rows("batch", local), len(mesh.local_devices) // mesh.shape["replica"])
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(split(mesh), np.asarray(a)), local)
 
 
+def _check_divides(rows: int, devices: int) -> None:
+    if rows % devices:
+        raise ValueError(f"batch: rows must be a multiple of the {devices} devices, got {rows}")
+
+
 def gather(tree: Any, n: int | None = None) -> Any:
-    """All arrays whole, as NumPy's, on every process.
+    """NumPy arrays from local or global ones.  Collective, unless all arrays are local or replicated.
 
     Args:
-      n: rows of them, where `chunked` left more.
+      n: keep the first n rows, because `chunked` may leave more.
     """
     return jax.tree.map(lambda leaf: _gather(leaf)[:n] if n is not None else _gather(leaf), tree)
 
@@ -436,7 +419,7 @@ def _gather(leaf: Any) -> np.ndarray:
 
 
 def local(tree: Any) -> Any:
-    """This process's copies of arrays that are replicated, for computations that it makes alone."""
+    """This process's copies of replicated arrays, for computations of one process."""
     if jax.process_count() == 1:
         return tree
     is_global = lambda leaf: isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -444,34 +427,33 @@ def local(tree: Any) -> Any:
 
 
 def by_process(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function(*inputs)` of arrays with a common leading axis, each process on its share of the rows, as on one.
+    """`function(*inputs)`, with the rows split over the processes.  Collective.
 
     Args:
-      function: on the host, such as an oracle: trees of arrays with n rows -> tree of arrays with n rows, of 32 bits at
-        most.
+      function: a function on the host, such as an oracle: trees of arrays with n rows -> tree of arrays with n rows, of
+        at most 32 bits.
+      inputs: trees of arrays with a common leading axis.
     """
-    here = lambda *inputs: jax.tree.map(np.asarray, function(*inputs))
+    on_host = lambda *inputs: jax.tree.map(np.asarray, function(*inputs))
     n, processes = check.rows("by_process: inputs", inputs), jax.process_count()
     if processes == 1 or n == 0:
-        return here(*inputs)
-    # Equal shares, the last rows again where they do not come out even.
+        return on_host(*inputs)
+    # Equal shares, padded with the last row.
     size = -(-n // processes)
     rows = np.minimum(np.arange(size) + size * jax.process_index(), n - 1)
-    mine = everywhere(lambda: here(*jax.tree.map(lambda a: a[rows], inputs)))
-    whole = lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:n]
-    return jax.tree.map(whole, multihost_utils.process_allgather(mine))
+    share = everywhere(lambda: on_host(*jax.tree.map(lambda a: a[rows], inputs)))
+    joined_rows = lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[:n]
+    return jax.tree.map(joined_rows, multihost_utils.process_allgather(share))
 
 
 def split_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """Inside `jit`: the batch split over the axis `data`; what has no axis for it is left to the compiler.
+    """Inside `jit`: the batch split over the axis `data`; the compiler places its scalars.
 
     Raises:
-      ValueError: the batch is not divided by the devices.
+      ValueError: the devices do not divide the batch.
     """
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if leaf.ndim}
-    devices = mesh.shape["data"]
-    if uneven := [size for size in sizes if size % devices]:
-        raise ValueError(f"batch: expected a multiple of the mesh's {devices} devices, given {uneven[0]} examples")
+    for leaf in jax.tree.leaves(batch):
+        _check_divides(leaf.shape[0] if leaf.ndim else 0, mesh.shape["data"])
     constrain = lambda a: jax.lax.with_sharding_constraint(a, split(mesh)) if a.ndim else a
     return jax.tree.map(constrain, batch)
 
@@ -484,16 +466,15 @@ def chunked(
     *,
     cut: bool = True,
 ) -> Any:
-    """`vmap(function)(inputs)`, in chunks that stay in the cache (or in memory), split over the devices of a mesh.
+    """`vmap(function)(inputs)`, in chunks that fit the cache or the memory, split over the devices of a mesh.
 
-    Without a collective where the devices divide the examples, or the results are not cut.
+    Results do not depend on chunks or devices.
 
     Args:
-      function: of one example.
-      inputs: a pytree of arrays with a common leading axis of n examples; results do not depend on chunks or devices.
-      chunk: most examples at a time and device, >= 1; n is padded to equal chunks with copies of the last example.
-      cut: False leaves the results of these copies at the end: rows that the devices do not divide could not stay where
-        they are.  `gather(results, n)` cuts them off outside of the program.
+      inputs: a pytree of arrays with a common leading axis of n >= 1 examples.
+      chunk: most examples at a time and device, >= 1; copies of the last example pad n to equal chunks.
+      cut: False keeps the results of the padding, which `gather(results, n)` drops.  True needs a collective if the
+        devices do not divide the examples.
     """
     check.number("chunked: chunk", chunk, at_least=1, whole=True)
     n = check.number("chunked: examples", check.rows("chunked: inputs", inputs), at_least=1, whole=True)
@@ -501,7 +482,7 @@ def chunked(
     chunks = -(-n // (devices * chunk))
     size = -(-n // (devices * chunks))
 
-    def here(parts: Any) -> Any:
+    def on_device(parts: Any) -> Any:
         parts = jax.tree.map(lambda a: a.reshape(chunks, size, *a.shape[1:]), parts)
         outputs = jax.lax.map(jax.vmap(function), parts)
         return jax.tree.map(lambda a: a.reshape(chunks * size, *a.shape[2:]), outputs)
@@ -510,7 +491,7 @@ def chunked(
     if total != n:
         inputs = jax.tree.map(lambda a: a[jnp.minimum(jnp.arange(total), n - 1)], inputs)
     if mesh is not None:
-        each = jax.P(EVERY_DEVICE)
-        here = jax.shard_map(here, mesh=mesh, in_specs=each, out_specs=each, check_vma=False)
-    outputs = here(inputs)
+        rows = jax.P(EVERY_DEVICE)
+        on_device = jax.shard_map(on_device, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    outputs = on_device(inputs)
     return jax.tree.map(lambda a: a[:n], outputs) if cut and total != n else outputs

@@ -1,7 +1,6 @@
-"""The manifest of a checkpoint: the name, type, shape and checksum of every array, and a checksum of all of that.
+"""The manifest of a checkpoint: the name, type, shape and checksum of every array, with its own checksum.
 
-A checkpoint whose files do not agree with its manifest is damaged; one whose manifest does not agree with a state is of
-another configuration.
+If the files differ from the manifest, the checkpoint is damaged; if a state does, it is of another configuration.
 """
 
 import json
@@ -16,11 +15,11 @@ import tensorstore
 from gendiff import distributed
 
 FORMAT = 2
-"""Of what this version writes.  It also reads format 1, whose notes have no checksum, but no later format."""
+"""The format that this version writes.  It also reads format 1, which has no checksum of the notes."""
 
 
 class Damaged(Exception):
-    """The files of a checkpoint do not agree with its manifest."""
+    """The files of a checkpoint differ from its manifest."""
 
 
 class Stored(NamedTuple):
@@ -30,11 +29,11 @@ class Stored(NamedTuple):
     """Nested dicts and lists of NumPy arrays."""
     notes: dict[str, Any]
     keys: dict[str, str] | None
-    """The implementation of the arrays, by name, that are typed PRNG keys; None if unknown (format 1)."""
+    """Name -> implementation of the typed PRNG keys; None if unknown (format 1)."""
 
 
 def check_containers(tree: Any, where: str = "") -> None:
-    """Refuse what would come back from a file as something else.
+    """Refuse containers and leaves that a file would not return as they are.
 
     Raises:
       ValueError: a key is no text, a container is neither a dict nor a list, or a leaf is no array or number.
@@ -54,10 +53,10 @@ def check_containers(tree: Any, where: str = "") -> None:
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by name, such as `params.layers.0.kernel`: Orbax names them so.
+    """The leaves of a pytree by Orbax's names, such as `params.layers.0.kernel`.
 
     Raises:
-      ValueError: two leaves have one name, so Orbax would write one over the other.
+      ValueError: two leaves have one name, so Orbax would overwrite the first.
     """
     leaves: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -69,17 +68,17 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def keys(tree: Any) -> dict[str, str]:
-    """The implementation of every leaf that is an array of typed PRNG keys, by name."""
+    """Name -> implementation of the leaves that are typed PRNG keys."""
     return {name: str(jax.random.key_impl(leaf)) for name, leaf in named(tree).items() if distributed.is_key(leaf)}
 
 
 def write(tree: Any, notes: dict[str, Any], keys: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The manifest of NumPy arrays, as JSON holds it.
+    """The manifest of a tree, for JSON.
 
     Args:
-      tree: any pytree, typed PRNG keys as their data.
+      tree: any pytree of NumPy arrays; of PRNG keys, their data.
       notes: values that JSON can hold.
-      keys: of the tree before that.
+      keys: the implementations of the PRNG keys (`keys`).
 
     Raises:
       ValueError: an array or the notes cannot be stored.
@@ -95,29 +94,29 @@ def write(tree: Any, notes: dict[str, Any], keys: Mapping[str, str] | None = Non
     if not arrays:
         raise ValueError("checkpoint: the tree must have at least one array, got none")
     try:
-        same = json.loads(json.dumps(notes))
+        read = json.loads(json.dumps(notes))
         text = json.dumps({"arrays": arrays, "keys": dict(keys or {}), "notes": notes})
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint: notes must be values that JSON can hold, got others ({error})") from None
-    if not _same(same, notes):
+    if not _same(read, notes):
         raise ValueError(
-            f"checkpoint: notes must come back from JSON as they are, got {notes!r}, which becomes {same!r}"
+            f"checkpoint: notes must come back from JSON as they are, got {notes!r}, which becomes {read!r}"
         )
-    # A text, because its checksum must not depend on how Orbax writes a dict.
+    # A text, because its checksum must not depend on Orbax's order of a dict.
     return {"format": FORMAT, "manifest": text, "crc32": zlib.crc32(text.encode())}
 
 
-def _same(one: Any, two: Any) -> bool:
-    """Whether two values are equal as JSON has them: a tuple is no list, 1 as a key is no text, NaN is NaN."""
-    if isinstance(two, dict):
-        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in two)
-    if isinstance(two, list):
-        return all(map(_same, one, two))
-    return bool(one == two or (one != one and two != two))
+def _same(read: Any, notes: Any) -> bool:
+    """Return True for equal values of JSON: a tuple is no list, 1 as a key is no text, NaN equals NaN."""
+    if isinstance(notes, dict):
+        return read.keys() == notes.keys() and all(_same(read[key], notes[key]) for key in notes)
+    if isinstance(notes, list):
+        return all(map(_same, read, notes))
+    return bool(read == notes or (read != read and notes != notes))
 
 
 def _encodes(key: str) -> bool:
-    """Whether a text is Unicode: half an emoji is not, and no file system stores it."""
+    """Return True for valid Unicode, because no file system stores a lone surrogate."""
     try:
         key.encode()
     except UnicodeEncodeError:
@@ -140,20 +139,20 @@ def _checksum(leaf: np.ndarray) -> int:
 
 
 def filled(tree: Any) -> Any:
-    """The tree with a zero in place of every array of size 0, because Orbax refuses those."""
+    """Replace every array of size 0 by a zero, because Orbax refuses empty arrays."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else np.zeros(1, leaf.dtype), tree)
 
 
 def verify(tree: Any, written: Any, order: list[str] | None = None) -> Stored:
-    """Compare what came back from a file with its manifest.
+    """Compare the arrays of a file with its manifest.
 
     Args:
       tree: nested dicts and lists of NumPy arrays.
-      written: by `write`, or by format 1.
-      order: the names of the state that format 1 was written from, whose order its checksums have; None: of `tree`.
+      written: the manifest, of `write` or of format 1.
+      order: names of the state's arrays, in the order of format 1's checksums; None: the order of `tree`.
 
     Raises:
-      Damaged: they do not agree.  A damaged `written` may also raise any other exception.
+      Damaged: they differ.  A damaged `written` may also raise any other exception.
     """
     found = named(tree)
     if written.get("format", 0) < FORMAT:
@@ -171,12 +170,12 @@ def verify(tree: Any, written: Any, order: list[str] | None = None) -> Stored:
 
 
 def _verify_1(tree: Any, written: dict[str, Any], order: list[str]) -> Stored:
-    """Format 1 has a list of checksums, and the shapes of arrays of size 0 by path."""
+    """Format 1: a list of checksums, and the shapes of empty arrays by path."""
     empty = written.get("empty", {})
     shaped = lambda path, leaf: np.zeros(empty[path], leaf.dtype) if path in empty else leaf
     tree = jax.tree_util.tree_map_with_path(lambda path, leaf: shaped(jax.tree_util.keystr(path), leaf), tree)
     found = named(tree)
-    # The arrays of another state cannot be compared, and `check` refuses them.
+    # The checksums of a state with other names cannot be compared; `difference` refuses it.
     if {*order} == {*found} and written["checksums"] != [_checksum(found[name]) for name in order]:
         raise Damaged
     own = ("format", "checksums", "empty")
@@ -184,21 +183,18 @@ def _verify_1(tree: Any, written: dict[str, Any], order: list[str]) -> Stored:
 
 
 def difference(stored: Stored, like: Any) -> str:
-    """How the arrays of a checkpoint differ from those of a state in names, types and shapes; "" if they do not."""
+    """Describe the arrays of a checkpoint whose name, type or shape differs from a state's; "" if none does."""
     own = keys(like)
-    wanted = {name: _described(_data(leaf), own.get(name)) for name, leaf in named(like).items()}
+    wanted = {name: _described(leaf, own.get(name)) for name, leaf in named(like).items()}
     known = own if stored.keys is None else stored.keys
     found = {name: _described(leaf, known.get(name)) for name, leaf in named(stored.tree).items()}
     names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    told = [f"{name} must be {wanted.get(name, 'absent')}, got {found.get(name, 'none')}" for name in names[:3]]
-    return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _data(leaf: Any) -> Any:
-    if distributed.is_key(leaf):
-        return jax.eval_shape(jax.random.key_data, leaf)
-    return leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    lines = [f"{name} must be {wanted.get(name, 'absent')}, got {found.get(name, 'none')}" for name in names[:3]]
+    return "; ".join(lines) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _described(leaf: Any, keys: str | None) -> str:
+    if distributed.is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return f"{leaf.dtype} {tuple(leaf.shape)}" + (f" (keys of {keys})" if keys else "")

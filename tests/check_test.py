@@ -1,4 +1,4 @@
-"""Bounds, choices and shapes against what they say; traced values pass."""
+"""Bounds, choices and shapes; traced values pass."""
 
 import jax
 import jax.numpy as jnp

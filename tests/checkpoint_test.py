@@ -84,14 +84,14 @@ def test_a_write_that_fails_leaves_nothing_that_looks_complete(tmp_path: Path) -
         save(tmp_path / "blocked" / "one", {"a": np.ones(3)})
     archive = Archive(tmp_path)
     (tmp_path / "phase").mkdir()
-    (tmp_path / "phase" / "result.orbax-checkpoint-tmp").mkdir()  # what a killed save leaves
+    (tmp_path / "phase" / "result.orbax-checkpoint-tmp").mkdir()  # as a killed save leaves it
     assert archive.once("phase", lambda: {"a": np.ones(1)})["a"] == 1
 
 
 def test_training_checkpoints_keep_keys_types_and_the_newest_two(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "steps")
     state = {"key": jax.random.key(3), "params": Pair(jnp.arange(4.0), {"b": jnp.zeros((), jnp.int32)})}
-    assert checkpoints.restore(state) is state  # nothing there yet
+    assert checkpoints.restore(state) is state  # without checkpoints
     for step in (10, 20, 30):
         left = state["params"].left + step
         checkpoints.save(step, state | {"params": state["params"]._replace(left=left)})

@@ -1,4 +1,4 @@
-"""What every test runs under, and the Gaussian mixture whose every quantity has a closed form."""
+"""Settings of all tests, and a Gaussian mixture with closed forms."""
 
 import importlib.util
 import os
@@ -18,20 +18,20 @@ from gendiff.potential import Potential
 from gendiff.process import Process
 from tests import quick
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a script's `&` switches Ctrl-C off, and children inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # because a script's `&` switches Ctrl-C off for children
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if "XLA_FLAGS" not in os.environ:  # the workers of pytest-xdist inherit what the first process finds
+if "XLA_FLAGS" not in os.environ:  # the workers of pytest-xdist inherit the flags
     os.environ["XLA_FLAGS"] = " ".join(quick.accepted())
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
-# Most of a cold run is compilation.  The processes that tests start inherit the folder.
+# Compilation is most of a cold run.  The processes that tests start inherit the folder.
 CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
-Path(CACHE).mkdir(mode=0o700, parents=True, exist_ok=True)  # who can write a program there can run code
+Path(CACHE).mkdir(mode=0o700, parents=True, exist_ok=True)  # private, because a written program runs as code
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-# Files that take longest come first, so that at the end no worker waits for another's.
+# The slowest files come first, so that no worker waits at the end.
 LONGEST = ("processes", "experiments/checkerboard", "experiments/collectives", "experiments/traffic")
 
 
@@ -55,7 +55,7 @@ def pytest_testnodedown(node: Any, error: object) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail where a worker died, because pytest-xdist reports success if the tests that are left are skipped."""
+    """Fail if a worker died, because pytest-xdist reports success if it skips the other tests."""
     if dead_workers and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"FAILED: a test process died, {worker}", red=True)
 
 
-# The same examples in every run, and no deadline: the first example of a test pays for compilation.
+# The same examples in every run.  No deadline, because the first example of a test compiles.
 hypothesis.settings.register_profile("gendiff", derandomize=True, deadline=None, max_examples=30)
 hypothesis.settings.load_profile("gendiff")
 
@@ -74,7 +74,7 @@ hypothesis.settings.load_profile("gendiff")
 class Mixture(NamedTuple):
     """p(x_0) = sum_k weights_k N(means_k, stds_k^2 I), with a label: y = 1 for a sample of a component in `good`.
 
-    Given x_t, each component is a Gaussian problem, so its denoiser, score, density and Bayes classifier are exact.
+    A component is Gaussian given x_t, so the denoiser, score, density and Bayes classifier are exact.
     """
 
     weights: np.ndarray
@@ -117,7 +117,7 @@ class Mixture(NamedTuple):
         return jnp.log(self.weights.astype(np.float32)) - 0.5 * (square / variance + d * jnp.log(2 * np.pi * variance))
 
     def variance(self, process: Process, t: jax.Array) -> jax.Array:
-        """Variance of x_t given each component, (K,)."""
+        """Variance of x_t given the component, (K,)."""
         return process.alpha(t) ** 2 * self.stds.astype(np.float32) ** 2 + process.sigma(t) ** 2
 
     def log_density(self, process: Process) -> Potential:
@@ -125,7 +125,7 @@ class Mixture(NamedTuple):
         return lambda x, t: jax.nn.logsumexp(self.log_joint(process, x, t))
 
     def score(self, process: Process) -> Denoiser:
-        """grad log p_t(x), written out: the mean of the components' scores under P(k | x_t)."""
+        """grad log p_t(x): the mean of the components' scores under P(k | x_t)."""
 
         def score(x: jax.Array, t: jax.Array) -> jax.Array:
             share = jax.nn.softmax(self.log_joint(process, x, t))
@@ -135,7 +135,7 @@ class Mixture(NamedTuple):
         return score
 
     def denoiser(self, process: Process) -> Denoiser:
-        """E[x_0 | x_t], written out: the mean of the components' regressions under P(k | x_t)."""
+        """E[x_0 | x_t]: the mean of the components' regressions under P(k | x_t)."""
 
         def denoiser(x: jax.Array, t: jax.Array) -> jax.Array:
             alpha, means = process.alpha(t), self.means.astype(np.float32)

@@ -17,7 +17,7 @@ PAIRS = {
 
 
 def predict(x, t):
-    """Something that is nobody's optimum: the conversions are algebra and must hold for it."""
+    """An arbitrary function, because the conversions are algebra and need no trained network."""
     return jnp.sin(3 * x) + 0.1 * t / (1.0 + t)
 
 

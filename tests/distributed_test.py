@@ -56,7 +56,10 @@ def test_replicas_may_be_donated(devices):
 @pytest.mark.parametrize(("n", "chunk"), [(1, 4), (24, 4), (29, 4), (29, 1000)])
 def test_chunked_is_vmap(n, chunk, devices):
     inputs = {"a": jnp.arange(2.0 * n).reshape(n, 2), "key": jax.random.split(jax.random.key(0), n)}
-    function = lambda each: {"sum": jnp.sum(each["a"]) + jax.random.uniform(each["key"]), "twice": 2 * each["a"]}
+    function = lambda example: {
+        "sum": jnp.sum(example["a"]) + jax.random.uniform(example["key"]),
+        "twice": 2 * example["a"],
+    }
     run = lambda mesh: jax.jit(lambda inputs: distributed.chunked(function, inputs, chunk, mesh))(inputs)
     expected = jax.vmap(function)(inputs | {"key": jax.random.clone(inputs["key"])})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), run(mesh_of(devices)), expected)
@@ -70,15 +73,15 @@ def test_chunked_is_vmap(n, chunk, devices):
 @MESHES
 def test_batches_are_split(devices):
     mesh, batch = mesh_of(devices), {"x": jnp.zeros((16, 2)), "scalar": jnp.zeros(())}
-    given = jax.jit(lambda batch: distributed.split_batch(mesh, batch))(batch)
-    assert {shard.data.shape for shard in given["x"].addressable_shards} == {(16 // devices, 2)}
-    jax.tree.map(np.testing.assert_array_equal, given, batch)
+    parts = jax.jit(lambda batch: distributed.split_batch(mesh, batch))(batch)
+    assert {shard.data.shape for shard in parts["x"].addressable_shards} == {(16 // devices, 2)}
+    jax.tree.map(np.testing.assert_array_equal, parts, batch)
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="expected a multiple of the mesh's 8 devices, given 9 examples"):
+    with pytest.raises(ValueError, match="rows must be a multiple of the 8 devices, got 9"):
         jax.jit(lambda batch: distributed.split_batch(mesh_of(8), batch))(jnp.zeros(9))
-    with pytest.raises(ValueError, match="expected a multiple of the 8 devices of a process, given 9 rows"):
+    with pytest.raises(ValueError, match="rows must be a multiple of the 8 devices, got 9"):
         distributed.shard(mesh_of(8), np.zeros(9))
 
 
@@ -87,9 +90,9 @@ def test_a_batch_that_the_mesh_does_not_divide_is_an_error():
 )
 def test_arrays_without_a_common_leading_axis_are_an_error(batch):
     same = lambda batch: batch
-    for given in (lambda: distributed.chunked(same, batch, 2), lambda: distributed.by_process(same, batch)):
+    for mapping in (lambda: distributed.chunked(same, batch, 2), lambda: distributed.by_process(same, batch)):
         with pytest.raises(ValueError, match="inputs must "):
-            given()
+            mapping()
 
 
 def test_cpu_trains_on_one_device():
@@ -115,11 +118,11 @@ class Device:
     core_on_chip: int = 0
 
 
-def chips(slices: int, each: int = 4) -> list[Device]:
-    """Chips of slices of 2 x (each / 2)."""
+def chips(slices: int, per_slice: int = 4) -> list[Device]:
+    """Chips of slices of 2 x (per_slice / 2)."""
     return [
-        Device(place * each + i, place, place, (i % 2, i // 2, 0))  # process: a host a slice
-        for place, i in itertools.product(range(slices), range(each))
+        Device(place * per_slice + i, place, place, (i % 2, i // 2, 0))  # process: a host a slice
+        for place, i in itertools.product(range(slices), range(per_slice))
     ]
 
 
@@ -154,18 +157,18 @@ def test_slices_are_neighbours_on_data(replica):
 
 
 def test_a_mesh_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match="devices: expected one or more, given none"):
+    with pytest.raises(ValueError, match="mesh: devices must be one or more, got none"):
         distributed.make_mesh([])
 
 
 def test_slices_that_differ_are_an_error():
-    with pytest.raises(ValueError, match=r"expected slices of one size, given \[1, 4\] devices"):
+    with pytest.raises(ValueError, match=r"slices must have one size, got \[1, 4\] devices"):
         distributed.make_mesh(chips(2)[:5])
 
 
 def test_chunked_splits_the_work():
     # The count of operations counts the loop's body once, and that has `chunk` examples a device on any number of
-    # devices.  Without a split each of 8 devices would work on 8 chunks.
+    # devices.  Without a split every device would work on 8 chunks.
     def flops(devices):
         function = lambda inputs: distributed.chunked(lambda x: x @ x.T, inputs, 4, mesh_of(devices))
         return jax.jit(function).lower(jnp.zeros((64, 16, 16))).compile().cost_analysis()["flops"]
@@ -181,8 +184,8 @@ def test_samples_do_not_depend_on_devices_or_chunks(gaussian):
         @jax.jit
         def run(keys):
             model = guidance.guide(p, lambda x, t: -jnp.sum(x**2))(gaussian.denoiser(p))
-            one = lambda key: sampling.sample(p, sampling.ancestral(p, model), p.grid(12), key, (1,))
-            return distributed.chunked(one, keys, chunk, None if devices is None else mesh_of(devices))
+            draw_one = lambda key: sampling.sample(p, sampling.ancestral(p, model), p.grid(12), key, (1,))
+            return distributed.chunked(draw_one, keys, chunk, None if devices is None else mesh_of(devices))
 
         return np.asarray(run(keys))
 
@@ -239,14 +242,11 @@ def test_a_batch_of_the_host_has_one_number_of_rows():
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("variables", "message"),
     [
-        (
-            {"JAX_COORDINATOR_ADDRESS": "a:1"},
-            "JAX_NUM_PROCESSES, JAX_PROCESS_ID: expected with JAX_COORD",
-        ),
-        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS: expected with JAX_NUM_PROCESSES"),
-        (ADDRESS | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID: expected 0 to 1, given 2"),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID must be set beside JAX_COORD"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "JAX_COORDINATOR_ADDRESS must be set beside JAX_NUM_PROC"),
+        (ADDRESS | {"JAX_PROCESS_ID": "2"}, r"JAX_PROCESS_ID must be < JAX_NUM_PROCESSES \(2\), got 2"),
         (ADDRESS | {"JAX_NUM_PROCESSES": "0"}, "JAX_NUM_PROCESSES must be a whole number from 1 to 1000000, got '0'"),
         (
             ADDRESS | {"GENDIFF_HEARTBEAT_SECONDS": "1"},
@@ -269,9 +269,9 @@ def test_a_batch_of_the_host_has_one_number_of_rows():
         ),
     ],
 )
-def test_what_is_told_of_other_processes_is_checked(told, message):
+def test_what_is_told_of_other_processes_is_checked(variables, message):
     with pytest.raises(distributed.StartError, match=message):
-        distributed.start(told)
+        distributed.start(variables)
 
 
 def test_one_process_needs_no_other():

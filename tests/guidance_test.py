@@ -14,7 +14,7 @@ PROCESSES = pytest.mark.parametrize(
 )
 POINTS = np.float32([[0.2, 0.1], [-1.0, 0.9], [1.4, -0.3], [0.0, 0.0]])
 FALSE_ALARM = 1e-4
-"""Of each comparison of samples with a distribution."""
+"""Of a comparison of samples with a distribution."""
 
 
 def plain(x, t):
@@ -31,7 +31,7 @@ def bump_gradient(x):
 
 
 def on_points(times, *functions):
-    """For each time what each function gives on POINTS, in one compiled program."""
+    """Values of the functions on POINTS, at all times, in one compiled program."""
     at = lambda t: [jax.vmap(lambda x, function=function: function(x, t))(POINTS) for function in functions]
     return zip(*(np.asarray(values, np.float64) for values in jax.jit(jax.vmap(at))(times)), strict=True)
 
@@ -129,7 +129,7 @@ def test_mean_form(variance, t, s):
 
 
 def test_last_step_of_the_mean_form():
-    # The posterior variance is 0 there: no guidance at all, where infractions are decided.  beta_1 is not 0.
+    # The last step decides infractions, but its posterior variance is 0, so it is not guided.  beta_1 is not 0.
     x = POINTS[2]
     for variance, moved in (("posterior", False), ("beta", True)):
         steer = guidance.guide_mean(DDPM, bump, next_time=lambda t: t - 1, variance=variance)

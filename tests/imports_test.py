@@ -1,4 +1,4 @@
-"""The arrows of the design: what each file may import, read from its own import statements."""
+"""The arrows of the design: allowed imports, checked in the import statements of all files."""
 
 import ast
 from pathlib import Path
@@ -25,7 +25,7 @@ HOMES = {
 
 
 def imports(file: Path) -> set[str]:
-    """Full names of the modules (and of what is taken from them) in all import statements, also in functions."""
+    """Full names of imported modules and objects, also in functions."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):

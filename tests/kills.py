@@ -1,11 +1,11 @@
-"""Kill runs at random moments, start them again until they are finished, and compare their results with a whole run's.
+"""Kill runs at random moments, restart them until they finish, and compare their results with an undisturbed run's.
 
     python -m tests.kills --kills 100 --seed 0 --work FOLDER
 
-Smoke presets run as commands, each in a process group of its own, which gets SIGKILL, or now and then SIGTERM or
-SIGINT, at a moment drawn evenly over the time that a whole run takes.  Every number of `results.json` that no clock
-measured must come back to the last bit.  FOLDER keeps what was done: after a stop the same command goes on.  Commands,
-files and exit statuses are all that this script knows of the project.
+Smoke presets run as commands in their own process groups.  A group gets SIGKILL, or sometimes SIGTERM or SIGINT, at a
+moment drawn evenly over the time of an undisturbed run.  Every number of `results.json` that no clock measures must be
+equal in all bits.  FOLDER has the record, so that the same command goes on after a stop.  This script uses only
+commands, files and exit statuses of the project.
 """
 
 import argparse
@@ -28,20 +28,20 @@ ROOT = Path(__file__).parents[1]
 SHARES = {"genneg.checkerboard": 40, "genneg.traffic": 20, "censoring.mnist": 20, "relative_reward.maze2d": 20}
 """Experiments and their parts of the kills, by default."""
 SIGNALS = {signal.SIGKILL: 0.6, signal.SIGTERM: 0.2, signal.SIGINT: 0.2}
-"""How often a kill is which signal."""
+"""Shares of the signals."""
 STATUSES = {
     signal.SIGKILL: {-signal.SIGKILL},
-    # Before Python runs a line of ours, a signal ends the process as any other.
+    # A signal ends the process by default until Python runs our first line.
     signal.SIGTERM: {75, -signal.SIGTERM},
     signal.SIGINT: {130, -signal.SIGINT},
 }
-"""Exit statuses after each signal; 0 besides, where the run was finished first."""
+"""Exit statuses after a signal; also 0, if the run finished first."""
 IN_A_ROW = 8
-"""Kills of one run at most; it then runs to its end, so that its results are seen."""
+"""Most kills of a run, which then runs to its end, so that its results can be compared."""
 CLOCK = "seconds"
-"""In the name of a metric that a clock measures."""
+"""Part of the name of a metric that a clock measures."""
 GRACE = 300.0
-"""Seconds in which a run ends after SIGTERM or SIGINT, and which its start takes at most."""
+"""Longest time of a stop after SIGTERM or SIGINT, and of a start, in seconds."""
 
 
 class Kill(NamedTuple):
@@ -49,7 +49,7 @@ class Kill(NamedTuple):
 
     experiment: str
     run: int
-    """Number of the run of this experiment, which is killed until it is finished."""
+    """Number of the run, which is killed until it finishes."""
     number: int
     """Of the signal."""
     after: float
@@ -58,7 +58,7 @@ class Kill(NamedTuple):
     stopping: float
     """Seconds from the signal to the end."""
     left: int
-    """Processes that were still there a few seconds later."""
+    """Processes that are alive a few seconds later."""
     last: str
     """Last line that the process wrote to standard error, where its status was not expected."""
 
@@ -72,7 +72,7 @@ class Done(NamedTuple):
     lost: str
     """Why it could not go on; empty where it did."""
     different: list[str]
-    """Numbers that are not those of the whole run."""
+    """Names of the numbers that differ from the undisturbed run's."""
 
 
 # Processes.
@@ -88,7 +88,7 @@ def start(experiment: str, folder: Path, log: Path) -> subprocess.Popen:
 
 
 def members(group: int) -> list[int]:
-    """The living processes of a session, by what the system says of them (zombies are dead)."""
+    """The living processes of a session (zombies are dead)."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True, check=True).stdout
     rows = [line.split() for line in listed.splitlines()]
     return [int(row[0]) for row in rows if row[1] == str(group) and not row[2].startswith("Z")]
@@ -122,7 +122,7 @@ def last_line(log: Path) -> str:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """Row and metric -> its estimate, without what a clock measured."""
+    """Row and metric -> estimate, without metrics of a clock."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
     return {
         f"{row['name']}/{name}": estimate
@@ -133,7 +133,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def differences(reference: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of the numbers that are not the same to the last bit."""
+    """Names of the numbers that differ in any bit."""
     return sorted(name for name in {*reference, *found} if reference.get(name) != found.get(name))
 
 
@@ -141,7 +141,7 @@ def differences(reference: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 class Work:
-    """The folder of a series of kills, with what was done in it, by `kills.jsonl`."""
+    """The folder of a series of kills, with their record, `kills.jsonl`."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.seed = folder, seed
@@ -149,13 +149,13 @@ class Work:
         self.kills: list[Kill] = []
         self.done: list[Done] = []
         self.seconds: dict[str, float] = {}
-        """Of a whole run, by experiment."""
+        """Duration of an undisturbed run, by experiment."""
         folder.mkdir(parents=True, exist_ok=True)
         for line in self.file.read_text().splitlines() if self.file.exists() else []:
             try:
                 self._take(json.loads(line))
             except ValueError:
-                continue  # cut off when this script was killed itself
+                continue  # cut off by a kill of this script
 
     def _take(self, note: dict[str, Any]) -> None:
         kind = note.pop("kind")
@@ -167,8 +167,8 @@ class Work:
             self.done.append(Done(**note))
 
     def note(self, kind: str, **values: Any) -> None:
-        """Keep a line of what was done."""
-        with self.file.open("a") as file:  # on a line of its own also where the last one was cut off
+        """Append a line to the record."""
+        with self.file.open("a") as file:  # begins a line, because a kill may have cut the last one off
             file.write(("\n" if file.tell() else "") + json.dumps({"kind": kind, **values}))
         self._take({"kind": kind, **values})
 
@@ -180,14 +180,14 @@ class Work:
         return self.folder / experiment / name
 
     def reference(self, experiment: str) -> dict[str, Any]:
-        """The numbers of a run that nobody disturbs."""
+        """The numbers of an undisturbed run."""
         folder = self.place(experiment, "whole")
         folder.parent.mkdir(parents=True, exist_ok=True)
         if experiment not in self.seconds:
             shutil.rmtree(folder, ignore_errors=True)
             log = self.place(experiment, "whole.log")
-            print(f"{experiment}: a whole run", flush=True)
-            for _ in range(2):  # the first one compiles, and its time would be too long for kills to meet the others
+            print(f"{experiment}: an undisturbed run", flush=True)
+            for _ in range(2):  # time the second run, because the first one compiles and takes longer
                 shutil.rmtree(folder, ignore_errors=True)
                 began = time.monotonic()
                 status = start(experiment, folder, log).wait()
@@ -197,12 +197,12 @@ class Work:
         return figures(folder)
 
     def chance(self, experiment: str, run: int, kill: int) -> random.Random:
-        """The random numbers of one kill, the same whenever the script comes to it."""
+        """The random numbers of a kill, equal in every run of this script."""
         name = f"{self.seed} {experiment} {run} {kill}"
         return random.Random(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
 
     def kill(self, experiment: str, run: int) -> Kill | None:
-        """Kill a run once; None where it was finished before its moment came."""
+        """Kill a run once; None if it finished first."""
         folder, log = self.place(experiment, f"run-{run}"), self.place(experiment, f"run-{run}.log")
         chance = self.chance(experiment, run, len(self.of(experiment, run)))
         (number,) = chance.choices(list(SIGNALS), list(SIGNALS.values()))
@@ -230,7 +230,7 @@ class Work:
         return kill
 
     def finish(self, experiment: str, run: int, reference: dict[str, Any]) -> Done:
-        """Let a run come to its end, and compare its numbers."""
+        """Let a run finish, and compare its numbers."""
         folder, log = self.place(experiment, f"run-{run}"), self.place(experiment, f"run-{run}.log")
         kills = self.of(experiment, run)
         lost = next((f"status {kill.status}: {kill.last}" for kill in kills if kill.last), "")
@@ -249,7 +249,7 @@ class Work:
 
 
 def series(work: Work, shares: dict[str, int]) -> None:
-    """Make all kills that are still to be made, with progress."""
+    """Carry out the remaining kills, with progress."""
     at_first, total = len(work.kills), sum(shares.values())
 
     def report() -> None:
@@ -287,7 +287,7 @@ def series(work: Work, shares: dict[str, int]) -> None:
 
 
 def table(work: Work, shares: dict[str, int]) -> str:
-    """What was done, by experiment."""
+    """The kills and their outcomes, by experiment."""
     head = ("experiment", "kills", "runs", "lost", "different", "left over", "statuses")
     rows = [head]
     for experiment in shares:
@@ -313,7 +313,7 @@ def table(work: Work, shares: dict[str, int]) -> str:
 
 
 def split(total: int, shares: dict[str, int]) -> dict[str, int]:
-    """So many kills over experiments by their parts; the first ones get what does not come out even."""
+    """Split kills over experiments by their shares; the first ones get the remainder."""
     parts = sum(shares.values())
     kills = {name: total * share // parts for name, share in shares.items()}
     for name in list(kills)[: total - sum(kills.values())]:
@@ -322,15 +322,15 @@ def split(total: int, shares: dict[str, int]) -> dict[str, int]:
 
 
 def main() -> None:
-    """The command line: status 0 where no run was lost or different, and no process lived on; else 1."""
+    """The command line: status 0 if no run is lost or different and no process is left over; else 1."""
     parser = argparse.ArgumentParser("python -m tests.kills", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, and of what was done")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs and of their record")
     usual = " ".join(f"{name}={share}" for name, share in SHARES.items())
     parser.add_argument("--experiments", nargs="+", metavar="NAME=SHARE", help=f"default: {usual}")
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `&` switches it off, and children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # because a script's `&` switches it off for children
     try:
         pairs = [text.partition("=") for text in options.experiments or []]
         shares = {name: int(share or 1) for name, _, share in pairs} or SHARES
@@ -342,7 +342,7 @@ def main() -> None:
     work = Work(options.work.absolute(), options.seed)
     series(work, wanted)
     print(table(work, wanted))
-    bad = any(each.lost or each.different for each in work.done) or any(each.left for each in work.kills)
+    bad = any(run.lost or run.different for run in work.done) or any(kill.left for kill in work.kills)
     raise SystemExit(1 if bad else 0)
 
 

@@ -9,7 +9,7 @@ from gendiff import guidance, likelihood, process
 EDM = process.edm()
 LOW, HIGH, STD = 0.002, 80.0, 0.5
 FALSE_ALARM = 1e-4
-"""Of each statistical test."""
+"""Of a statistical test."""
 
 D = 1000
 X0 = (STD * stats.norm.ppf((np.arange(D) + 0.5) / D)).astype(np.float32)
@@ -81,7 +81,7 @@ def agree_closely(values: np.ndarray, expected: float, control: np.ndarray, cont
 
 
 def test_closed_form_is_the_entropy_of_the_gaussian():
-    # The bound is tight in continuous time: what is left is of the order (low / STD)^2 + (STD / high)^2.
+    # The bound is tight in continuous time, up to the order (low / STD)^2 + (STD / high)^2.
     log_density = -0.5 * np.log(2 * np.pi * STD**2) - SQUARE / (2 * STD**2)
     assert 0 < log_density - exact_bound() < 5e-5
 
@@ -224,7 +224,7 @@ def test_ode_density_of_a_gaussian():
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_ode_density_of_a_mixture(guided, mixture):
-    # With a very noisy end the prior N(0, high^2 + std^2) is the mixture's own marginal there.
+    # At a very noisy end the prior N(0, high^2 + std^2) is the mixture's marginal.
     low, high = 0.02, 3000.0
     points, _ = mixture.draw(1, 40)
     target = mixture.part(True) if guided else mixture
@@ -242,7 +242,7 @@ def test_ode_density_of_a_mixture(guided, mixture):
 
 
 def test_guidance_by_the_bayes_classifier_gains_minus_log_alpha(mixture):
-    # log p(x | y = 1) - log p(x) = log C(x) - log alpha at each point; -log alpha where good points are surely good.
+    # log p(x | y = 1) - log p(x) = log C(x) - log alpha, which is -log alpha where C(x) = 1.
     n, low = 1800, 0.01
 
     @jax.jit

@@ -10,7 +10,7 @@ from gendiff import losses, potential, process
 
 EDM, DDPM = process.edm(), process.ddpm(process.linear_betas())
 FALSE_ALARM = 1e-4
-"""Of each statistical test."""
+"""Of a statistical test."""
 
 
 def at(p, t):
@@ -215,7 +215,7 @@ def test_given_coordinates_are_seen_clean_and_do_not_count():
     value, slope = jax.value_and_grad(losses.denoising(DDPM, model, lambda t: 2.0, known))(1.5, jax.random.key(0), x0)
     np.testing.assert_allclose(value, 2.0 * (1.5 + 0.9) ** 2, rtol=1e-6)
     np.testing.assert_allclose(slope, 4.0 * (1.5 + 0.9), rtol=1e-6)
-    inputs = losses.denoising(DDPM, lambda theta, x, t: x, lambda t: 1.0, known)  # a model that returns what it sees
+    inputs = losses.denoising(DDPM, lambda theta, x, t: x, lambda t: 1.0, known)  # a model that returns its input
     key = jax.random.key(2)
     noisy = losses.noised(DDPM, jax.random.clone(key), x0)[0]
     np.testing.assert_allclose(inputs(0.0, key, x0), (noisy[1] - x0[1]) ** 2, rtol=1e-5)

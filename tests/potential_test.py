@@ -74,7 +74,7 @@ def test_stack_under_vmap():
 
 
 def test_stack_is_not_silently_constant_in_its_parameters():
-    # It has no derivative there: an error, since a gradient of 0 would train nothing and say nothing.
+    # It has no derivative in the parameters.  An error is better than a gradient of 0, which would train nothing.
     params = potential.stacked(member(0), member(1))
     with pytest.raises(TypeError):
         jax.grad(lambda params: potential.stack(potential.log_probability(logit), params)(X, T))(params)

@@ -1,4 +1,4 @@
-"""The examples of README.md and of the guides, as they stand there."""
+"""The examples of README.md and of the guides."""
 
 import doctest
 import re

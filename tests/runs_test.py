@@ -46,7 +46,7 @@ def compare(trainings):
 
 @pytest.fixture
 def programs(monkeypatch):
-    """The numbers of runs of each program that was called."""
+    """The numbers of runs of the called programs."""
     counts = []
     train, side_by_side = training.train, runs._side_by_side
 

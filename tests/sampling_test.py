@@ -13,7 +13,7 @@ from gendiff import process, sampling
 EDM, DDPM = process.edm(), process.ddpm(process.linear_betas())
 COSINE = process.ddpm(process.cosine_betas(200))
 FALSE_ALARM = 1e-4
-"""Of each statistical test."""
+"""Of a statistical test."""
 
 
 def plain(x, t):
@@ -77,7 +77,7 @@ def observed_order(errors: list[float]) -> float:
 
 
 def errors_at_the_end(kernel, x, grids, exact) -> list[float]:
-    """Distance from the exact solution at the end of each grid; one program walks them all."""
+    """Distances from the exact solution at the ends of the grids, in one program."""
     step, errors = jax.jit(kernel), []
     for grid in grids:
         y = jnp.asarray(x)
@@ -151,7 +151,7 @@ def test_ancestral_steps_have_the_stated_moments(p, variance):
         if s == 0:  # the step to data adds no noise
             np.testing.assert_allclose(draws, np.broadcast_to(mean, draws.shape), rtol=1e-4, atol=1e-5)
             continue
-        # Normal test of the mean and chi-square test of the variance; false-alarm rate 1e-4 each, two coordinates.
+        # Normal test of the mean and chi-square test of the variance, with false-alarm rates of 1e-4; two coordinates.
         std = np.sqrt(large if variance == "beta" else small)
         z = (draws - mean) / std
         assert np.abs(z.mean(0)).max() < stats.norm.isf(FALSE_ALARM / 4) / np.sqrt(n) + 1e-4 * np.abs(mean).max() / std
@@ -235,7 +235,7 @@ def test_noise_of_the_steps_is_independent():
     draw = lambda key: sampling.sample(EDM, record, EDM.grid(4), key, (5,))
     rows = np.asarray(jax.jit(jax.vmap(draw))(keys))  # the start's first number, then one a step
     correlation = np.corrcoef(rows.T) - np.eye(5)
-    # 10 correlations of independent normals, each of standard deviation 1 / sqrt(n) (Bonferroni).
+    # 10 correlations of independent normals, of standard deviation 1 / sqrt(n) (Bonferroni).
     assert np.abs(correlation).max() < stats.norm.isf(FALSE_ALARM / 20) / np.sqrt(2000)
 
 

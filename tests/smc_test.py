@@ -12,7 +12,7 @@ from gendiff import guidance, process, smc
 
 EDM = process.edm()
 FALSE_ALARM = 1e-4
-"""Of each statistical test."""
+"""Of a statistical test."""
 WEIGHTS = st.lists(st.floats(-20, 5, width=32), min_size=12, max_size=12).map(np.float32)
 
 
@@ -73,7 +73,7 @@ def test_effective_size_at_its_ends():
 
 
 def half_space(mixture, edge):
-    """log P(x_0[0] > edge | x_t), exact: given x_t each component of x_0 is a Gaussian."""
+    """log P(x_0[0] > edge | x_t), exact, because a component of x_0 is Gaussian given x_t."""
 
     def log_psi(x, t):
         means, stds = mixture.means[:, 0].astype(np.float32), mixture.stds.astype(np.float32)
@@ -133,7 +133,7 @@ def chain_alpha(gaussian) -> float:
 
 
 def estimates(population) -> np.ndarray:
-    """alpha by each population: the mean of weight times verdict."""
+    """Estimates of alpha by the populations: means of weight times verdict."""
     weights = np.exp(np.asarray(population.log_weights, np.float64))
     return (weights * (np.asarray(population.particles[..., 0]) > EDGE)).mean(1)
 
@@ -188,7 +188,7 @@ def test_judged_samples_of_a_mixture(mixture):
         assert 1 <= float(judged.effective) <= 64 * (1 + 1e-5)
         means.append(samples.mean(0))
         alphas.append(np.exp(float(judged.log_alpha)))
-    # Welch's tests.  Samples are weighted within each population, which biases their mean by O(1 / particles) of the
+    # Welch's tests.  Samples are weighted within a population, which biases their mean by O(1 / particles) of the
     # spread of the weights: far below its error here.
     assert (stats.ttest_ind(np.array(means), accepted, equal_var=False).pvalue > FALSE_ALARM / 2).all()
     inside = np.asarray(reference[:, 0] > edge, float)

@@ -1,4 +1,4 @@
-"""Static values: what compares equal, what does not, and what that means for compiled programs."""
+"""Static values: equal and unequal ones, and the programs that they share."""
 
 from functools import partial
 

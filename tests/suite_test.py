@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_run_whose_workers_die_fails():
-    """XLA ends a process that sets a flag that it does not know, here while the tests are collected."""
+    """XLA ends a process for an unknown flag, here while pytest collects the tests."""
     command = [sys.executable, "-m", "pytest", "-n", "1", "--max-worker-restart", "0", "-p", "no:cacheprovider"]
     environment = os.environ | {"XLA_FLAGS": "--xla_no_such_flag=1"}
     done = subprocess.run(

@@ -70,7 +70,7 @@ def test_one_run_with_an_axis_is_the_run_without_it():
 
 
 def test_all_runs_and_blocks_share_one_program():
-    # The task is traced once for steps, in any number, once for the validation, and in each training for its batch.
+    # The task is traced once for the steps, in any number, once for the validation, and once a training for its batch.
     task = chex.assert_max_traces(regression, n=4)
     context, settings = (POINTS, OWN), SETTINGS._replace(every=7)
     compiled = []
@@ -255,7 +255,7 @@ def test_stopped_runs_go_on_to_the_same_numbers(tmp_path):
     with pytest.raises(Stop):
         trained(host._replace(checkpoints=kept, report=stop))
     seen = []
-    kept = checkpoint.Checkpoints(tmp_path / "steps")  # which knows nothing of what the first began to write
+    kept = checkpoint.Checkpoints(tmp_path / "steps")  # another object, which does not know the first one's writes
     resumed = trained(host._replace(checkpoints=kept, report=lambda step, metrics: seen.append(step)))
     assert seen[0] == 40
     for a, b in zip(jax.tree.leaves(reference.last), jax.tree.leaves(resumed.last), strict=True):

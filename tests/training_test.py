@@ -16,7 +16,7 @@ FALSE_ALARM = 1e-4
 
 
 def run_steps(settings: Settings, loss, batches) -> tuple[list, list]:
-    """Parameters and EMAs after each step from 0, with a scalar parameter."""
+    """Parameters and EMAs after every step from 0, with a scalar parameter."""
     optimiser = steps.adam(settings)
     step = jax.jit(steps.make_step(loss, optimiser, settings.decay))
     state = steps.init(jax.random.key(0), jnp.float32(0.0), optimiser)
@@ -363,7 +363,7 @@ def test_replicas_of_a_training_are_copies_that_do_not_change_it(devices, replic
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_caller_keeps_its_arrays(devices):
-    # The state is donated to each block: what the caller passed in must not be in it.
+    # Blocks donate the state, so it must not hold the caller's arrays.
     key, params, data = jax.random.key(4), {"w": jnp.zeros(3)}, jnp.asarray(DATA)
     mesh = distributed.make_mesh(jax.devices()[:devices])
     training.train(key, params, drawn, data, Settings(2, every=2), Host(mesh))

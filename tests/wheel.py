@@ -1,4 +1,4 @@
-"""A command for an environment that has the installed wheel alone: imports every module and reads the package's data.
+"""A command for an environment with the installed wheel alone: import every module and read the package's data.
 
 python tests/wheel.py
 """
@@ -15,14 +15,14 @@ DATA = ("data/crossed_sevens.npz", "data/traffic_smoke.npz", "feedback/page/inde
 
 
 def main() -> None:
-    """Fail where a module or a data file is missing, or where the modules are the clone's."""
-    assert HERE not in Path(gendiff.__file__).resolve().parents, f"{gendiff.__file__}: expected an installed package"
+    """Fail if a module or a data file is missing, or if the modules are the clone's."""
+    assert HERE not in Path(gendiff.__file__).resolve().parents, f"gendiff must be installed, got {gendiff.__file__}"
     names = [module.name for module in pkgutil.walk_packages(gendiff.__path__, "gendiff.")]
     for name in names:
         try:
             if not name.endswith("__main__"):
                 importlib.import_module(name)
-        except ModuleNotFoundError as error:  # of an extra, which the error has to name
+        except ModuleNotFoundError as error:  # of an extra, which the error must name
             if "pip install 'gendiff[" not in str(error):
                 raise
     for name in DATA:

@@ -1,4 +1,4 @@
-"""`import gendiff as gd`: the words, listed and typed, without an import of JAX before one is used."""
+"""`import gendiff as gd`: the words, listed and typed; JAX is imported at the first use."""
 
 import subprocess
 import sys
