@@ -221,8 +221,8 @@ def test_others_that_do_not_come_are_an_error(tmp_path):
     )
     assert given.returncode == 2
     assert given.stderr.strip().splitlines()[-1] == (
-        f"error: {told['JAX_COORDINATOR_ADDRESS']}: expected all 2 processes of the run within 2 s, given not all of "
-        "them"
+        f"error: {told['JAX_COORDINATOR_ADDRESS']}: all 2 processes of the run must join within 2 s, got fewer: start "
+        "every process, with an address that it can reach"
     )
 
 

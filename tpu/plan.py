@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard_problem, traffic_problem
-from experiments.relative_reward import maze2d, paths
+from experiments.relative_reward import maze2d, trajectories
 from gendiff import devices, distributed, programs, training
 from gendiff.data import scenes, traffic
 from gendiff.data.windows import Windows
@@ -423,14 +423,14 @@ def maze_programs() -> dict[str, Program]:
     families = maze2d.families("umaze")
     given, asked, size = families[1].models(config), families[1].rewards(config), len(maze2d.COORDINATES)
     path = of((config.horizon, size))
-    theta = jax.eval_shape(paths.unet_of(config).init, KEY, path, NUMBER)
+    theta = jax.eval_shape(trajectories.unet_of(config).init, KEY, path, NUMBER)
     phi = jax.eval_shape(asked.network.init, KEY, path, NUMBER)
 
     n = config.transitions
     windows: Any = Windows(of((n, size)), of((n,), jnp.int32), of((n,), jnp.int32), of((2,)))  # type: ignore[arg-type]
     own = {"windows": windows, "count": WHOLE, "known": of((config.horizon, size), bool)}
     settings = config.models.settings(config.decay, warmup=100, clip=None)
-    models = SideBySide(paths.diffuser_task(config), theta, own, True, settings)
+    models = SideBySide(trajectories.diffuser_task(config), theta, own, True, settings)
 
     pool = config.pool
     shapes: Any = (

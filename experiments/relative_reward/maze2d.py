@@ -21,9 +21,9 @@ from experiments.lab.config import Between, Distinct, Scheduled
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
 from experiments.lab.table import Column, Row
-from experiments.relative_reward import paths, rows
-from experiments.relative_reward.paths import HEAT, PLANS, Family, PathsConfig, Place
+from experiments.relative_reward import rows, trajectories
 from experiments.relative_reward.rows import Rewards, Steered, at
+from experiments.relative_reward.trajectories import HEAT, PLANS, Family, PathsConfig, Place
 from gendiff.data import maze2d as data
 from gendiff.data import mazes, windows
 from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED
@@ -126,12 +126,12 @@ def table(lab: Lab) -> None:
     for maze in lab.config.mazes:
         published, principled, small = models = families(maze)
         lab.each(partial(load, maze))
-        paths.diffusers(lab, published.place, models)
+        trajectories.diffusers(lab, published.place, models)
         learnt(lab, published)
         learnt(lab, principled)
-        paths.best_per_expert(lab, "published-best-per-goal", published, evaluate)
+        trajectories.best_per_expert(lab, "published-best-per-goal", published, evaluate)
         rewards = principled.rewards(lab.config)
-        phase = paths.discriminators(lab, "discriminator", principled, rewards)
+        phase = trajectories.discriminators(lab, "discriminator", principled, rewards)
         evaluate(lab, "discriminator", principled, rewards, phase)
         learnt(lab, small)
         steering(lab, principled)
@@ -158,9 +158,9 @@ def forget(maze: str, run: Run) -> None:
 
 def learnt(lab: Lab, family: Family) -> None:
     """The row of a family's rewards."""
-    paths.pools(lab, family)
+    trajectories.pools(lab, family)
     rewards = family.rewards(lab.config)
-    evaluate(lab, family.name, family, rewards, paths.train(lab, family.name, family, rewards))
+    evaluate(lab, family.name, family, rewards, trajectories.train(lab, family.name, family, rewards))
 
 
 def heat_maps(run: Run, family: Family, rewards: Rewards, phase: str) -> dict[str, np.ndarray]:
@@ -175,7 +175,7 @@ def heat_maps(run: Run, family: Family, rewards: Rewards, phase: str) -> dict[st
     return {"goal_recovery": np.array(recovered), "mean": np.stack(mean), "counts": np.stack(counts)}
 
 
-evaluate = partial(paths.evaluate, more=heat_maps)
+evaluate = partial(trajectories.evaluate, more=heat_maps)
 
 
 def places_of(run: Run, family: Family, rows_of_paths: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.lab import start
-from experiments.relative_reward import maze2d, paths
+from experiments.relative_reward import maze2d, trajectories
 from experiments.relative_reward.maze2d import MazeConfig
 from experiments.relative_reward.rows import Rewards
 from experiments.speed import memory, ours
@@ -93,7 +93,7 @@ def reward_of(config: MazeConfig) -> WindowMLP:
 
 def fields(config: MazeConfig) -> dict[str, dict[str, Any]]:
     """What the rival needs of the networks' fields."""
-    both = {"unet": paths.unet_of(config), "reward": reward_of(config)}
+    both = {"unet": trajectories.unet_of(config), "reward": reward_of(config)}
     names = ("width", "multipliers", "window", "widths", "strided", "activation")
     return {key: {name: getattr(net, name) for name in names if hasattr(net, name)} for key, net in both.items()}
 
@@ -111,7 +111,7 @@ def networks(config: MazeConfig, seed: int) -> tuple[Params, Params, Params]:
         return jnp.asarray(scale * rng.standard_normal(leaf.shape, np.float32) + (kind == "scale"))
 
     start = lambda net: jax.tree.map_with_path(draw, shapes(net, config))
-    return start(paths.unet_of(config)), start(paths.unet_of(config)), start(reward_of(config))
+    return start(trajectories.unet_of(config)), start(trajectories.unet_of(config)), start(reward_of(config))
 
 
 def shapes(net: TemporalUnet | WindowMLP, config: MazeConfig) -> Params:
@@ -144,13 +144,13 @@ def train_reward(
     config: MazeConfig, frozen: tuple[Params, Params, Samples], reward: Params, batch: int, steps: int, key: PRNGKey
 ) -> Callable[[], Any]:
     """Goes on training a reward, with targets computed in every step as in the published code."""
-    mesh, model = distributed.make_mesh(), paths.model(config)
+    mesh, model = distributed.make_mesh(), trajectories.model(config)
 
     def task(frozen: tuple[Params, Params, Samples]) -> Task:
         base, expert, paths = frozen
         experts = lambda x, t: model(expert, x, t)[None]
         example = relative_reward.examples(
-            paths.chain(config.diffusion_steps), partial(model, base), experts, PUBLISHED
+            trajectories.chain(config.diffusion_steps), partial(model, base), experts, PUBLISHED
         )
 
         def draw(key: PRNGKey) -> Aligned:
@@ -198,7 +198,7 @@ def denoising(config: MazeConfig) -> losses.Loss:
     """The loss of a diffusion model: the mean over the coordinates, where none is known."""
     weight = lambda t: jnp.float32(1 / math.prod(shape(config)))
     return losses.denoising(
-        paths.chain(config.diffusion_steps), paths.model(config), weight, jnp.asarray(known(config))
+        trajectories.chain(config.diffusion_steps), trajectories.model(config), weight, jnp.asarray(known(config))
     )
 
 
@@ -214,8 +214,8 @@ def sample(
     config: MazeConfig, steps: int, mesh: jax.sharding.Mesh | None, theta: Params, paths: Samples, keys: PRNGKey
 ) -> Samples:
     """The same, compiled."""
-    chain = paths.chain(config.diffusion_steps)
-    kernel = sampling.ancestral(chain, partial(paths.model(config), theta))
+    chain = trajectories.chain(config.diffusion_steps)
+    kernel = sampling.ancestral(chain, partial(trajectories.model(config), theta))
 
     def one(given: tuple[PRNGKey, Array]) -> Array:
         pinned = sampling.pinned(kernel, given[1], jnp.asarray(known(config)))
@@ -244,7 +244,7 @@ def questions(
       Answers: "denoised", "mean", "target" and "slope" (n, horizon, d); "reward" (n,); "samples"; "loss" and
       "gradient_norm" of the alignment, "train_loss" and "train_gradient_norm" of the base model, ().
     """
-    chain, model = paths.chain(config.diffusion_steps), paths.model(config)
+    chain, model = trajectories.chain(config.diffusion_steps), trajectories.model(config)
     keys = jax.random.split(jax.random.fold_in(key, 1), PARITY)
     x0 = jax.random.uniform(jax.random.fold_in(key, 2), (PARITY, *shape(config)), minval=-1.0)
     x, t = jax.vmap(partial(losses.noised, chain))(keys, x0)

@@ -30,7 +30,7 @@ from experiments.lab.command import main
 from experiments.lab.config import Between
 from experiments.lab.folder import Folder
 from experiments.lab.table import Column, Results
-from experiments.relative_reward import maze2d, paths
+from experiments.relative_reward import maze2d, trajectories
 from experiments.speed import ours_relative_reward as ours
 from experiments.speed import table
 from experiments.speed.table import Sides, TimedConfig, Work, flops
@@ -130,7 +130,7 @@ def rows_of(config: SpeedConfig) -> dict[str, Work]:
 def evaluations(preset: str) -> tuple[float, float, float]:
     """FLOPs for one path: of the U-Net, of its loss's gradient, and of the gradient of a reward's alignment."""
     config = maze2d.PRESETS[preset]
-    unet, reward = paths.unet_of(config), ours.reward_of(config)
+    unet, reward = trajectories.unet_of(config), ours.reward_of(config)
     theta, phi = ours.shapes(unet, config), ours.shapes(reward, config)
     x, t = jax.ShapeDtypeStruct(ours.shape(config), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     total = lambda theta, x, t: jnp.sum(jnp.asarray(unet.apply(theta, x, t)))

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard_problem, traffic_problem
-from experiments.relative_reward import maze2d, paths
+from experiments.relative_reward import maze2d, trajectories
 from gendiff import devices, distributed, losses, programs, training
 from gendiff.data import scenes, traffic
 from gendiff.data.windows import Windows
@@ -149,7 +149,7 @@ def of_maze():
     family = maze2d.families("umaze")[1]
     models, rewards = family.models(config), family.rewards(config)
     path = jnp.zeros((config.horizon, len(maze2d.COORDINATES)))
-    theta = blank(paths.unet_of(config).init, jax.random.key(0), path, jnp.zeros(()))
+    theta = blank(trajectories.unet_of(config).init, jax.random.key(0), path, jnp.zeros(()))
     phi = blank(rewards.network.init, jax.random.key(1), path, jnp.zeros(()))
     x0, known = jnp.broadcast_to(path, (64, *path.shape)), jnp.zeros(path.shape, bool)
     targets = jnp.broadcast_to(path, (64, maze2d.GOALS, *path.shape))
@@ -165,7 +165,7 @@ def of_maze():
     goals = {"goal": np.arange(8) % 4}
     runs = [
         partial(runs_text, relative_reward.reward_task(rewards.problem), phi, (examples, goals), (False, True)),
-        partial(runs_text, paths.diffuser_task(config), theta, own, True),
+        partial(runs_text, trajectories.diffuser_task(config), theta, own, True),
     ]
     static = (models.process, models.model, rewards.problem.network, models.switches)
     given = (theta, phi, jnp.float32(1.0), known, x0[:UNEVEN], jax.random.key(2))

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.lab.config import ConfigError, parse
 from experiments.lab.phases import Run
-from experiments.relative_reward import maze2d, paths, rows
+from experiments.relative_reward import maze2d, rows, trajectories
 
 ROOT = Path(__file__).parents[2]
 SMOKE = maze2d.PRESETS["smoke"]
@@ -71,7 +71,7 @@ def test_parameter_counts_of_the_paper():
         )
     )
     paper = maze2d.PRESETS["paper"]
-    assert count(paths.unet_of(paper), 256) == 3_682_118
+    assert count(trajectories.unet_of(paper), 256) == 3_682_118
     assert count(maze2d.families("umaze")[0].rewards(paper).network, 256) == 26_019
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.lab.config import ConfigError, parse
 from experiments.lab.folder import Folder
-from experiments.relative_reward import maze2d, paths
+from experiments.relative_reward import maze2d, trajectories
 from experiments.speed import memory, ours_relative_reward, relative_reward, table
 from experiments.speed.worker import Worker
 
@@ -96,7 +96,7 @@ def test_rows():
 def test_defaults_are_the_paper():
     config = maze2d.PRESETS[relative_reward.SpeedConfig().networks]
     sizes = lambda net: sum(leaf.size for leaf in jax.tree.leaves(ours_relative_reward.shapes(net, config)))
-    assert sizes(paths.unet_of(config)) == 3_682_118
+    assert sizes(trajectories.unet_of(config)) == 3_682_118
     assert sizes(ours_relative_reward.reward_of(config)) == 26_019
 
 
