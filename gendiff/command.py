@@ -1,7 +1,7 @@
-"""What the commands of the project share: exit statuses, signals, output and the children they start.
+"""Exit statuses, signals, output and children of the project's commands.
 
-`python -m gendiff...` and `python -m experiments...` call `starting` before they import a library, which takes seconds.
-A library that is imported elsewhere changes nothing.
+`python -m gendiff...` and `python -m experiments...` call `starting` before they import libraries, because that takes
+seconds.  An import of gendiff elsewhere changes no process state.
 """
 
 import atexit
@@ -22,17 +22,14 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 BAD_INPUT, LOST, STOPPED, INTERRUPTED, UNREAD = 2, 70, 75, 130, 141
-"""Exit statuses: an error that the user can mend; another process of the run was lost; stopped by SIGTERM; stopped by
-Ctrl-C; nobody reads the output (as SIGPIPE). After the last four the same command goes on (75 is EX_TEMPFAIL of
-sysexits.h)."""
+"""Exit statuses: an error that the user can repair; a lost process of the run; SIGTERM (EX_TEMPFAIL of sysexits.h);
+Ctrl-C; no reader of the output (as SIGPIPE).  After the last four the same command goes on."""
 STATUS = {signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
 """Signals that ask a command to stop, and its exit status."""
 PATIENCE = 2.0
-"""Seconds after Ctrl-C until the user is told that the command is still busy."""
-
+"""Seconds from Ctrl-C until a message says that the command is still busy."""
 TWICE = 0.3
-"""Seconds after Ctrl-C in which another one is the same."""
-
+"""Seconds after Ctrl-C in which a second one counts as a repetition."""
 closed: list[int] = []
 """Streams (0 input, 1 output, 2 errors) that were closed when the process began."""
 notices: list[int] = []
@@ -43,9 +40,9 @@ notices: list[int] = []
 
 
 def starting() -> None:
-    """Prepare the process of a command: its signals, its streams, and errors of the environment.
+    """Prepare the signals and streams of a command, and check its environment.
 
-    A signal ends the command with one line until `heed`; nothing has been computed by then.
+    Until `heed` a signal ends the command with one line, because nothing is computed by then.
     """
     _open_streams()
     codecs.register_error("plain", _plain)
@@ -53,7 +50,7 @@ def starting() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="plain")
     atexit.register(_flush)
-    if shutil.get_terminal_size().columns < 40:  # a terminal of width 0 or 1: help of a letter a line
+    if shutil.get_terminal_size().columns < 40:  # because a terminal of width 0 or 1 gets help of one letter a line
         os.environ["COLUMNS"] = "80"
     for number in _heeded():
         signal.signal(number, _end)
@@ -64,30 +61,30 @@ def starting() -> None:
 
 
 def _heeded() -> list[signal.Signals]:
-    """The signals that stop a command, but for those that whoever started it has switched off (`nohup`, `&`)."""
+    """The signals that stop a command, without those that its parent ignores (`nohup`, `&`)."""
     return [number for number in STATUS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _end(number: int, frame: FrameType | None = None) -> NoReturn:
-    """End the process for a signal; not by an exception, because callbacks of libraries swallow those."""
-    start = "\n" if os.isatty(2) else ""  # after a bar
-    _write(f"{start}{stopped_by(number)}: what was stored is complete; the same command goes on from there\n")
+    """End the process for a signal, without an exception, because callbacks of libraries swallow exceptions."""
+    start = "\n" if os.isatty(2) else ""  # because a progress bar may be on the line
+    _write(f"{start}{stopped_by(number)}: all stored results are complete; the same command goes on from there\n")
     os._exit(STATUS[signal.Signals(number)])
 
 
 def stopped_by(number: int) -> str:
-    """Begin the line that says which signal has stopped a command."""
+    """The beginning of the line about a stop by a signal."""
     return f"stopped by {'Ctrl-C (SIGINT)' if number == signal.SIGINT else 'a notice (SIGTERM)'}"
 
 
 def _write(text: str) -> None:
-    """Write to the terminal without the locks of `sys.stderr`, which the interrupted code may hold."""
+    """Write to the terminal without `sys.stderr`, because the interrupted code may hold its lock."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())
 
 
 def _refused(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show what no command has caught: values of the environment that JAX refuses when it is imported are one line."""
+    """Show an uncaught exception; one line if JAX, at its import, refuses a value of the environment."""
     names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
     if isinstance(error, ValueError) and "jax" in names and "jax" not in sys.modules:
         fail(f"JAX refuses a variable of the environment: {error}")
@@ -95,7 +92,7 @@ def _refused(kind: type[BaseException], error: BaseException, trace: TracebackTy
 
 
 def fail(message: str) -> NoReturn:
-    """End the process for an error that the user can mend, before there is anything to be closed."""
+    """End the process at once for an error that the user can repair, when no file is open."""
     _write(f"error: {message}\n")
     os._exit(BAD_INPUT)
 
@@ -104,7 +101,7 @@ def fail(message: str) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Put the null device where a stream is closed (`>&-`): the next file that is opened would take its place."""
+    """Open the null device for a closed stream (`>&-`), because the next file would take its number."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -113,28 +110,27 @@ def _open_streams() -> None:
             closed.append(number)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open to the end)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (stays open)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Stand-ins for letters that a terminal cannot show: frames as -, | and +, and escapes."""
+    """Replace letters that a terminal cannot show: frames by -, | and +, others by escapes."""
     assert isinstance(error, UnicodeEncodeError)
-    letters = error.object[error.start : error.end]
-    return "".join(_stand_in(letter) for letter in letters), error.end
 
+    def replacement(letter: str) -> str:
+        name = unicodedata.name(letter, "")
+        if name.startswith("BOX DRAWINGS"):
+            return {"HORIZONTAL": "-", "VERTICAL": "|"}.get(name.split()[-1], "+")
+        return letter.encode("ascii", "backslashreplace").decode()
 
-def _stand_in(letter: str) -> str:
-    name = unicodedata.name(letter, "")
-    if name.startswith("BOX DRAWINGS"):
-        return {"HORIZONTAL": "-", "VERTICAL": "|"}.get(name.split()[-1], "+")
-    return letter.encode("ascii", "backslashreplace").decode()
+    return "".join(map(replacement, error.object[error.start : error.end])), error.end
 
 
 def say(text: str) -> None:
-    """Print a command's answer; quietly nothing where nobody reads it any more (`| head -1`).
+    """Print a command's answer; print nothing if its reader is gone (`| head -1`).
 
     Raises:
-      OSError: standard output cannot be written, such as a file on a full disk.
+      OSError: standard output cannot be written, for example on a full disk.
     """
     try:
         print(text, flush=True)
@@ -146,7 +142,7 @@ def say(text: str) -> None:
 
 
 def _silence() -> None:
-    """Send what is still to be written to the null device, else Python complains of it at its end."""
+    """Send pending output to the null device, because Python complains about it at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)
@@ -157,7 +153,7 @@ def _flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         _silence()
-    except (OSError, ValueError):  # Python says it
+    except (OSError, ValueError):  # Python reports it at exit
         pass
 
 
@@ -165,9 +161,9 @@ def _flush() -> None:
 
 
 def heed() -> None:
-    """From now on SIGTERM and Ctrl-C are notices, in `notices`, which the command looks at where it can stop.
+    """Record SIGTERM and Ctrl-C in `notices` from now on; the command checks it where it can stop.
 
-    A second Ctrl-C ends the process at once.  A thread listens for it, because Python's own handlers wait until a
+    A second Ctrl-C ends the process at once.  A thread listens for it, because Python's handlers wait until a
     compilation or a computation returns.
     """
     numbers = _heeded()
@@ -182,13 +178,13 @@ def heed() -> None:
 
 
 def _listen(receiver: socket.socket, sender: socket.socket) -> None:
-    """Count Ctrl-C; `sender` is here to stay open."""
+    """Count Ctrl-C; the argument `sender` keeps it open."""
     first = 0.0
-    told = False
+    informed = False
     while True:
-        if first and not told and not select.select([receiver], [], [], PATIENCE)[0]:
-            _write("\nstopping where everything is stored; a second Ctrl-C stops at once\n")
-            told = True
+        if first and not informed and not select.select([receiver], [], [], PATIENCE)[0]:
+            _write("\nstopping after the next result is stored; a second Ctrl-C stops at once\n")
+            informed = True
         for number in receiver.recv(64):
             if number != signal.SIGINT:
                 continue
@@ -199,7 +195,7 @@ def _listen(receiver: socket.socket, sender: socket.socket) -> None:
 
 
 def noticed() -> bool:
-    """Whether this process has been asked to stop."""
+    """Return True if a signal has asked this process to stop."""
     return bool(notices)
 
 
@@ -208,12 +204,11 @@ def noticed() -> bool:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """Start children that get neither Ctrl-C nor SIGTERM, which go to all processes of a terminal: their parent ends
-    them."""
+    """Start children that ignore the Ctrl-C and SIGTERM of the terminal, because their parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)  # which children inherit
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)  # children inherit the mask
     try:
         yield
     finally:
@@ -221,7 +216,7 @@ def shielded() -> Iterator[None]:
 
 
 def end_with(closed: Callable[[], Any]) -> None:
-    """In a child: end it, whatever it is at, when `closed` returns or raises: it reads from a pipe of the parent."""
+    """In a child: exit at once when `closed`, which reads from a pipe of the parent, returns or raises."""
 
     def wait() -> None:
         try:

@@ -50,7 +50,7 @@ TOY = """
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a package of an experiment, which starts as those of the project do."""
+    """A folder with an experiment of its own, which starts as the project's do."""
     place = tmp_path_factory.mktemp("commands")
     (place / "toys").mkdir()
     (place / "toys" / "__init__.py").write_text("import experiments\n")
@@ -62,8 +62,12 @@ def environment(place: Path, **more: str) -> dict[str, str]:
     plain = {
         name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GENDIFF_", "PYTHON"))
     }
-    told = {"PYTHONPATH": f"{ROOT}{os.pathsep}{place}", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(place / "caches")}
-    return plain | told | more
+    paths = {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{place}",
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(place / "caches"),
+    }
+    return plain | paths | more
 
 
 def command(place: Path, *words: str, **more: str) -> subprocess.Popen:
@@ -132,15 +136,15 @@ def test_a_reader_that_goes_is_no_error(place):
 
 
 @pytest.mark.parametrize(
-    "told",
+    "variables",
     [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"COLUMNS": "1"}],
 )
-def test_any_terminal_can_show_the_help(told, place):
-    done = shell(place, "$PYTHON -m experiments.tables --help", TERM="dumb", **told)
+def test_any_terminal_can_show_the_help(variables, place):
+    done = shell(place, "$PYTHON -m experiments.tables --help", TERM="dumb", **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert "--join-commits" in done.stdout
     assert len(done.stdout.splitlines()) < 60
-    assert "COLUMNS" in told or done.stdout.isascii()
+    assert "COLUMNS" in variables or done.stdout.isascii()
 
 
 # Signals.
@@ -186,12 +190,12 @@ def test_the_second_ctrl_c_ends_at_once(place):
     process = command(place, "toys.toy", "--output", str(place / "twice"), "--busy", "100")
     wait_for(process, "phase 3")
     time.sleep(0.3)
-    begun = time.monotonic()
+    start = time.monotonic()
     process.send_signal(signal.SIGINT)
     time.sleep(0.6)
     process.send_signal(signal.SIGINT)
     status, lines, _ = ended(process)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - start < 10
     assert (status, len(lines)) == (130, 1)
 
 
@@ -199,9 +203,9 @@ def test_the_second_ctrl_c_ends_at_once(place):
 def test_what_a_script_starts_with_an_ampersand_heeds_sigterm_alone(name, status, place):
     # POSIX: such a command begins with SIGINT switched off, so that Ctrl-C for the script's foreground spares it.
     folder = place / f"background-{name}"
-    begun = f'"$PYTHON" -m toys.toy --output {folder} --pause 0.3 2>{place}/{name}.log & child=$!'
-    told = f"until grep -q 'phase 1' {place}/{name}.log; do sleep 0.05; done; kill -{name} $child; wait $child"
-    done = shell(place, f"{begun}; {told}")
+    begin = f'"$PYTHON" -m toys.toy --output {folder} --pause 0.3 2>{place}/{name}.log & child=$!'
+    stop = f"until grep -q 'phase 1' {place}/{name}.log; do sleep 0.05; done; kill -{name} $child; wait $child"
+    done = shell(place, f"{begin}; {stop}")
     assert done.returncode == status, done.stderr
 
 
