@@ -109,7 +109,7 @@ def test_everything_equals_one_process(undisturbed, processes):
 def test_what_one_process_says_reaches_the_others(undisturbed):
     problems = list(read(undisturbed("everything", 2), "everything", 1)["['problems']"])
     assert problems == [
-        "Disagreement: the number: expected the same on all 2 processes, given another than process 0's on process 1",
+        "Disagreement: the number must be equal on all 2 processes, got another on process 1",
         "Elsewhere: process 0: integer division or modulo by zero",
         "ZeroDivisionError: integer division or modulo by zero",
     ]
@@ -126,7 +126,7 @@ def failed(job: Job) -> list[str]:
 
 def test_processes_that_are_told_different_things_say_so(tmp_path):
     job = Job(2, tmp_path, "-m", "experiments.genneg.checkerboard", "--preset", "smoke", last=("--points", "900"))
-    expected = "the configuration: expected the same on all 2 processes, given another than process 0's on process 1"
+    expected = "the configuration must be equal on all 2 processes, got another on process 1"
     assert failed(job) == [expected, expected]
 
 
@@ -138,8 +138,8 @@ def test_an_option_that_one_process_cannot_read_ends_all(tmp_path):
 
 def test_a_full_disk_of_one_host_is_an_error_of_all(tmp_path):
     said, other = failed(Job(2, tmp_path, str(WORKER), str(tmp_path), "train", FULL="1"))[::-1]
-    assert "could not be written (OSError: [Errno 28] expected room for " in said
-    assert "could not be written (Elsewhere: process 1: [Errno 28] expected room for " in other
+    assert "could not be written (OSError: [Errno 28] free space must be >= " in said
+    assert "could not be written (Elsewhere: process 1: [Errno 28] free space must be >= " in other
 
 
 def test_a_checkpoint_of_a_later_format_is_an_error_of_all(undisturbed, tmp_path):
