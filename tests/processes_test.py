@@ -1,15 +1,13 @@
-"""Runs of several processes on this machine, each with two virtual devices, against the same run in one process."""
+"""Runs of several processes with two virtual devices, compared with the same run in one process."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -22,8 +20,8 @@ WORKER = ROOT / "tests" / "processes" / "worker.py"
 
 def environment(**more: str) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "GENDIFF_"))}
-    compiled = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-    return plain | compiled | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | more
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    return plain | cache | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | more
 
 
 def free_port() -> int:
@@ -33,32 +31,32 @@ def free_port() -> int:
 
 
 class Job:
-    """Processes of one run, with their output in files; the last one may be told more."""
+    """Processes of one run, with their output in files; the last one may have more arguments."""
 
     def __init__(self, processes: int, folder: Path, *arguments: str, last: tuple[str, ...] = (), **more: str) -> None:
         self.folder, address = folder, f"localhost:{free_port()}"
         self.processes = []
         for index in range(processes):
-            told = {} if processes == 1 else {
+            variables = {} if processes == 1 else {
                 "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(index),
                 "GENDIFF_HEARTBEAT_SECONDS": "10",
             }  # fmt: skip
             with self.log(index).open("w") as log:
                 command = [sys.executable, *arguments, *(last if index == processes - 1 else ())]
-                env = environment(**told, **more)
+                env = environment(**variables, **more)
                 self.processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=ROOT))
 
     def log(self, index: int) -> Path:
         return self.folder / f"log-{index}.txt"
 
     def wait(self, seconds: float = 300) -> list[int]:
-        """Their exit statuses; those that are not done by then are killed."""
+        """Their exit statuses; kills the processes that do not end in time."""
         end = time.monotonic() + seconds
         try:
-            return [each.wait(max(end - time.monotonic(), 0.1)) for each in self.processes]
+            return [process.wait(max(end - time.monotonic(), 0.1)) for process in self.processes]
         finally:
-            for each in self.processes:
-                each.kill()
+            for process in self.processes:
+                process.kill()
 
     def wait_for(self, text: str, index: int = 0, seconds: float = 200) -> None:
         end = time.monotonic() + seconds
@@ -82,22 +80,23 @@ def read(folder: Path, mode: str, index: int = 0) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Mode, processes -> the folder of such a run that nobody disturbed; tests copy it before they change it."""
+def folders(tmp_path_factory):
+    """Processes -> the folder of a run of `everything` with so many."""
+    folders: dict[int, Path] = {}
 
-    @cache
-    def folder(mode: str, processes: int = 1) -> Path:
-        place = tmp_path_factory.mktemp(f"{mode}-of-{processes}")
-        finished(processes, place, mode)
-        return place
+    def folder(processes: int) -> Path:
+        if processes not in folders:
+            folders[processes] = tmp_path_factory.mktemp(f"of-{processes}")
+            finished(processes, folders[processes], "everything")
+        return folders[processes]
 
     return folder
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_everything_equals_one_process(undisturbed, processes):
-    alone, many = (read(undisturbed("everything", n), "everything") for n in (1, processes))
-    last = read(undisturbed("everything", processes), "everything", processes - 1)
+def test_everything_equals_one_process(folders, processes):
+    alone, many = (read(folders(n), "everything") for n in (1, processes))
+    last = read(folders(processes), "everything", processes - 1)
     names = [name for name in alone if name != "['problems']"]
     assert len(names) == 43, "eighteen trainings of one array or two, losses, eleven samplers and estimates, a pool"
     for name in names:
@@ -106,8 +105,8 @@ def test_everything_equals_one_process(undisturbed, processes):
         np.testing.assert_array_equal(last[name], many[name], err_msg=f"{name} on the last process")
 
 
-def test_what_one_process_says_reaches_the_others(undisturbed):
-    problems = list(read(undisturbed("everything", 2), "everything", 1)["['problems']"])
+def test_what_one_process_says_reaches_the_others(folders):
+    problems = list(read(folders(2), "everything", 1)["['problems']"])
     assert problems == [
         "Disagreement: the number must be equal on all 2 processes, got another on process 1",
         "Elsewhere: process 0: integer division or modulo by zero",
@@ -116,12 +115,14 @@ def test_what_one_process_says_reaches_the_others(undisturbed):
 
 
 def failed(job: Job) -> list[str]:
-    """The last error of each process, all of which must have ended with the status of bad input, at about one time."""
+    """The last errors of the processes, which must all end with the status of bad input, at about one time."""
     statuses = job.wait(120)
     texts = [job.log(index).read_text() for index in range(len(statuses))]
     assert statuses == [2] * len(statuses), "\n".join(text[-2000:] for text in texts)
     lines = [[line for line in text.splitlines() if "error: " in line] for text in texts]
-    return [each[-1].split("error: ")[1] if each else text[-2000:] for each, text in zip(lines, texts, strict=True)]
+    return [
+        errors[-1].split("error: ")[1] if errors else text[-2000:] for errors, text in zip(lines, texts, strict=True)
+    ]
 
 
 def test_processes_that_are_told_different_things_say_so(tmp_path):
@@ -142,8 +143,8 @@ def test_a_full_disk_of_one_host_is_an_error_of_all(tmp_path):
     assert "could not be written (Elsewhere: process 1: [Errno 28] free space must be >= " in other
 
 
-def test_a_checkpoint_of_a_later_format_is_an_error_of_all(undisturbed, tmp_path):
-    shutil.copytree(undisturbed("train"), tmp_path, dirs_exist_ok=True)
+def test_a_checkpoint_of_a_later_format_is_an_error_of_all(tmp_path):
+    finished(1, tmp_path, "train")
     newest = tmp_path / "steps" / "60" / "_CHECKPOINT_METADATA"
     stored = json.loads(newest.read_text())
     assert stored["custom_metadata"]["format"] == 2
@@ -154,16 +155,16 @@ def test_a_checkpoint_of_a_later_format_is_an_error_of_all(undisturbed, tmp_path
 
 
 @pytest.mark.parametrize("killed", [2, 0])
-def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, undisturbed, tmp_path):
-    whole = read(undisturbed("train"), "train")
+def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, tmp_path):
+    reference = finished(1, tmp_path / "whole", "train")
     folder = tmp_path / "killed"
     folder.mkdir()
     job = Job(4, folder, str(WORKER), str(folder), "train", PAUSE="0.3")
     job.wait_for("step 16")
     job.processes[killed].kill()
-    begun = time.monotonic()
+    start = time.monotonic()
     statuses = job.wait(60)
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - start < 60
     assert statuses[killed] == -signal.SIGKILL
     assert all(status in (70, -signal.SIGABRT) for status in statuses[:killed] + statuses[killed + 1 :])
     texts = [job.log(index).read_text() for index in range(4) if index != killed]
@@ -172,13 +173,13 @@ def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, undis
     assert all(re.search("lost|died|UNAVAILABLE|gloo::", text) for text in texts)
     resumed = finished(2, folder, "train")
     assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
-    for name, value in whole.items():
+    for name, value in reference.items():
         np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("processes", "mode"), [(1, "train"), (2, "train"), (2, "sharded"), (2, "streamed")])
-def test_a_notice_stores_everything_and_says_so(processes, mode, undisturbed, tmp_path):
-    whole = read(undisturbed(mode), mode)
+def test_a_notice_stores_everything_and_says_so(processes, mode, tmp_path):
+    reference = finished(1, tmp_path / "whole", mode)
     folder = tmp_path / "stopped"
     folder.mkdir()
     job = Job(processes, folder, str(WORKER), str(folder), mode, PAUSE="0.3")
@@ -189,45 +190,45 @@ def test_a_notice_stores_everything_and_says_so(processes, mode, undisturbed, tm
     assert "stopped by a notice (SIGTERM): step " in text
     resumed = finished(processes if mode == "train" else 1, folder, mode)
     assert "step 4\n" not in job.log(0).read_text(), "it went on, and did not begin again"
-    for name, value in whole.items():
+    for name, value in reference.items():
         np.testing.assert_allclose(resumed[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_slurm_tells_who_is_there(tmp_path):
     said = "from gendiff import distributed as d; d.start(); print(d.name(), d.first(lambda: 'hello'), flush=True)"
-    told = {
+    slurm = {
         "SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1",
     }  # fmt: skip
-    each = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", said],
-            env=environment(**told, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)),
+            env=environment(**slurm, SLURM_PROCID=str(index), SLURM_LOCALID=str(index)),
             stdout=subprocess.PIPE,
             text=True,
         )
         for index in range(2)
     ]
-    for index, process in enumerate(each):
+    for index, process in enumerate(processes):
         text, _ = process.communicate(timeout=120)
         assert text.strip().splitlines()[-1] == f"[process {index} of 2, {socket.gethostname()}]  hello"
 
 
 def test_others_that_do_not_come_are_an_error(tmp_path):
-    told = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    env = environment(**told, GENDIFF_START_SECONDS="2")
-    given = subprocess.run(
+    variables = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    env = environment(**variables, GENDIFF_START_SECONDS="2")
+    done = subprocess.run(
         [sys.executable, str(WORKER), str(tmp_path), "train"], env=env, capture_output=True, text=True, timeout=60
     )
-    assert given.returncode == 2
-    assert given.stderr.strip().splitlines()[-1] == (
-        f"error: {told['JAX_COORDINATOR_ADDRESS']}: all 2 processes of the run must join within 2 s, got fewer: start "
-        "every process, with an address that it can reach"
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"error: {variables['JAX_COORDINATOR_ADDRESS']}: all 2 processes of the run must join within 2 s, got fewer: "
+        "start every process, with an address that it can reach"
     )
 
 
 def figures(path: Path) -> dict[tuple[str, str], float]:
-    """Row and metric -> value, but for what is measured by the clock."""
+    """Row and metric -> value, without metrics of a clock."""
     rows = json.loads((path / "results.json").read_text())["rows"]
     return {
         (row["name"], name): estimate["value"]
@@ -253,8 +254,8 @@ def tolerance(row: str, name: str, wanted: dict[tuple[str, str], float]) -> floa
     return allowed
 
 
-def same_figures(one: Path, other: Path) -> None:
-    wanted, found = figures(one), figures(other)
+def same_figures(expected: Path, other: Path) -> None:
+    wanted, found = figures(expected), figures(other)
     assert wanted.keys() == found.keys()
     assert len(wanted) > 20
     others = {
@@ -272,15 +273,15 @@ def experiment(processes: int, folder: Path, logs: Path, module: str, *arguments
 
 @pytest.mark.slow
 def test_a_table_is_the_same_after_a_kill_and_on_other_numbers_of_processes(tmp_path):
-    module, whole, folder = "experiments.genneg.checkerboard", tmp_path / "whole", tmp_path / "killed"
-    job = experiment(1, whole, tmp_path / "logs-1", module)
+    module, reference, folder = "experiments.genneg.checkerboard", tmp_path / "whole", tmp_path / "killed"
+    job = experiment(1, reference, tmp_path / "logs-1", module)
     assert job.wait(600) == [0], job.log(0).read_text()[-3000:]
 
     def reported(text: str, job: Job) -> None:
         end = time.monotonic() + 400
         while not (folder / "metrics.jsonl").exists() or text not in (folder / "metrics.jsonl").read_text():
             assert time.monotonic() < end
-            assert all(each.poll() is None for each in job.processes), job.log(0).read_text()[-3000:]
+            assert all(process.poll() is None for process in job.processes), job.log(0).read_text()[-3000:]
             time.sleep(0.1)
 
     job = experiment(4, folder, tmp_path / "logs-2", module)
@@ -295,7 +296,7 @@ def test_a_table_is_the_same_after_a_kill_and_on_other_numbers_of_processes(tmp_
     assert 0 not in job.wait(60)
     job = experiment(4, folder, tmp_path / "logs-4", module)
     assert job.wait(900) == [0] * 4, job.log(0).read_text()[-3000:]
-    same_figures(whole, folder)
+    same_figures(reference, folder)
 
 
 def test_a_run_of_a_sweep_that_fails_on_one_process_ends_all(tmp_path):
