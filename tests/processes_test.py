@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -20,8 +22,8 @@ WORKER = ROOT / "tests" / "processes" / "worker.py"
 
 def environment(**more: str) -> dict[str, str]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "GENDIFF_"))}
-    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
-    return plain | cache | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | more
+    compiled = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or ""}
+    return plain | compiled | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(ROOT)} | more
 
 
 def free_port() -> int:
@@ -80,23 +82,22 @@ def read(folder: Path, mode: str, index: int = 0) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Processes -> the folder of a run of `everything` with so many."""
-    folders: dict[int, Path] = {}
+def undisturbed(tmp_path_factory):
+    """Mode, processes -> the folder of such a run without disturbance; tests copy it before they change it."""
 
-    def folder(processes: int) -> Path:
-        if processes not in folders:
-            folders[processes] = tmp_path_factory.mktemp(f"of-{processes}")
-            finished(processes, folders[processes], "everything")
-        return folders[processes]
+    @cache
+    def folder(mode: str, processes: int = 1) -> Path:
+        place = tmp_path_factory.mktemp(f"{mode}-of-{processes}")
+        finished(processes, place, mode)
+        return place
 
     return folder
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_everything_equals_one_process(folders, processes):
-    alone, many = (read(folders(n), "everything") for n in (1, processes))
-    last = read(folders(processes), "everything", processes - 1)
+def test_everything_equals_one_process(undisturbed, processes):
+    alone, many = (read(undisturbed("everything", n), "everything") for n in (1, processes))
+    last = read(undisturbed("everything", processes), "everything", processes - 1)
     names = [name for name in alone if name != "['problems']"]
     assert len(names) == 43, "eighteen trainings of one array or two, losses, eleven samplers and estimates, a pool"
     for name in names:
@@ -105,8 +106,8 @@ def test_everything_equals_one_process(folders, processes):
         np.testing.assert_array_equal(last[name], many[name], err_msg=f"{name} on the last process")
 
 
-def test_what_one_process_says_reaches_the_others(folders):
-    problems = list(read(folders(2), "everything", 1)["['problems']"])
+def test_what_one_process_says_reaches_the_others(undisturbed):
+    problems = list(read(undisturbed("everything", 2), "everything", 1)["['problems']"])
     assert problems == [
         "Disagreement: the number must be equal on all 2 processes, got another on process 1",
         "Elsewhere: process 0: integer division or modulo by zero",
@@ -143,8 +144,8 @@ def test_a_full_disk_of_one_host_is_an_error_of_all(tmp_path):
     assert "could not be written (Elsewhere: process 1: [Errno 28] free space must be >= " in other
 
 
-def test_a_checkpoint_of_a_later_format_is_an_error_of_all(tmp_path):
-    finished(1, tmp_path, "train")
+def test_a_checkpoint_of_a_later_format_is_an_error_of_all(undisturbed, tmp_path):
+    shutil.copytree(undisturbed("train"), tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "steps" / "60" / "_CHECKPOINT_METADATA"
     stored = json.loads(newest.read_text())
     assert stored["custom_metadata"]["format"] == 2
@@ -155,8 +156,8 @@ def test_a_checkpoint_of_a_later_format_is_an_error_of_all(tmp_path):
 
 
 @pytest.mark.parametrize("killed", [2, 0])
-def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, tmp_path):
-    reference = finished(1, tmp_path / "whole", "train")
+def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, undisturbed, tmp_path):
+    reference = read(undisturbed("train"), "train")
     folder = tmp_path / "killed"
     folder.mkdir()
     job = Job(4, folder, str(WORKER), str(folder), "train", PAUSE="0.3")
@@ -178,8 +179,8 @@ def test_a_killed_process_ends_the_job_and_others_go_on_from_there(killed, tmp_p
 
 
 @pytest.mark.parametrize(("processes", "mode"), [(1, "train"), (2, "train"), (2, "sharded"), (2, "streamed")])
-def test_a_notice_stores_everything_and_says_so(processes, mode, tmp_path):
-    reference = finished(1, tmp_path / "whole", mode)
+def test_a_notice_stores_everything_and_says_so(processes, mode, undisturbed, tmp_path):
+    reference = read(undisturbed(mode), mode)
     folder = tmp_path / "stopped"
     folder.mkdir()
     job = Job(processes, folder, str(WORKER), str(folder), mode, PAUSE="0.3")
