@@ -17,11 +17,13 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.censoring import labelling, rows
+from experiments.censoring import programs as plan
 from experiments.censoring.config import COLUMNS, Active, CensoringConfig, Guidance, Labels, ResNetSize, UNetSize
 from experiments.censoring.trials import BASE, CLEAN, SECOND, Reward, Study
 from experiments.lab.config import Between, Training, options
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
+from experiments.lab.programs import KEY, Program, abstract, of
 from experiments.lab.table import Row
 from gendiff import denoiser, distributed, losses, nets, process, static, training
 from gendiff.convert import resnet as convert
@@ -34,7 +36,7 @@ from gendiff.nets import resnet
 from gendiff.nets.resnet import ResNet
 from gendiff.nets.unet import HalfUNet, UNet
 from gendiff.oracles import crossed_seven
-from gendiff.types import Params, Sample, Samples
+from gendiff.types import Params, PRNGKey, Sample, Samples
 
 KEPT = Path(__file__).with_name("mnist_16.npz")
 """The base model of the default preset, made by `--base train` and `--keep`."""
@@ -194,21 +196,26 @@ def sevens(config: MnistConfig, split: Literal["train", "test"]) -> np.ndarray:
     return distributed.everywhere(lambda: mnist.read(7, split, config.data))
 
 
-def base_training(config: MnistConfig, start: Params, share: float, steps: int, purpose: int) -> training.Training:
-    """The training of a base model on a mix with this share of crossed sevens."""
+def mixed(config: MnistConfig, share: float) -> Samples:
+    """Training images with this share of crossed sevens."""
+    return mnist.scaled(mnist.mix(sevens(config, "train"), share, config.data_seed).images, config.size)
+
+
+def base_training(config: MnistConfig, start: Params, images: Samples, steps: int, purpose: int) -> training.Training:
+    """The training of a base model on images."""
     group = dataclasses.replace(config.training, steps=steps)
     settings = group.settings(config.decay, 100, 100, schedule=config.schedule)
-    images = mnist.scaled(mnist.mix(sevens(config, "train"), share, config.data_seed).images, config.size)
     key = jax.random.fold_in(jax.random.key(config.data_seed), 100 + purpose)
     host = training.Host(fully_sharded=config.fully_sharded)
     task = base_task(problem(config), config.training.batch)
     return training.Training(key, start, task, jnp.asarray(images), settings, host)
 
 
-def train_base(lab: Lab, phase: str, start: Params, *how: Any) -> None:
+def train_base(lab: Lab, phase: str, start: Params, share: float, *how: int) -> None:
     """Train a base model, the same for all runs."""
     mesh = distributed.training_mesh(lab.config.training.batch, every_core=True)
-    lab.train(phase, lambda run: base_training(run.config, start, *how), mesh=mesh, shared=True)
+    asked = lambda run: base_training(run.config, start, mixed(run.config, share), *how)
+    lab.train(phase, asked, mesh=mesh, shared=True)
 
 
 def base_models(lab: Lab) -> None:
@@ -283,16 +290,30 @@ def plain_features(config: MnistConfig) -> np.ndarray:
 turn = censoring.rotation(20.0)
 
 
+def noisy(config: MnistConfig) -> Reward:
+    """The reward of noisy images."""
+    return Reward(problem(config), partial(initialised, reward_of(config), config))
+
+
 def study_of(lab: Lab, model: str) -> Study:
     """A base model with its rewards and the oracle."""
     config = lab.config
     return Study(
-        lab, model,
-        noisy=Reward(problem(config), partial(initialised, reward_of(config), config)),
-        clean=Reward(clean_problem(config), partial(new_resnet, config), CLEAN),
+        lab, model, noisy(config), Reward(clean_problem(config), partial(new_resnet, config), CLEAN),
         judge=benign, measure=partial(measured, plain_features(config)), change=turn,
         meaning="a stroke crosses the stem of the seven",
     )  # fmt: skip
+
+
+def programs(config: MnistConfig) -> dict[str, Program]:
+    """The programs that take the time."""
+    images = of((5500, config.size, config.size, 1))  # MNIST's mixes have 5,440
+
+    def base(config: MnistConfig, key: PRNGKey, images: Samples) -> training.Training:
+        start = initialised(unet_of(config), config, key)
+        return base_training(config, start, images, config.training.steps, BASE)
+
+    return plan.censored(config, noisy(config), lambda config: abstract(partial(base, config), KEY, images))
 
 
 def table(lab: Lab) -> None:
@@ -320,7 +341,7 @@ def notes(members: Sequence[Run], table: Sequence[Row]) -> str:
 EXPERIMENT = Experiment(
     "censoring.mnist", MnistConfig, PRESETS, table, COLUMNS, rows.row_names,
     Paper("Censored sampling of diffusion models using 3 minutes of human feedback", "2307.02770", "section 5.1"),
-    extras=("data", "feedback"), notes=notes, figures=partial(rows.draw_figures, benign),
+    extras=("data", "feedback"), notes=notes, figures=partial(rows.draw_figures, benign), programs=programs,
 )  # fmt: skip
 run = EXPERIMENT.run
 

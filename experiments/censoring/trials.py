@@ -140,11 +140,16 @@ def fit(
     def asked(run: Run) -> training.Training:
         key, chosen = fold(run, reward.purpose, number), labels(run)
         sets[run] = augmented(study, chosen, jax.random.fold_in(key, 0))
-        start = potential.stacked(*(reward.new(jax.random.fold_in(key, 10 + k)) for k in range(len(chosen))))
         how = reward_training(study.config, alpha, times * study.config.reward.steps)
-        return censoring.reward_training(reward.problem, sets[run], start, how, jax.random.fold_in(key, 1))
+        return rewards_training(reward, sets[run], how, key)
 
     study.lab.train(phase, asked, lambda run, state: censoring.fitted(reward.problem, state, sets[run]).last)
+
+
+def rewards_training(reward: Reward, sets: Sets, how: RewardTraining, key: PRNGKey) -> training.Training:
+    """The training of new rewards, one on each of the sets."""
+    start = potential.stacked(*(reward.new(jax.random.fold_in(key, 10 + k)) for k in range(len(sets.labels))))
+    return censoring.reward_training(reward.problem, sets, start, how, jax.random.fold_in(key, 1))
 
 
 def augmented(study: Study, labels: list[Pair], key: PRNGKey) -> Sets:

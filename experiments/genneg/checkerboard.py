@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.genneg import measures, rows
+from experiments.genneg import checkerboard_problem, measures, rows
 from experiments.genneg.checkerboard_problem import (
     PRESETS,
     CheckerboardConfig,
@@ -341,7 +341,7 @@ EXPERIMENT = Experiment(
     "genneg.checkerboard", CheckerboardConfig, PRESETS, table, COLUMNS, row_names,
     Paper("Don't be so negative! Score-based generative modeling with oracle-assisted guidance", "2307.16463",
           "section 6.1, Figures 2 and 3", PAPER),
-    notes=notes, figures=draw_figures, seeds="seeds",
+    notes=notes, figures=draw_figures, programs=checkerboard_problem.programs, seeds="seeds",
 )  # fmt: skip
 run = EXPERIMENT.run
 

@@ -12,12 +12,15 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from experiments.genneg import programs as plan
 from experiments.genneg.measures import Smc
 from experiments.genneg.rows import Draws
 from experiments.lab.config import Between, Config, SameProgram, Training
 from experiments.lab.phases import Run
+from experiments.lab.programs import KEY, Program, abstract, planned, trained
 from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, training
 from gendiff.data import checkerboard as data
 from gendiff.methods import genneg
@@ -218,3 +221,24 @@ def classifier_training(config: CheckerboardConfig) -> genneg.ClassifierTraining
 def student_training(config: CheckerboardConfig) -> genneg.StudentTraining:
     """How students are trained."""
     return genneg.StudentTraining(config.student.settings(0.998, 500, 200), config.student.batch)
+
+
+def programs(config: CheckerboardConfig) -> dict[str, Program]:
+    """The programs that take the time."""
+    setup, new = problem(config), partial(initialised, classifier_network(config))
+
+    def baseline(batch: int) -> training.Training:
+        # A step takes all points: another batch is another number of points.
+        sized = dataclasses.replace(
+            config, points=batch, baseline=dataclasses.replace(config.baseline, batch=batch)
+        )  # fmt: skip
+        return abstract(lambda: base_training(planned(sized)))
+
+    samples = np.zeros((config.draws.budget // 5, 2), np.float32)
+    theta, phi = baseline(config.points).params, jax.eval_shape(new, KEY)
+    guided = plan.stack(theta, phi, config.rounds)
+    return {
+        "base": trained("baseline", "points", config.points, baseline, pool=True),
+        "classifier": plan.classifier("a classifier", "points", setup, classifier_training(config), new, samples),
+        "sampler": plan.guided(f"Heun, guided by {config.rounds} classifiers", setup, config.batch, guided),
+    }

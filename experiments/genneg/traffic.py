@@ -1,6 +1,6 @@
 """Gen-neG on scenes of traffic (2307.16463, section 6.2, Table 1 and Figure 1): the rows of the table.
 
-`traffic_problem` has the options, the scenes and the networks.
+`traffic_problem` has the options, the scenes and the networks, `traffic_training` the trainings.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,14 @@ from experiments.genneg.traffic_problem import (
     PRESETS,
     Purpose,
     TrafficConfig,
-    base_training,
     calls,
     classifier_network,
     load,
     problem,
     r_elbo,
-    student_training,
     teaching,
 )
+from experiments.genneg.traffic_training import base_training, classifier_training, programs, student_training
 from experiments.lab import figures
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
@@ -176,8 +175,7 @@ def classify(
 ) -> rows.Model:  # fmt: skip
     """Fit a classifier of scenes, vehicles or pairs to a round's draws, and steer by it and by those `before`."""
     config, place = lab.config, data.take(lab.data.places["test"], 0)
-    half = config.classifier.batch // 2
-    how = genneg.ClassifierTraining(config.classifier.settings(0.998, 250, 100), half, weighting, validation=256)
+    how = classifier_training(config, weighting)
 
     def fit(run: Run) -> rows.Fit:
         net = nets.fresh(classifier_network(config, head), run.key(Purpose.CLASSIFIER), place)
@@ -187,7 +185,7 @@ def classify(
         return rows.Fit(*parts, begin_from(run["baseline"], net) if config.from_denoiser else net, key)
 
     setup, model = problem(config, head, timeless), rows.steered(*before, name)
-    rows.classifier(lab, name, setup, how, fit, lab.data.conditions, every_core(2 * half))
+    rows.classifier(lab, name, setup, how, fit, lab.data.conditions, every_core(2 * how.half))
     evaluate(lab, name, model, head, timeless)
     return model
 
@@ -410,7 +408,7 @@ EXPERIMENT = Experiment(
     "genneg.traffic", TrafficConfig, PRESETS, table, COLUMNS, lambda config: ROWS,
     Paper("Don't be so negative! Score-based generative modeling with oracle-assisted guidance", "2307.16463",
           "section 6.2, Table 1 and Figure 1", PAPER),
-    extras=("traffic",), notes=notes, figures=draw_figures, load=load,
+    extras=("traffic",), notes=notes, figures=draw_figures, load=load, programs=programs,
 )  # fmt: skip
 run = EXPERIMENT.run
 

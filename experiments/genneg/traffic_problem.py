@@ -6,9 +6,8 @@ scene, by vehicle, or by pair of vehicles. Here are its options, scenes and netw
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,7 @@ from experiments.genneg.measures import Bound, Smc
 from experiments.genneg.rows import Draws
 from experiments.lab import start
 from experiments.lab.config import Between, Config, ConfigError, SameProgram, Training
-from experiments.lab.phases import Run
-from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, static, training
+from gendiff import denoiser, likelihood, losses, potential, process, sampling, static
 from gendiff.data import scenes
 from gendiff.data import traffic as data
 from gendiff.data.scenes import UNITS, Sets
@@ -207,44 +205,6 @@ def splits_of(config: TrafficConfig) -> dict[str, data.Scenes]:
     return scenes.simulated(folder, config.scenes, config.data_seed, config.of_map, own=config.data is not None)
 
 
-# How it is trained.
-
-
-def base_training(run: Run) -> training.Training:
-    """The training of theta: denoising score matching, stopped by the loss on validation maps."""
-    config, sets = run.config, run.data
-    examples = {name: (sets.places[name], sets.x[name]) for name in ("train", "validation")}
-    count = len(sets.x["validation"])
-    held_out = data.take(examples["validation"], scenes.evenly(min(512, count), count))
-    keys = jax.random.split(run.key(Purpose.VALIDATION), len(held_out[1]))
-    begun = nets.fresh(denoiser_network(config), run.key(Purpose.START), data.take(sets.places["test"], 0))
-    task = genneg.base_task(problem(config), config.baseline.batch, scenes.changed(config.fewer, config.quarters))
-    settings = config.baseline.settings(0.999, 250, 500)
-    context = (None if config.stream else examples["train"], held_out, keys)
-    batches = streamed(examples["train"], config) if config.stream else None
-    return training.Training(run.key(Purpose.BASELINE), begun, task, context, settings, data=batches)
-
-
-def streamed(examples: Any, config: TrafficConfig) -> Any:
-    """Batches of training scenes from the host, each process's rows of them.
-
-    Raises:
-      ConfigError: Grain is not installed, or the processes do not divide the batch.
-    """
-    try:
-        from gendiff.data import stream  # seconds of import
-
-        change = partial(data.take, examples)
-        return stream.batches(range(len(examples[1])), config.baseline.batch, config.seed, change=change)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"--stream: {error}") from None
-
-
-def student_training(config: TrafficConfig) -> genneg.StudentTraining:
-    """How students are trained."""
-    return genneg.StudentTraining(config.student.settings(0.998, 250, 100), config.student.batch)
-
-
 # The model.
 
 
@@ -272,6 +232,7 @@ def last_guided(config: TrafficConfig) -> int:
     return max(1, int(np.flatnonzero(guides)[-1]))
 
 
+@jax.ensure_compile_time_eval()  # its numbers are known also where a training is only traced
 def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False) -> genneg.Problem:
     """Scenes, with networks, sampler and oracle.
 

@@ -1,16 +1,18 @@
 """The compiled programs of an experiment, described by shapes: what `tpu.plan` compiles for slices of TPUs.
 
-`Experiment.programs(config)` names them.  Nothing is executed and nothing is allocated.
+`Experiment.programs(config)` names them, and builds them from the experiment's own trainings and samplers.  Nothing is
+executed, and no array is larger than a pool on the host.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gendiff import check, devices, distributed, programs, training
+from experiments.lab.phases import Run
+from gendiff import devices, distributed, programs, training
 from gendiff.devices import Placement
 
 Tree = Any
@@ -39,13 +41,13 @@ class Program(NamedTuple):
     costs: Lower | None = None
     """One step of a training on a given batch.  Its costs count for the training's, because XLA counts a whole pool as
     read of which a step draws some rows."""
-    mesh: Callable[[list[jax.Device], int], jax.sharding.Mesh] | None = None
-    """(devices, batch) -> the experiment's mesh; default: `distributed.training_mesh`."""
+    mesh: Callable[[list[jax.Device]], jax.sharding.Mesh] | None = None
+    """Devices -> the experiment's mesh; default: `distributed.training_mesh`."""
 
     def on(self, places: list[jax.Device], batch: int) -> jax.sharding.Mesh:
         """The mesh of these devices."""
         if self.mesh is not None:
-            return self.mesh(places, batch)
+            return self.mesh(places)
         return distributed.training_mesh(batch if self.divides else None, places)
 
 
@@ -61,11 +63,6 @@ KEY = jax.eval_shape(lambda: jax.random.key(0))
 NUMBER, WHOLE = of(()), of((), jnp.int32)
 
 
-def shapes(tree: Tree) -> Tree:
-    """Shapes in place of arrays."""
-    return jax.tree.map(lambda a: of(jnp.shape(a), jnp.result_type(a)), tree)
-
-
 def placed(tree: Tree, sharding: Any) -> Tree:
     """Shapes with a sharding."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
@@ -73,7 +70,12 @@ def placed(tree: Tree, sharding: Any) -> Tree:
 
 def many(tree: Tree, n: int) -> Tree:
     """n of a tree of shapes, stacked on axis 0."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *a.shape), a.dtype), tree)
+    return jax.tree.map(lambda a: of((n, *a.shape), a.dtype), tree)
+
+
+def first(tree: Tree) -> Tree:
+    """A member of stacked shapes."""
+    return jax.tree.map(lambda a: of(a.shape[1:], a.dtype), tree)
 
 
 def abstract(make: Callable[..., training.Training], *arguments: Tree) -> training.Training:
@@ -88,47 +90,73 @@ def abstract(make: Callable[..., training.Training], *arguments: Tree) -> traini
     return found[0]._replace(key=key, params=params, context=context)
 
 
-# Trainings, whose arrays are shapes.
+def planned(config: Any, data: Any = None) -> Run:
+    """A run that keeps nothing, to ask for its trainings in `abstract`; its data may be shapes."""
+    nowhere: Any = None
+    run = Run(config, config.seed, nowhere, nowhere, nowhere)
+    run.data = data
+    return run
+
+
+# Programs.
 
 
 def trained(
-    kind: Literal["training", "sharded"], what: str, unit: str, batch: int, pool: bool,
-    asked: Callable[[int], training.Training],
+    what: str, unit: str, batch: int, asked: Callable[[int], training.Training], pool: bool = False
 ) -> Program:  # fmt: skip
     """A training of one run.
 
     Args:
-      pool: its batches are drawn from much more than a batch.
-      asked: batch -> the training.
+      asked: batch -> the training, of shapes.
+      pool: a step draws its batch from much more than a batch.
     """
-    lower = lambda mesh, batch: steps(asked(batch), Placement(mesh, fully_sharded=kind == "sharded"))
-    costs = (lambda mesh, batch: step(asked(batch), Placement(mesh))) if pool else None
-    return Program(kind, what, batch, unit, asked(batch).settings.steps, lower, costs=costs)
-
-
-def side_by_side(what: str, runs: int, asked: Callable[[int], training.Training]) -> Program:
-    """A training of K runs; `asked`: K -> the training, with its `own` context stacked."""
-
-    def lower(mesh: jax.sharding.Mesh, runs: int) -> Any:
-        return steps(padded(asked(runs), mesh), placement_of(asked(runs), mesh))
-
-    def costs(mesh: jax.sharding.Mesh, runs: int) -> Any:
-        return step(padded(asked(runs), mesh), placement_of(asked(runs), mesh))
-
-    mesh = lambda places, runs: devices.runs_mesh(places, runs, training.shareable(asked(runs)))
+    asked = cache(asked)
+    settings, host = asked(batch).settings, asked(batch).host
+    place = lambda mesh: Placement(mesh, fully_sharded=host.fully_sharded)
     return Program(
-        "replicas", what, runs, "runs", asked(runs).settings.steps, lower, False, costs=costs, mesh=mesh
+        "sharded" if host.fully_sharded else "training", what, batch, unit, settings.steps,
+        lambda mesh, batch: steps(asked(batch), place(mesh)),
+        costs=(lambda mesh, batch: step(asked(batch), place(mesh))) if pool else None,
     )  # fmt: skip
 
 
-def placement_of(asked: training.Training, mesh: jax.sharding.Mesh) -> Placement:
-    """The placement of K runs."""
-    return Placement(mesh, True, tuple(jax.tree.leaves(jax.tree.broadcast(asked.own, asked.context))))
+def side_by_side(what: str, asked: training.Training) -> Program:
+    """A training of K runs, of shapes, on the mesh of `training.train`."""
+    flags = tuple(jax.tree.leaves(jax.tree.broadcast(asked.own, asked.context)))
+    place = lambda mesh: Placement(mesh, True, flags)
+    runs = asked.key.shape[0]
+    return Program(
+        "replicas", what, runs, "runs", asked.settings.steps,
+        lambda mesh, batch: steps(padded(asked, mesh), place(mesh)), divides=False,
+        costs=lambda mesh, batch: step(padded(asked, mesh), place(mesh)),
+        mesh=lambda places: devices.runs_mesh(places, runs, training.shareable(asked)),
+    )  # fmt: skip
+
+
+def sampler(
+    what: str, n: int, steps: int, chunk: int, program: Any, call: Callable[[int], tuple[tuple, tuple]],
+    setup: Lower | None = None,
+) -> Program:  # fmt: skip
+    """A sampler.
+
+    Args:
+      program: the jitted function, of static arguments, a mesh, and arrays.
+      call: number of samples -> its static arguments, and the shapes of its arrays.
+    """
+
+    def lower(mesh: jax.sharding.Mesh, n: int) -> Any:
+        static, arrays = call(n)
+        return program.lower(*static, mesh, *placed(tuple(arrays), distributed.replicated(mesh)))
+
+    return Program("sampling", what, n, "samples", steps, lower, False, chunk, setup)
+
+
+# Trainings, whose arrays are shapes.
 
 
 def padded(asked: training.Training, mesh: jax.sharding.Mesh) -> training.Training:
-    """The training with the runs that fill up the mesh."""
-    count = devices.padded_runs(mesh, check.rows("runs", asked.key))
+    """The training of K runs with those that fill up the mesh."""
+    count = devices.padded_runs(mesh, asked.key.shape[0])
     longer = lambda tree: jax.tree.map(lambda a: of((count, *a.shape[1:]), a.dtype), tree)
     flags = jax.tree.broadcast(asked.own, asked.context)
     context = jax.tree.map(lambda own, a: longer(a) if own else a, flags, asked.context)
@@ -148,7 +176,7 @@ def step(asked: training.Training, placement: Placement) -> Any:
     draw = lambda key, context: _drawn(asked.task(context), key)
     if placement.runs:
         own, shared = placement.divide(asked.context)
-        of_run = placement.join(jax.tree.structure(asked.context), [of(a.shape[1:], a.dtype) for a in own], shared)
+        of_run = placement.join(jax.tree.structure(asked.context), first(own), shared)
         batch = many(jax.eval_shape(draw, KEY, of_run), asked.key.shape[0])
         batch = placed(batch, devices.over_replicas(placement.mesh))
     else:

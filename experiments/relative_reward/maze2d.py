@@ -20,7 +20,9 @@ from experiments.lab import figures
 from experiments.lab.config import Between, Distinct, Scheduled
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
+from experiments.lab.programs import Program
 from experiments.lab.table import Column, Row
+from experiments.relative_reward import programs as plan
 from experiments.relative_reward import rows, trajectories
 from experiments.relative_reward.rows import Rewards, Steered, at
 from experiments.relative_reward.trajectories import HEAT, PLANS, Family, PathsConfig, Place
@@ -244,6 +246,12 @@ def row_names(config: MazeConfig) -> list[str]:
     return [row + part for row in (*LEARNT, *DRAWN) for part in parts]
 
 
+def programs(config: MazeConfig) -> dict[str, Program]:
+    """The programs that take the time, of a maze."""
+    models = families(config.mazes[0])
+    return plan.of_paths(config, models, models[1], config.transitions, config.plans)
+
+
 def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
     """Heat maps (the paper's Fig. 3), histograms, and plans coloured by reward (Fig. 1)."""
     run = members[0]
@@ -271,7 +279,7 @@ def notes(members: Sequence[Run], table: Sequence[Row]) -> str:
 EXPERIMENT = Experiment(
     "relative_reward.maze2d", MazeConfig, PRESETS, table, COLUMNS, row_names,
     Paper("Extracting reward functions from diffusion models", "2306.01804", "section 5.1, Figures 1 and 3", PAPER),
-    extras=("maze",), notes=notes, figures=draw_figures,
+    extras=("maze",), notes=notes, figures=draw_figures, programs=programs,
 )  # fmt: skip
 run = EXPERIMENT.run
 

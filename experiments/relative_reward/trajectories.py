@@ -17,6 +17,7 @@ from experiments.relative_reward.rows import Models, Rewards, at
 from gendiff import denoiser, nets, process, training
 from gendiff.data import windows
 from gendiff.data.windows import Normaliser, Windows
+from gendiff.losses import Aligned
 from gendiff.methods import relative_reward
 from gendiff.methods.relative_reward import PUBLISHED, PairProblem, PoolRequest, Switches
 from gendiff.nets.temporal import TemporalUnet
@@ -184,16 +185,31 @@ def diffusers(lab: Lab, place: Place, families: Sequence[Family]) -> None:
         parts = [family.windows(run, i) for family, i in sets]
         sizes = np.array([len(part.begin) for part in parts], np.int32)
         known = np.stack([family.known(config) for family, _ in sets])
-        own = {"windows": windows.stack(parts), "count": jnp.asarray(sizes), "known": jnp.asarray(known)}
-        keys, own_keys = (training.keys(place.key(run, BASE, i), len(sets)) for i in (1, 0))
-        start = nets.fresh_members(unet_of(config), own_keys, *example(config, place))
-        settings = config.models.settings(config.decay, warmup=100, clip=None)
-        return training.Training(keys, start, diffuser_task(config), own, settings, own=True)
+        keys = [place.key(run, BASE, i) for i in (0, 1)]
+        return diffuser_training(config, place, windows.stack(parts), sizes, known, *keys)
 
     parted = lambda run, state: {
         family.name: at(state.best, slice(i * count, (i + 1) * count)) for i, family in enumerate(families)
     }
     lab.train(f"{place.name}/diffusers", asked, parted)
+
+
+def diffuser_training(
+    config: PathsConfig, place: Place, sets: Windows, sizes: np.ndarray, known: np.ndarray, start: Array, key: Array
+) -> training.Training:
+    """The training of K models side by side, on a set of windows each.
+
+    Args:
+      sets: stacked on axis 0.
+      sizes: (K,) windows of each set.
+      known: (K, horizon, d), as of `Family.known`.
+      start: the key of the initial parameters.
+    """
+    own = {"windows": sets, "count": jnp.asarray(sizes), "known": jnp.asarray(known)}
+    starts, keys = (training.keys(key, len(sizes)) for key in (start, key))
+    params = nets.fresh_members(unet_of(config), starts, *example(config, place))
+    settings = config.models.settings(config.decay, warmup=100, clip=None)
+    return training.Training(keys, params, diffuser_task(config), own, settings, own=True)
 
 
 def example(config: PathsConfig, place: Place) -> tuple[Array, Array]:
@@ -221,12 +237,20 @@ def train(lab: Lab, row: str, family: Family, rewards: Rewards) -> str:
 
     def asked(run: Run) -> training.Training:
         key = place.key(run, REWARDS, 1000 + 100 * rewards.network.window + rewards.first)
-        start = rewards.start(place.key(run, REWARDS), *example(run.config, place))
-        pool, settings = run[f"{place.name}/{family.name}/pool"], run.config.rewards.settings(0.0, clip=None)
-        return relative_reward.reward_training(rewards.problem, pool, rewards.owners, start, settings, key)
+        pool = run[f"{place.name}/{family.name}/pool"]
+        return reward_training(run.config, place, rewards, pool, place.key(run, REWARDS), key)
 
     lab.train(phase, asked, lambda run, state: state.last)  # the published evaluations use no averages
     return phase
+
+
+def reward_training(
+    config: PathsConfig, place: Place, rewards: Rewards, pool: Aligned, start: Array, key: Array
+) -> training.Training:
+    """The training of rewards side by side, on one pool; `start` is the key of the initial parameters."""
+    params = rewards.start(start, *example(config, place))
+    settings = config.rewards.settings(0.0, clip=None)
+    return relative_reward.reward_training(rewards.problem, pool, rewards.owners, params, settings, key)
 
 
 def discriminators(lab: Lab, row: str, family: Family, rewards: Rewards) -> str:

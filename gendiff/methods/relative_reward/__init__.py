@@ -103,19 +103,24 @@ def reward_training(
     n = check.rows("relative reward: examples", examples)
     check.number("relative reward: number of examples", n, at_least=1, whole=True)
     experts = examples.target.shape[1]
-    finite = np.isfinite(np.asarray(examples.target)).reshape(n, experts, -1).all(-1)
-    if not finite.all():
-        row, goal = np.argwhere(~finite)[0]
-        raise ValueError(
-            f"relative reward: targets must be finite, got {np.sum(~finite)} examples of {finite.size} that are not, "
-            f"the first at t = {examples.t[row]}, of expert {goal}: a model diverges there"
-        )
+    if not isinstance(examples.target, jax.core.Tracer):  # shapes have no numbers
+        _check_targets(examples)
     check.shape("relative reward: goals", goals, (None,))
     check.number("relative reward: number of goals", len(goals), at_least=1, whole=True)
     check.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=experts - 1, whole=True)
     context = (examples, {"goal": jnp.asarray(goals, jnp.int32)})
     keys = training.keys(key, len(goals))
     return training.Training(keys, start, reward_task(problem), context, settings, own=(False, True))
+
+
+def _check_targets(examples: Aligned) -> None:
+    finite = np.isfinite(np.asarray(examples.target)).reshape(*examples.target.shape[:2], -1).all(-1)
+    if not finite.all():
+        row, goal = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"relative reward: targets must be finite, got {np.sum(~finite)} examples of {finite.size} that are not, "
+            f"the first at t = {examples.t[row]}, of expert {goal}: a model diverges there"
+        )
 
 
 @by_value

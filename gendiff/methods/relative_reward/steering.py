@@ -14,6 +14,9 @@ from gendiff.potential import Logit, Potential
 from gendiff.process import Process
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
+CHUNK = 64
+"""Samples at a time and device."""
+
 
 def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
     """How far grad rho shifts x_0: 1 / `factor`, so that a perfect reward at scale 1 turns base into expert."""
@@ -72,4 +75,4 @@ def steered(
     """Samples of a discrete chain, one for each of `held` (n, *shape), whose known coordinates stay (see `kernel`)."""
     of, grid = kernel(process, model, network, switches, theta, phi, scale, known), process.grid(process.steps or 100)
     draw = lambda pair: sampling.sample(process, of(pair[1]), grid, pair[0], pair[1].shape)
-    return distributed.chunked(draw, (jax.random.split(key, len(held)), held), 64, mesh, cut=False)
+    return distributed.chunked(draw, (jax.random.split(key, len(held)), held), CHUNK, mesh, cut=False)

@@ -1,0 +1,47 @@
+"""The programs of Gen-neG, for `tpu.plan`: a classifier and the guided sampler of any problem."""
+
+from collections.abc import Callable
+from typing import Any
+
+from experiments.lab.programs import KEY, NUMBER, Lower, Program, abstract, many, sampler, trained
+from gendiff import training
+from gendiff.methods import genneg
+from gendiff.methods.genneg import ClassifierTraining, Guided, Problem, Request, Synthetic
+from gendiff.types import Params, PRNGKey
+
+
+def classifier(
+    what: str, unit: str, problem: Problem, how: ClassifierTraining, new: Callable[[PRNGKey], Params],
+    samples: Any, conditions: Any = None,
+) -> Program:  # fmt: skip
+    """The training of a classifier.
+
+    Args:
+      new: key -> fresh parameters.
+      samples: of one class, as `Synthetic` holds them, on the host.
+      conditions: shapes of the conditions that the samples have rows of.
+    """
+    judged = Synthetic(samples, samples, 1, 1)
+
+    def asked(batch: int) -> training.Training:
+        settings = how._replace(half=batch // 2)
+        make = lambda key, conditions: genneg.classifier_training(
+            problem, judged, judged, new(key), settings, key, conditions=conditions
+        )
+        return abstract(make, KEY, conditions)
+
+    return trained(what, unit, 2 * how.half, asked, pool=True)
+
+
+def stack(theta: Params, phi: Params, classifiers: int) -> Guided:
+    """The shapes of a model with so many classifiers."""
+    return Guided(theta, many({"net": phi, "shift": NUMBER}, classifiers))
+
+
+def guided(
+    what: str, problem: Problem, n: int, model: Guided, conditions: Callable[[int], Any] = lambda n: None,
+    setup: Lower | None = None,
+) -> Program:  # fmt: skip
+    """The sampler of a guided model; `conditions`: number of samples -> shapes of theirs."""
+    call = lambda n: ((problem, n), Request(model, KEY, NUMBER, conditions(n)))
+    return sampler(what, n, problem.steps, problem.chunk, genneg.drawn, call, setup)
