@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from experiments.lab.programs import KEY, NUMBER, Program, abstract, first, many, of, sampler, side_by_side
 from experiments.relative_reward import trajectories
-from experiments.relative_reward.trajectories import Family, PathsConfig
 from experiments.relative_reward.rows import Steered
+from experiments.relative_reward.trajectories import Family, PathsConfig
 from gendiff.data.windows import Windows
 from gendiff.losses import Aligned
 from gendiff.methods import relative_reward
