@@ -1,6 +1,7 @@
 """The pod-scale plan: what it reads in compiled programs, its arithmetic, and its page."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,18 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.lab import programs
+from experiments.lab.programs import Program, abstract, of
 from gendiff import devices, distributed, training
+from gendiff.training import Training
+from tpu import hlo, plan, roofline, slices, units
+from tpu.hlo import Collective, Failed, Measured
 
-PLAN = Path(__file__).parents[2] / "tpu" / "plan.py"
-spec = importlib.util.spec_from_file_location("tpu_plan", PLAN)
-assert spec is not None
-assert spec.loader is not None
-plan = importlib.util.module_from_spec(spec)
-sys.modules["tpu_plan"] = plan
-spec.loader.exec_module(plan)
-
-Collective, Failed, Measured, Program = plan.Collective, plan.Failed, plan.Measured, plan.Program
-
+ROOT = Path(__file__).parents[2]
 HLO = """\
 HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -60,7 +57,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_text():
-    assert plan.collectives(HLO, 8) == [
+    assert hlo.collectives(HLO, 8) == [
         Collective("all-reduce", 4 + 2048, True),
         Collective("all-gather", 128),  # one, in two steps
         Collective("reduce-scatter", 256, True),
@@ -86,29 +83,36 @@ def test_collectives_of_a_text():
     ],
 )
 def test_groups_in_every_spelling(spelling, wanted):
-    assert plan.groups(f"%a = f32[] all-reduce(%p), channel_id=1, replica_groups={spelling}, to_apply=%sum") == wanted
+    assert hlo.groups(f"%a = f32[] all-reduce(%p), channel_id=1, replica_groups={spelling}, to_apply=%sum") == wanted
 
 
-def lower(fsdp: bool) -> tuple[plan.Trained, jax.sharding.Mesh]:
+def task(context):
+    loss = lambda theta, key, x: jnp.sum(jnp.tanh(x @ theta["w"]) ** 2)
+    return training.Task(loss, lambda key: training.minibatch(key, context, 64))
+
+
+def small(fully_sharded: bool = False) -> Program:
     """A small training whose task draws from a pool."""
-    pool = plan.of((4096, 256))
+    settings, host = training.Settings(10, clip=None), training.Host(fully_sharded=fully_sharded)
+    make = lambda key, weights, pool: Training(key, {"w": weights}, task, pool, settings, host)
+    shapes = programs.KEY, of((256, 256)), of((4096, 256))
+    return programs.trained("small", "rows", 64, lambda batch: abstract(make, *shapes), pool=True)
 
-    def task(context):
-        loss = lambda theta, key, x: jnp.sum(jnp.tanh(x @ theta["w"]) ** 2)
-        return training.Task(loss, lambda key: training.minibatch(key, context, 64))
 
-    settings = training.Settings(10, clip=None)
+def measured(program: Program) -> Measured:
+    """The small training on all devices."""
     mesh = distributed.make_mesh()
-    return plan.Trained(task, {"w": plan.of((256, 256))}, pool, settings), mesh
+    return hlo.measured(program.lower(mesh, 64).compile(), mesh)
 
 
 def test_training_has_one_all_reduce():
-    given, mesh = lower(False)
-    result = plan.measured(given.lower(mesh).compile(), mesh)
+    program, count = small(), jax.device_count()
+    result = measured(program)
+    assert program.kind == "training"
     assert [(each.kind, each.looped) for each in result.collectives] == [("all-reduce", True)]
     weights = 4 * 256 * 256
     assert weights <= result.collectives[0].size <= weights + 64  # and the loss
-    assert plan.unexpected("training", result.collectives, mesh.size) == ""
+    assert hlo.unexpected("training", result.collectives, count) == ""
     pool, states = 4 * 4096 * 256, 5 * weights
     assert pool + states <= result.arguments <= pool + states + 1024
     assert result.flops >= 4 * 8 * 256 * 256  # two products of 8 rows each device
@@ -116,73 +120,84 @@ def test_training_has_one_all_reduce():
 
 
 def test_costs_of_a_step_on_a_given_batch_leave_out_the_pool():
-    given, mesh = lower(False)
-    step = given.step(mesh).compile()
-    assert (
-        plan.measured(given.lower(mesh).compile(), mesh, costs=step).accessed == step.cost_analysis()["bytes accessed"]
-    )
+    program, mesh = small(), distributed.make_mesh()
+    step = program.costs(mesh, 64).compile()
+    found = hlo.measured(program.lower(mesh, 64).compile(), mesh, costs=step)
+    assert found.accessed == step.cost_analysis()["bytes accessed"]
     assert step.memory_analysis().argument_size_in_bytes < 4 * 4096 * 256
 
 
 def test_a_sharded_state_takes_less_of_each_device():
-    given, mesh = lower(True)
-    sharded, whole = (plan.measured(given.lower(mesh, fsdp).compile(), mesh) for fsdp in (True, False))
+    assert small(True).kind == "sharded"
+    sharded, replicated = measured(small(True)), measured(small())
     pool = 4 * 4096 * 256
-    assert sharded.arguments - pool < 0.2 * (whole.arguments - pool)
+    assert sharded.arguments - pool < 0.2 * (replicated.arguments - pool)
     assert "all-gather" in [each.kind for each in sharded.collectives]
 
 
-def test_runs_side_by_side_and_samples_need_no_collective():
-    mesh = devices.runs_mesh()
+def side_by_side(runs: int) -> Program:
+    """Small trainings, each towards a goal of its own."""
 
     def task(own):
         loss = lambda theta, key, x: jnp.sum((theta["w"] - own["goal"] * x) ** 2)
         return training.Task(loss, lambda key: jax.random.normal(key, (16, 4)))
 
-    own = {"goal": plan.NUMBER}
-    runs = plan.SideBySide(task, {"w": plan.of((4,))}, own, True, training.Settings(10, every=5, clip=None))
-    for lowered in (runs.lower(mesh, 11), runs.step(mesh, 11)):
-        assert plan.collectives(lowered.compile().as_text(), 8) == []
+    settings = training.Settings(10, every=5, clip=None)
+    make = lambda key, weights, goals: Training(
+        training.keys(key, runs), {"w": weights}, task, {"goal": goals}, settings, own=True
+    )
+    shapes = programs.KEY, of((runs, 4)), of((runs,))
+    return programs.side_by_side("small", abstract(make, *shapes))
+
+
+def test_runs_side_by_side_and_samples_need_no_collective():
+    mesh, program = devices.runs_mesh(), side_by_side(11)
+    assert (program.kind, program.batch, program.steps) == ("replicas", 11, 10)
+    for lowered in (program.lower(mesh, 11), program.costs(mesh, 11)):
+        assert hlo.collectives(lowered.compile().as_text(), 8) == []
     assert devices.padded_runs(mesh, 11) == 16
     # Devices that share the batches of runs have one all-reduce, of those of a run alone.
     shared = distributed.make_mesh(jax.devices(), 2)
-    result = plan.measured(runs.lower(shared, 2).compile(), shared)
+    result = hlo.measured(side_by_side(2).lower(shared, 2).compile(), shared)
     assert [(each.kind, each.group) for each in result.collectives] == [("all-reduce", 4)]
-    assert plan.unexpected("replicas", result.collectives, 8, result.data) == ""
-    assert runs.mesh(jax.devices(), 11).shape == mesh.shape, "cores do not share batches"
-    given = plan.shaped(plan.of((16,)), distributed.replicated(mesh))
-    samples = jax.jit(lambda x: distributed.chunked(jnp.sin, x, 2, mesh)).lower(given).compile()
-    assert plan.unexpected("sampling", plan.measured(samples, mesh).collectives, 8) == ""
+    assert hlo.unexpected("replicas", result.collectives, 8, result.data) == ""
+    assert program.on(jax.devices(), 11).shape == mesh.shape, "cores do not share batches"
+    draw = jax.jit(
+        lambda scale, mesh, x: distributed.chunked(lambda x: jnp.sin(scale * x), x, 2, mesh), static_argnums=(0, 1)
+    )
+    samples = programs.sampler("sines", 16, 1, 2, draw, lambda n: ((2.0,), (of((n,)),)))
+    assert (samples.kind, samples.divides, samples.chunk) == ("sampling", False, 2)
+    assert hlo.unexpected("sampling", hlo.measured(samples.lower(mesh, 16).compile(), mesh).collectives, 8) == ""
 
 
 def test_unexpected_collectives():
     reduce, gather, scatter = (Collective(kind, 8) for kind in ("all-reduce", "all-gather", "reduce-scatter"))
-    assert plan.unexpected("training", (reduce,), 8) == ""
-    assert plan.unexpected("training", (), 1) == ""
-    assert plan.unexpected("training", (), 8) == "expected one all-reduce, given none"
-    assert plan.unexpected("training", (reduce, reduce), 8) == "expected one all-reduce, given 2 all-reduce (16 B)"
+    assert hlo.unexpected("training", (reduce,), 8) == ""
+    assert hlo.unexpected("training", (), 1) == ""
+    assert hlo.unexpected("training", (), 8) == "must have one all-reduce, got none"
+    assert hlo.unexpected("training", (reduce, reduce), 8) == "must have one all-reduce, got 2 all-reduce (16 B)"
     pieces = [Collective("all-reduce", size * 10**6) for size in (96, 114, 5)]
-    assert plan.unexpected("training", tuple(pieces[:2]), 8) == ""
-    assert "given 3 all-reduce (215 MB)" in plan.unexpected("training", tuple(pieces), 8)
-    assert "given 1 all-gather" in plan.unexpected("training", (gather,), 8)
-    assert plan.unexpected("sharded", (gather, scatter, reduce), 8) == ""
-    assert "given 1 all-reduce" in plan.unexpected("sharded", (reduce,), 8)
-    assert plan.unexpected("sharded", (reduce, reduce), 64) == ""
+    assert hlo.unexpected("training", tuple(pieces[:2]), 8) == ""
+    assert "got 3 all-reduce (215 MB)" in hlo.unexpected("training", tuple(pieces), 8)
+    assert "got 1 all-gather" in hlo.unexpected("training", (gather,), 8)
+    assert hlo.unexpected("sharded", (gather, scatter, reduce), 8) == ""
+    assert "got 1 all-reduce" in hlo.unexpected("sharded", (reduce,), 8)
+    assert hlo.unexpected("sharded", (reduce, reduce), 64) == ""
     permute = Collective("collective-permute", 8)
-    assert "1 collective-permute" in plan.unexpected("sharded", (gather, scatter, permute), 64)
-    assert plan.unexpected("replicas", (gather,), 8) == "expected no collective, given 1 all-gather (8 B)"
+    assert "1 collective-permute" in hlo.unexpected("sharded", (gather, scatter, permute), 64)
+    assert hlo.unexpected("replicas", (gather,), 8) == "must have no collective, got 1 all-gather (8 B)"
     once = Collective("all-reduce", 4)
-    assert plan.unexpected("training", (reduce, once), 8) == ""
-    assert "given 2 all-reduce" in plan.unexpected("training", (reduce, once._replace(looped=True)), 8)
+    assert hlo.unexpected("training", (reduce, once), 8) == ""
+    assert "got 2 all-reduce" in hlo.unexpected("training", (reduce, once._replace(looped=True)), 8)
     within = reduce._replace(group=4)
-    assert plan.unexpected("replicas", (within,), 8, 4) == ""
-    assert plan.unexpected("training", (within,), 8, 4) == ""
-    assert "expected collectives of 4 devices each, given 1 all-reduce (8 B) of others" in (
-        plan.unexpected("replicas", (reduce,), 8, 4)
+    assert hlo.unexpected("replicas", (within,), 8, 4) == ""
+    assert hlo.unexpected("training", (within,), 8, 4) == ""
+    assert "must have collectives of 4 devices, got 1 all-reduce (8 B) of others" in (
+        hlo.unexpected("replicas", (reduce,), 8, 4)
     )
 
 
-CHIP = plan.Chip(100.0, 1000.0, 10.0, 40.0)
+CHIP = slices.Chip(100.0, 1000.0, 10.0, 40.0)
 
 
 def result(flops=200.0, accessed=10.0, given=(), **rest):
@@ -190,32 +205,32 @@ def result(flops=200.0, accessed=10.0, given=(), **rest):
 
 
 def test_roofline():
-    alone = plan.predict(result(), CHIP, 1)
+    alone = roofline.predict(result(), CHIP, 1)
     assert (alone.compute, alone.memory, alone.links, alone.step, alone.bound) == (2.0, 1.0, 0.0, 2.0, "compute")
-    many = plan.predict(result(accessed=50.0, given=(Collective("all-reduce", 80, True),)), CHIP, 4)
+    many = roofline.predict(result(accessed=50.0, given=(Collective("all-reduce", 80, True),)), CHIP, 4)
     assert many.memory == 5.0
     assert many.links == pytest.approx(80 * 2 * 0.75 / 20)  # half of both directions
     assert many.step == pytest.approx(5.0 + 6.0)
     assert many.bound == "links"
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-    each = [plan.link_seconds((Collective(kind, 80),), 4, CHIP) for kind in kinds]
+    each = [roofline.link_seconds((Collective(kind, 80),), 4, CHIP) for kind in kinds]
     assert each == pytest.approx([3.0, 3.0, 3.0, 4.0])
-    assert plan.link_seconds((Collective("all-gather", 80, group=2),), 4, CHIP) == pytest.approx(2.0)
+    assert roofline.link_seconds((Collective("all-gather", 80, group=2),), 4, CHIP) == pytest.approx(2.0)
     # Gathering and scattering cost what an all-reduce does.
-    assert each[0] + each[1] == pytest.approx(plan.link_seconds((Collective("all-reduce", 80),), 4, CHIP))
+    assert each[0] + each[1] == pytest.approx(roofline.link_seconds((Collective("all-reduce", 80),), 4, CHIP))
 
 
-def test_whole_and_efficiency():
+def test_total_and_efficiency():
     train = Program("training", "", 64, "points", 1000, lambda mesh, batch: None)
-    assert plan.whole(train, result(), CHIP, 1, 64) == pytest.approx(2000.0)
+    assert roofline.total(train, result(), CHIP, 1, 64) == pytest.approx(2000.0)
     sample = train._replace(kind="sampling", chunk=8, divides=False)
     given = result(flops=250.0, setup_flops=50.0)
-    assert plan.whole(sample, given, CHIP, 2, 64) == pytest.approx(4 * (1000 * 2.0 + 0.5))  # 4 chunks of 16
-    assert plan.whole(sample, given, CHIP, 2, 65) == pytest.approx(5 * (1000 * 2.0 + 0.5))
+    assert roofline.total(sample, given, CHIP, 2, 64) == pytest.approx(4 * (1000 * 2.0 + 0.5))  # 4 chunks of 16
+    assert roofline.total(sample, given, CHIP, 2, 65) == pytest.approx(5 * (1000 * 2.0 + 0.5))
     last = result(given=(Collective("all-gather", 80),))
-    assert plan.whole(sample, last, CHIP, 4, 64) == pytest.approx(2 * 1000 * 2.0 + 3.0)  # once, not in each step
-    assert plan.efficiency(8.0, 2.0, 4) == 1.0
-    assert plan.efficiency(8.0, 4.0, 4) == 0.5
+    assert roofline.total(sample, last, CHIP, 4, 64) == pytest.approx(2 * 1000 * 2.0 + 3.0)  # once, not in each step
+    assert roofline.efficiency(8.0, 2.0, 4) == 1.0
+    assert roofline.efficiency(8.0, 4.0, 4) == 0.5
 
 
 def test_programs_are_those_of_tpus():
@@ -233,19 +248,19 @@ def test_batches_that_devices_do_not_divide_are_rounded_up_beside():
     ("value", "text"), [(0.0, "0 "), (999.7, "1 k"), (1234, "1.23 k"), (2.5e9, "2.5 G"), (3e13, "30 T"), (12, "12 ")]
 )
 def test_quantity(value, text):
-    assert plan.quantity(value) == text
+    assert units.quantity(value) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2e-6, "2 µs"), (0.25, "250 ms"), (90, "1.5 min"), (172800, "2 d")])
 def test_duration(seconds, text):
-    assert plan.duration(seconds) == text
+    assert units.duration(seconds) == text
 
 
 def test_reason():
     message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nUsed 20.10G of 15.75G hbm. Exceeded hbm capacity"
-    assert plan.reason(message) == "out of memory: 20.10GiB of 15.75GiB"
-    assert plan.reason("\n first \n second") == "first"
-    assert plan.reason("") == "no message"
+    assert hlo.reason(message) == "out of memory: 20.10GiB of 15.75GiB"
+    assert hlo.reason("\n first \n second") == "first"
+    assert hlo.reason("") == "no message"
 
 
 def test_page(monkeypatch):
@@ -269,7 +284,7 @@ def test_page(monkeypatch):
     assert "| **no** |" in text
     assert "- a.b base on v5e-256, 1,000 points: batch: expected a multiple of 256" in text
     assert "- a.b base on v5e-256, 1,024 points: 17 GB do not fit" in text
-    assert "- a.b sampler on v5e-8, 64 samples: expected no collective, given 1 all-reduce (80 B)" in text
+    assert "- a.b sampler on v5e-8, 64 samples: must have no collective, got 1 all-reduce (80 B)" in text
     assert "2 of 5 programs" in text
     assert "Not compiled yet, of a.b: `base` on v5p-128; `sampler` on v5e-1, v5e-256, v5p-128." in text
     rows = [line for line in text.splitlines() if line.startswith(("| base", "| sampler"))]
@@ -281,21 +296,27 @@ def test_page(monkeypatch):
 def test_programs_of_every_experiment_are_as_large_as_their_presets():
     with plan.as_on_tpus():
         assert jax.default_backend() == "tpu"
-    for experiment in ("genneg.checkerboard", "censoring.mnist"):
+    for experiment in plan.EXPERIMENTS:
         for program in plan.EXPERIMENTS[experiment]().values():
             assert program.batch > 0
             assert program.steps > 0
             assert program.kind in ("training", "sharded", "replicas", "sampling")
 
 
+def test_stored_results_are_of_the_plan():
+    stored = json.loads((ROOT / "tpu" / "plan.json").read_text())
+    asked = plan.asked(plan.arguments().parse_args([]))
+    assert set(stored) <= {" ".join(map(str, parts)) for parts in asked}
+
+
 def test_without_libtpu_there_is_one_clear_error():
     if importlib.util.find_spec("libtpu") is not None:
         pytest.skip("libtpu is installed")
     command = [sys.executable, "-m", "tpu.plan", "--experiment", "genneg.checkerboard"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PLAN.parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "error: libtpu: expected TPU's compiler, given none: pip install -e '.[tpu]' (on x86 Linux)"
+        "error: libtpu, TPU's compiler, must be installed, got none: pip install -e '.[tpu]' (on x86 Linux)"
     ]
 
 
