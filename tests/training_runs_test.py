@@ -11,7 +11,7 @@ import pytest
 from gendiff import checkpoint, devices, distributed, losses, programs, training
 from gendiff.devices import Placement
 from gendiff.training import Host, Settings, Task, Training
-from tpu import plan
+from tpu import hlo
 
 SETTINGS = Settings(steps=60, rate=0.05, every=20)
 
@@ -205,7 +205,7 @@ def test_the_program_has_no_collective_between_replicas(replica, data):
     lowered = programs.steps_at_once.lower(regression, SETTINGS, placement, state, context, counts)
     text = lowered.compile().as_text()
     assert ("all-reduce" in text) == (data > 1)
-    within = [plan.groups(line) for line in text.splitlines() if "replica_groups=" in line]
+    within = [hlo.groups(line) for line in text.splitlines() if "replica_groups=" in line]
     assert all(groups == [[0, 1, 2, 3], [4, 5, 6, 7]] for groups in within), "only devices of one run"
     assert "all-gather" not in text
     assert "all-to-all" not in text

@@ -103,5 +103,6 @@ def test_the_kept_hand_labels_can_be_read() -> None:
 def test_the_kept_oracle_agrees_with_the_hand_labels(size: int) -> None:
     config = oracle.OracleConfig(size=size)
     params = crossed_seven.load(size)
-    assert oracle.row("", oracle.held_out(config, params, perturb=False)).metrics["accuracy"].low > 0.99
-    assert oracle.row("", oracle.by_hand(config, params, "random")).metrics["accuracy"].value > 0.98
+    judged = oracle.judged(config, params)
+    assert oracle.measured(judged[oracle.PAIRS])["accuracy"].low > 0.99
+    assert oracle.measured(judged[oracle.SUBSETS["random"]])["accuracy"].value > 0.98

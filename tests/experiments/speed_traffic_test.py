@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.genneg import traffic as experiment
+from experiments.genneg import traffic_problem
 from experiments.lab.config import ConfigError, parse
 from experiments.speed import ours_traffic, table, traffic
 from experiments.speed.worker import Worker
@@ -68,7 +69,7 @@ def test_work_is_what_pytorch_counts():
 
     config, n = experiment.PRESETS["smoke"], 4
     units = rival.Units(torch.zeros(7), torch.ones(7), 50.0)
-    nets = experiment.denoiser_network(config), ours_traffic.classifier_of(config)
+    nets = traffic_problem.denoiser_network(config), ours_traffic.classifier_of(config)
     denoiser, classifier = (rival.SceneNetwork(units, **ours_traffic.fields(net)) for net in nets)
     x, places = torch.randn(n, 12, 7), rival.Places(torch.randn(n, 64, 64), torch.ones(n, 12, dtype=torch.bool))
     memories = [net.map(places.distance) for net in (denoiser, classifier.requires_grad_(False))]
