@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gendiff import devices, distributed, potential, training
+from gendiff.devices import Placement
 from gendiff.training import Host, Metrics, State, Training
 
 
@@ -29,18 +30,36 @@ def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, arguments:
             for k in group:
                 results[k] = program(*static, mesh, *distributed.place(mesh, arguments[k]))
             continue
-        spread = devices.spread(over, devices.stack([arguments[k] for k in group]))
-        found = distributed.gather(_side_by_side(program.__wrapped__, static, over, spread))
+        joined, own = _joined([(np.int32(k), arguments[k]) for k in group])  # a number, if runs share the rest
+        placement = Placement(over, True, own)
+        placed = placement.put_context(joined)
+        found = distributed.gather(_side_by_side(program.__wrapped__, static, placement, placed))
         for row, k in enumerate(group):
             results[k] = jax.tree.map(lambda a: a[row], found)  # noqa: B023 (used at once)
     return results
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _side_by_side(function: Callable[..., Any], static: tuple, mesh: jax.sharding.Mesh, arguments: tuple) -> Any:
-    here = partial(potential.over_members, lambda of_run: function(*static, None, *of_run))
+def _side_by_side(function: Callable[..., Any], static: tuple, placement: Placement, arguments: tuple) -> Any:
+    def here(own: list, shared: list) -> Any:
+        whole = lambda mine: placement.join(jax.tree.structure(arguments), mine, shared)[1]
+        return potential.over_members(lambda mine: function(*static, None, *whole(mine)), own)
+
     axis = jax.P("replica")
-    return jax.shard_map(here, mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False)(arguments)
+    mapped = jax.shard_map(here, mesh=placement.mesh, in_specs=(axis, jax.P()), out_specs=axis, check_vma=False)
+    return mapped(*placement.divide(arguments))
+
+
+def _joined(trees: Sequence[Any]) -> tuple[Any, tuple[bool, ...]]:
+    """Stack the trees of several runs, and say which leaves have a row for each run.
+
+    An array that is one object in all runs, such as a data set, is there once.
+    """
+    leaves, structure = jax.tree.flatten(trees[0])
+    columns = list(zip(leaves, *(jax.tree.leaves(tree) for tree in trees[1:]), strict=True))
+    own = tuple(not np.ndim(column[0]) or any(leaf is not column[0] for leaf in column) for column in columns)
+    joined = [devices.stack(column) if mine else column[0] for column, mine in zip(columns, own, strict=True)]
+    return jax.tree.unflatten(structure, joined), own
 
 
 def train(trainings: Sequence[Training]) -> list[State]:
@@ -93,9 +112,11 @@ def _train(members: Sequence[Training]) -> list[State]:
             if of_run is not None:
                 host.report(step, of_run)
 
-    keys, params, contexts = devices.stack([(member.key, member.params, member.context) for member in members])
+    keys, params = devices.stack([(member.key, member.params) for member in members])
+    context, flags = _joined([member.context for member in members])
+    own = jax.tree.unflatten(jax.tree.structure(context), flags)
     host = Host(checkpoints=None if none else _Several(checkpoints), report_runs=report)
-    state = training.train(keys, params, members[0].task, contexts, members[0].settings, host, own=True)
+    state = training.train(keys, params, members[0].task, context, members[0].settings, host, own=own)
     return [_of_run(state, k) for k in range(len(members))]
 
 

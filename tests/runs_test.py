@@ -54,9 +54,9 @@ def programs(monkeypatch):
         counts.append(len(key) if key.ndim else 1)
         return train(key, *others, **named)
 
-    def counting_call(function, static, mesh, inputs):
-        counts.append(mesh.shape["replica"])
-        return side_by_side(function, static, mesh, inputs)
+    def counting_call(function, static, placement, inputs):
+        counts.append(placement.mesh.shape["replica"])
+        return side_by_side(function, static, placement, inputs)
 
     monkeypatch.setattr(training, "train", counting_train)
     monkeypatch.setattr(runs, "_side_by_side", counting_call)
@@ -71,6 +71,24 @@ def test_runs_side_by_side_equal_runs_alone_and_share_programs(count, programs):
     found = runs.call(power_of, (2,), None, [arguments(seed) for seed in range(count)])
     for seed, drawn in enumerate(found):
         close(drawn, power_of(2, None, *arguments(seed)))
+
+
+def test_arrays_that_all_runs_share_are_there_once(monkeypatch):
+    sizes = []
+    put = devices.Placement.put_context
+
+    def counted(placement, context):
+        sizes.append([np.shape(leaf) for leaf in jax.tree.leaves(context)])
+        return put(placement, context)
+
+    monkeypatch.setattr(devices.Placement, "put_context", counted)
+    shared = lambda seed: of_seed(seed)._replace(context=DATA)
+    compare([shared(seed) for seed in range(3)])
+    x = np.arange(4, dtype=np.float32)
+    for seed, drawn in enumerate(runs.call(power_of, (2,), None, [(x, jax.random.key(seed)) for seed in range(3)])):
+        close(drawn, power_of(2, None, x, jax.random.key(seed)))
+    assert sizes[0] == [DATA.shape]
+    assert sizes[-1] == [(3,), x.shape, (3,)]
 
 
 def test_runs_that_do_not_agree_are_computed_apart(programs):

@@ -116,12 +116,9 @@ def of_traffic():
 def of_checkerboard():
     config = checkerboard_problem.PRESETS["smoke"]
     setup = checkerboard_problem.problem(config)
-    theta = blank(
-        lambda: checkerboard_problem.initialised(checkerboard_problem.denoiser_network(config), jax.random.key(0))
-    )
-    net = blank(
-        lambda: checkerboard_problem.initialised(checkerboard_problem.classifier_network(config), jax.random.key(1))
-    )
+    fresh = lambda network, seed: blank(lambda: checkerboard_problem.initialised(network, jax.random.key(seed)))
+    theta = fresh(checkerboard_problem.denoiser_network(config), 0)
+    net = fresh(checkerboard_problem.classifier_network(config), 1)
     guided = genneg.append(genneg.Guided(theta), {"net": net, "shift": jnp.zeros(())})
     points = jnp.zeros((64, 2))
     context = (points, points, jax.random.split(jax.random.key(2), 64))
