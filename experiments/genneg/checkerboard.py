@@ -145,7 +145,7 @@ class Evaluation(NamedTuple):
     """Of each test point."""
 
 
-def evaluate(lab: Lab, name: str, setup: genneg.Problem, model: rows.Model, made: Sequence[str]) -> None:
+def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model, made: Sequence[str]) -> None:
     """Measure a model and add its row; the phases `made` are its oracle calls and its wall-clock time."""
     compute = lambda members: evaluations(lab, members, name, setup, model)
     lab.together(f"evaluate/{name}", compute, Evaluation)
@@ -153,7 +153,7 @@ def evaluate(lab: Lab, name: str, setup: genneg.Problem, model: rows.Model, made
 
 
 def evaluations(
-    lab: Lab, members: Sequence[Run], name: str, setup: genneg.Problem, model: rows.Model
+    lab: Lab, members: Sequence[Run], name: str, setup: genneg.OracleProblem, model: rows.Model
 ) -> list[Evaluation]:
     """Samples and their verdicts, and the ELBO of the test points with the same noise for every model."""
     config, phase = lab.config, f"evaluate {name}"
@@ -221,7 +221,7 @@ def add_rejection(run: Run) -> None:
     })  # fmt: skip
 
 
-def smc_samples(lab: Lab, setup: genneg.Problem, run: Run) -> dict[str, Any]:
+def smc_samples(lab: Lab, setup: genneg.OracleProblem, run: Run) -> dict[str, Any]:
     """Twisted SMC with the first round's classifier as twist, and the oracle at the end."""
     config = run.config
     guided = rows.steered("round-1/classifier")(run)

@@ -18,7 +18,7 @@ from jaxtyping import Array
 from experiments.genneg import programs as plan
 from experiments.genneg.measures import Smc
 from experiments.genneg.rows import Draws
-from experiments.lab.config import Between, Config, SameProgram, Training
+from experiments.lab.config import Between, Config, SameProgram, Training, Validated
 from experiments.lab.phases import Run
 from experiments.lab.programs import KEY, Program, abstract, planned, trained
 from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, training
@@ -64,13 +64,13 @@ class CheckerboardConfig(Config):
 
     network: Network = Network()
     """The denoiser's."""
-    baseline: Training = Training(6000, batch=1000, patience=2000)
+    baseline: Validated = Validated(6000, batch=1000, patience=2000)
     """Of the baseline, until the held-out ELBO does not improve."""
     draws: Draws = Draws()
     """Of a round."""
     classifier_network: Network = Network(64, 2)
     """A classifier's."""
-    classifier: Training = Training(8000, batch=512, rate=5e-3)
+    classifier: Validated = Validated(8000, batch=512, rate=5e-3)
     """Of a classifier; half of a batch are positives."""
     weighting: Literal["importance", "shift"] = "importance"
     """The paper's importance weights, or an unweighted loss with the prior's log-odds added to the logit."""
@@ -103,14 +103,14 @@ class CheckerboardConfig(Config):
 PRESETS = {
     "smoke": CheckerboardConfig(
         preset="smoke", rounds=1, network=Network(32, 1), classifier_network=Network(32, 1),
-        baseline=Training(300, batch=1000, patience=300), draws=Draws(500, 8000),
-        classifier=Training(150, batch=256, rate=5e-3), student=Training(150, batch=1000), stored=4096,
+        baseline=Validated(300, batch=1000, patience=300), draws=Draws(500, 8000),
+        classifier=Validated(150, batch=256, rate=5e-3), student=Training(150, batch=1000), stored=4096,
         sampler_steps=8, smc=Smc(12, 128, 4), samples=4000, elbo_points=500, elbo_levels=8,
     ),
     "default": CheckerboardConfig(),
     "paper": CheckerboardConfig(
-        preset="paper", rounds=5, seeds=5, baseline=Training(20_000, batch=1000, patience=5000),
-        draws=Draws(50_000, 5_000_000), classifier=Training(20_000, batch=2048, rate=5e-3),
+        preset="paper", rounds=5, seeds=5, baseline=Validated(20_000, batch=1000, patience=5000),
+        draws=Draws(50_000, 5_000_000), classifier=Validated(20_000, batch=2048, rate=5e-3),
         student=Training(20_000, batch=1000), stored=2**22, samples=1_000_000, elbo_levels=128,
         smc=Smc(256, 4096, 64),
     ),
@@ -155,10 +155,10 @@ def initialised(network: Any, key: Array) -> Params:
     return nets.fresh(network, key, jnp.zeros(2), jnp.zeros(()))
 
 
-def problem(config: CheckerboardConfig, student: bool = False) -> genneg.Problem:
+def problem(config: CheckerboardConfig, student: bool = False) -> genneg.OracleProblem:
     """EDM in two dimensions, with its networks, sampler and oracle; the network is the baseline's or a student's."""
     network = student_network(config) if student else denoiser_network(config)
-    return genneg.Problem(
+    return genneg.OracleProblem(
         process=process.edm(),
         model=denoiser.from_edm(network.apply, DATA_STD),
         network=potential.from_edm(process.edm(), classifier_network(config).apply, DATA_STD),
@@ -181,7 +181,7 @@ def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array
 
 @by_value
 def points_task(
-    setup: genneg.Problem, levels: int, batch: int
+    setup: genneg.OracleProblem, levels: int, batch: int
 ) -> Callable[[tuple[Array, Array, Array]], training.Task]:
     """Denoising of points; the context is the points, held-out points, and keys for these."""
     loss = losses.denoising(setup.process, setup.model, setup.weight)

@@ -17,7 +17,7 @@ from experiments.lab.phases import Lab, Run
 from gendiff import distributed, runs, smc
 from gendiff.denoiser import Denoiser
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, Problem, Request
+from gendiff.methods.genneg import Guided, OracleProblem, Request
 from gendiff.metrics import rates
 from gendiff.metrics.calibration import Calibration
 from gendiff.metrics.rates import Estimate
@@ -39,7 +39,7 @@ def samples(
     lab: Lab,
     members: Sequence[Run],
     phase: str,
-    problem: Problem,
+    problem: OracleProblem,
     model: Model,
     key: Key,
     n: int,
@@ -95,7 +95,7 @@ Bound = Callable[[Denoiser, PRNGKey, Sample], Scalar]
 def bounds(
     lab: Lab,
     members: Sequence[Run],
-    problem: Problem,
+    problem: OracleProblem,
     bound: Bound,
     model: Model,
     points: Array,
@@ -112,7 +112,14 @@ def bounds(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _bounds(
-    problem: Problem, bound: Bound, mesh: Any, guided: Guided, points: Array, conditions: Any, key: Array, scale: float
+    problem: OracleProblem,
+    bound: Bound,
+    mesh: Any,
+    guided: Guided,
+    points: Array,
+    conditions: Any,
+    key: Array,
+    scale: float,
 ) -> Array:
     def of_point(arguments: tuple[PRNGKey, Sample, Any]) -> Scalar:
         key, x0, condition = arguments
@@ -122,7 +129,7 @@ def _bounds(
     return distributed.chunked(of_point, inputs, problem.chunk, mesh, cut=False)
 
 
-def calibrate(lab: Lab, name: str, problem: Problem, classifier: str, split: str, key: Key, times: Array) -> None:
+def calibrate(lab: Lab, name: str, problem: OracleProblem, classifier: str, split: str, key: Key, times: Array) -> None:
     """Calibration of a classifier, on the held-out part of its samples, as `calibration/<name>`."""
     report = lambda run: genneg.calibration(problem, run[classifier], run[split][1], key(run), times)
     lab.once(f"calibration/{name}", report, Calibration)
@@ -149,7 +156,7 @@ class Smc:
 
 def populations(
     mesh: jax.sharding.Mesh,
-    problem: Problem,
+    problem: OracleProblem,
     particles: int,
     guided: Guided,
     keys: Array,
@@ -163,7 +170,7 @@ def populations(
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _populations(
-    problem: Problem, particles: int, chunk: int, mesh: Any, guided: Guided, keys: Array, conditions: Any
+    problem: OracleProblem, particles: int, chunk: int, mesh: Any, guided: Guided, keys: Array, conditions: Any
 ) -> smc.Population:
     grid = problem.process.grid(problem.steps)
 
@@ -191,7 +198,7 @@ class Chosen(NamedTuple):
 
 
 def one_of_each(
-    lab: Lab, run: Run, problem: Problem, particles: int, guided: Guided, key: PRNGKey, n: int,
+    lab: Lab, run: Run, problem: OracleProblem, particles: int, guided: Guided, key: PRNGKey, n: int,
     conditions: Callable[[np.ndarray], Any], batch: int = 64,
 ) -> Chosen:  # fmt: skip
     """Draw n populations, each of its own condition, and choose one good sample of each.
@@ -225,7 +232,7 @@ def one_of_each(
     return Chosen(kept, np.asarray(numbers, int), effective, np.asarray(np.median(seconds[1:]) / size))
 
 
-def pooled(found: smc.Population, problem: Problem, key: PRNGKey) -> dict[str, Any]:
+def pooled(found: smc.Population, problem: OracleProblem, key: PRNGKey) -> dict[str, Any]:
     """The good particles of independent populations, judged as one, with an interval of log alpha."""
     count = len(found.log_weights)
     joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found._replace(resampled=jnp.zeros((1, 1))))

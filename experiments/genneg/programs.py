@@ -6,12 +6,12 @@ from typing import Any
 from experiments.lab.programs import KEY, NUMBER, Lower, Program, abstract, many, sampler, trained
 from gendiff import training
 from gendiff.methods import genneg
-from gendiff.methods.genneg import ClassifierTraining, Guided, Problem, Request, Synthetic
+from gendiff.methods.genneg import ClassifierTraining, Guided, OracleProblem, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 
 def classifier(
-    what: str, unit: str, problem: Problem, how: ClassifierTraining, new: Callable[[PRNGKey], Params],
+    what: str, unit: str, problem: OracleProblem, how: ClassifierTraining, new: Callable[[PRNGKey], Params],
     samples: Any, conditions: Any = None,
 ) -> Program:  # fmt: skip
     """The training of a classifier.
@@ -39,7 +39,7 @@ def stack(theta: Params, phi: Params, classifiers: int) -> Guided:
 
 
 def guided(
-    what: str, problem: Problem, n: int, model: Guided, conditions: Callable[[int], Any] = lambda n: None,
+    what: str, problem: OracleProblem, n: int, model: Guided, conditions: Callable[[int], Any] = lambda n: None,
     setup: Lower | None = None,
 ) -> Program:  # fmt: skip
     """The sampler of a guided model; `conditions`: number of samples -> shapes of theirs."""

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.lab.config import Between
 from experiments.lab.phases import Lab, Run
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, Points, Problem, Request, Synthetic
+from gendiff.methods.genneg import Guided, OracleProblem, Points, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 Model = Callable[[Run], Guided]
@@ -62,7 +62,9 @@ def steered(*phases: str) -> Model:
 # Rounds.
 
 
-def draws(lab: Lab, phase: str, problem: Problem, model: Model, key: Key, wanted: Draws, conditions: Any = None) -> str:
+def draws(
+    lab: Lab, phase: str, problem: OracleProblem, model: Model, key: Key, wanted: Draws, conditions: Any = None
+) -> str:
     """Draw from a model and ask the oracle, for `<phase>/draws`; return that name."""
     name = f"{phase}/draws"
 
@@ -89,7 +91,7 @@ class Fit(NamedTuple):
 def classifier(
     lab: Lab,
     phase: str,
-    problem: Problem,
+    problem: OracleProblem,
     settings: genneg.ClassifierTraining,
     fit: Callable[[Run], Fit],
     conditions: Any = None,
@@ -108,7 +110,7 @@ def classifier(
 
 
 def rounds(
-    lab: Lab, problem: Problem, settings: genneg.Rounds, start: Callable[[PRNGKey], Params], key: Key
+    lab: Lab, problem: OracleProblem, settings: genneg.Rounds, start: Callable[[PRNGKey], Params], key: Key
 ) -> Iterator[int]:
     """Algorithm 1 for all runs (see `genneg.run`, which is the same for one): the numbers of the rounds, as they end.
 
@@ -141,7 +143,14 @@ def model_after(number: int, run: Run) -> Guided:
 
 
 def _lesson(
-    lab: Lab, problem: Problem, settings: genneg.Rounds, name: str, before: Model, stack: Model, keys: Any, run: Run
+    lab: Lab,
+    problem: OracleProblem,
+    settings: genneg.Rounds,
+    name: str,
+    before: Model,
+    stack: Model,
+    keys: Any,
+    run: Run,
 ) -> genneg.Lesson:
     """What the student of a round learns from."""
     pool_key, mixture_key, distill_key = jax.random.split(keys[run][4], 3)
@@ -153,7 +162,7 @@ def _lesson(
     return genneg.Lesson(teacher, Points(points), before(run).theta, distill_key)
 
 
-def replay(run: Run, problem: Problem, numbers: Sequence[int], start: Params, key: PRNGKey) -> Fit:
+def replay(run: Run, problem: OracleProblem, numbers: Sequence[int], start: Params, key: PRNGKey) -> Fit:
     """One classifier of the baseline, from the samples of all rounds."""
     ended = [
         genneg.Round(i, run[f"round-{i}"], run[f"round-{i}/classifier"], *run[f"round-{i}/split"]) for i in numbers
@@ -168,20 +177,24 @@ def replay(run: Run, problem: Problem, numbers: Sequence[int], start: Params, ke
 def distilled(
     lab: Lab,
     phase: str,
-    problem: Problem,
+    problem: OracleProblem,
     lesson: Callable[[Run], genneg.Lesson],
     settings: genneg.StudentTraining,
     mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Distil a guided model into one network."""
-    asked = lambda members: genneg.distill_trainings(problem, [lesson(run) for run in members], settings, lab.mesh)
-    lab.train(phase, asked, mesh=mesh, at_once=True)
+
+    def compute(members: list[Run]) -> list[Params]:
+        asked = genneg.distill_trainings(problem, [lesson(run) for run in members], settings, lab.mesh)
+        return lab.trained(phase, members, asked, mesh=mesh)
+
+    lab.together(phase, compute)
 
 
 def refitted(
     lab: Lab,
     phase: str,
-    problem: Problem,
+    problem: OracleProblem,
     points: Callable[[Run], Points],
     settings: genneg.StudentTraining,
     key: Key,

@@ -241,7 +241,7 @@ def evaluate(
 
 
 def evaluations(
-    lab: Lab, members: Sequence[Run], name: str, setup: genneg.Problem, model: rows.Model,
+    lab: Lab, members: Sequence[Run], name: str, setup: genneg.OracleProblem, model: rows.Model,
     scale: Callable[[Run], float], on: str = "test",
 ) -> list[Evaluation]:  # fmt: skip
     """Samples and their verdicts, and the r-ELBO of test scenes with the same noise for every model."""

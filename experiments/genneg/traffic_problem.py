@@ -16,7 +16,7 @@ import numpy as np
 from experiments.genneg.measures import Bound, Smc
 from experiments.genneg.rows import Draws
 from experiments.lab import start
-from experiments.lab.config import Between, Config, ConfigError, SameProgram, Training
+from experiments.lab.config import Between, Config, ConfigError, SameProgram, Training, Validated
 from gendiff import denoiser, likelihood, losses, potential, process, sampling, static
 from gendiff.data import scenes
 from gendiff.data import traffic as data
@@ -83,7 +83,7 @@ class TrafficConfig(Config):
     """DDIM's, with --chain ddpm: 0 is deterministic, 1, the default, ancestral."""
     network: Network = Network()
     """The denoiser's."""
-    baseline: Training = Training(6000, rate=3e-3, patience=2000)
+    baseline: Validated = Validated(6000, rate=3e-3, patience=2000)
     """Of the baseline, until the loss on validation maps does not improve."""
     time_power: Annotated[float, Between(0.5, 5.0)] = 2.0
     """Training draws t = T u^power, with u uniform: 1 is the paper's; 2 spends half of the batch below T / 4, where
@@ -99,7 +99,7 @@ class TrafficConfig(Config):
     """A classifier's."""
     from_denoiser: bool = True
     """Begin a classifier with the map encoder and the first layers of the baseline, where width and heads agree."""
-    classifier: Training = Training()
+    classifier: Validated = Validated()
     """Of a classifier; half of a batch are positives."""
     least_signal: Annotated[float, Between(0.0, 1.0)] = 0.95
     """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
@@ -140,15 +140,15 @@ class TrafficConfig(Config):
 PRESETS = {
     "smoke": TrafficConfig(
         preset="smoke", source="embedded", vehicles=2, sampler_steps=8, network=Network(32, 1, 2),
-        baseline=Training(400, 32, 3e-3, 400), draws=Draws(40, 512, 256), classifier_network=Network(32, 1, 2),
-        classifier=Training(30, 32), student=Training(20, 32), stored=256, samples=64, elbo_scenes=16, elbo_levels=4,
+        baseline=Validated(400, 32, 3e-3, 400), draws=Draws(40, 512, 256), classifier_network=Network(32, 1, 2),
+        classifier=Validated(30, 32), student=Training(20, 32), stored=256, samples=64, elbo_scenes=16, elbo_levels=4,
         smc=Smc(None, 4, 8),
     ),
     "default": TrafficConfig(),
     "paper": TrafficConfig(
         preset="paper", scenes=100_000, sampler_steps=1000, network=Network(256, 6, 8, 3),
-        baseline=Training(250_000, 256, 2e-4, 50_000), time_power=1.0, fewer=0.0, draws=Draws(50_000, 1_000_000, 8192),
-        classifier_network=Network(256, 6, 8, 3), classifier=Training(50_000, 512, 2e-4), least_signal=0.0,
+        baseline=Validated(250_000, 256, 2e-4, 50_000), time_power=1.0, fewer=0.0, draws=Draws(50_000, 1_000_000, 8192),
+        classifier_network=Network(256, 6, 8, 3), classifier=Validated(50_000, 512, 2e-4), least_signal=0.0,
         student=Training(50_000, 256, 2e-4 / 3), stored=2**20, samples=10_000, elbo_scenes=4096, elbo_levels=128,
         smc=Smc(None, 16, 1024),
     ),
@@ -233,7 +233,7 @@ def last_guided(config: TrafficConfig) -> int:
 
 
 @jax.ensure_compile_time_eval()  # its numbers are known also where a training is only traced
-def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False) -> genneg.Problem:
+def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False) -> genneg.OracleProblem:
     """Scenes, with networks, sampler and oracle.
 
     Args:
@@ -253,7 +253,7 @@ def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False)
         weight = losses.epsilon_weight(steps)
         # As the sampler's grid, because a uniform choice would hardly see where infractions are decided.
         times = process.power_times(last_guided(config))
-    return genneg.Problem(
+    return genneg.OracleProblem(
         process=steps,
         model=present_alone(model),
         network=potential.from_edm(steps, classifier.apply, DATA_STD, least if timeless else None),
@@ -277,7 +277,7 @@ def present_alone(model: Model) -> Model:
     return lambda bound, x, t: jnp.where(bound["place"].present[:, None], model(bound, x, t), 0.0)
 
 
-def teaching(config: TrafficConfig) -> genneg.Problem:
+def teaching(config: TrafficConfig) -> genneg.OracleProblem:
     """The problem of distillation: a quarter of the times are of all noise levels, where students stay as good."""
     setup = problem(config)
     if config.chain == "edm":

@@ -108,7 +108,7 @@ def sets_of(config: TrafficConfig) -> Sets:
     return Sets({}, places, x, places["train"])
 
 
-def maps(setup: genneg.Problem, model: genneg.Guided, conditions: Callable[[int], Place]) -> Lower:
+def maps(setup: genneg.OracleProblem, model: genneg.Guided, conditions: Callable[[int], Place]) -> Lower:
     """The maps of a batch, which a sampler encodes before its loop."""
 
     def of_place(model: genneg.Guided, place: Place) -> Any:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from experiments.lab import origin, start
 from experiments.lab.config import C, ConfigError, parse
 from experiments.lab.table import Results
-from gendiff import command, distributed
+from gendiff import command, distributed, training
 from gendiff.checkpoint import CheckpointError
 from gendiff.command import BAD_INPUT, INTERRUPTED, LOST, UNREAD
 
@@ -71,6 +71,19 @@ def end(error: BaseException) -> None:
     if known is None or (traced() and not isinstance(error, ASKED_FOR)):
         traceback.print_exception(error)
     leave(*(known or ("", 1)))
+
+
+def go_on(error: Exception) -> Exception:
+    """Return the error of one run, for the others to go on without it.
+
+    A notice of preemption stops them all.  Of several processes, an error that may be of one alone ends the job: the
+    others would wait for that process in a collective.
+    """
+    if isinstance(error, distributed.Preempted):
+        raise error
+    if jax.process_count() > 1 and not isinstance(error, training.NotFinite):
+        end(error)
+    return error
 
 
 def said(error: BaseException) -> tuple[str, int] | None:

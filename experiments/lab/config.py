@@ -86,15 +86,24 @@ class Training:
     """Examples of a step."""
     rate: Annotated[float, Between(1e-7, 1.0)] = 1e-3
     """Learning rate."""
-    patience: Annotated[int | None, Between(10, 100_000_000)] = None
-    """Stop if the validation loss has not improved for so many steps; default: never."""
 
     def settings(self, decay: float, every: int, warmup: int, **others: Any) -> training.Settings:
         """The settings of `training.train`; `every` and `warmup` are the most that few steps allow."""
         return training.Settings(
-            self.steps, self.rate, decay, min(every, self.steps), warmup=min(warmup, self.steps // 5),
-            patience=self.patience, **others,
+            self.steps, self.rate, decay, min(every, self.steps), warmup=min(warmup, self.steps // 5), **others,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Validated(Training):
+    """How a network is trained that is validated on held-out examples."""
+
+    patience: Annotated[int | None, Between(10, 100_000_000)] = None
+    """Stop if the validation loss has not improved for so many steps; default: never."""
+
+    def settings(self, decay: float, every: int, warmup: int, **others: Any) -> training.Settings:
+        """The settings of `training.train`."""
+        return super().settings(decay, every, warmup, patience=self.patience, **others)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from experiments.lab import command, phases
 from experiments.lab.config import Config, ConfigError
 from experiments.lab.phases import Lab, Run
 from experiments.lab.programs import Program
 from experiments.lab.table import Column, Results, Row, over_seeds
-from gendiff import distributed
 
 NAMES = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_reward.maze2d")
 """Modules below `experiments`, in the order of the pages."""
@@ -75,7 +72,7 @@ class Experiment(NamedTuple):
         try:
             data = self.load(configs[0])
         except Exception as error:
-            return [_failed(error)] * len(configs)
+            return [command.go_on(error)] * len(configs)
         opened = [self._opened(config) for config in configs]
         members = [run for found in opened if isinstance(found, list) for run in found]
         for run in members:
@@ -84,17 +81,15 @@ class Experiment(NamedTuple):
             if members:
                 self.table(Lab(members))
         except Exception as error:
-            if isinstance(error, distributed.Preempted):
-                raise
             for run in members:
-                run.error = run.error or error
+                run.error = run.error or command.go_on(error)
         return [self._finished(found) if isinstance(found, list) else found for found in opened]
 
     def _opened(self, config: Any) -> list[Run] | BaseException:
         try:
             return phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
         except Exception as error:
-            return _failed(error)
+            return command.go_on(error)
 
     def _finished(self, members: list[Run]) -> Results | BaseException:
         first = members[0]
@@ -107,22 +102,11 @@ class Experiment(NamedTuple):
             self.figures(first.folder.path, members, rows)
             return first.folder.finish(rows, self.columns, self.notes(members, rows))
         except Exception as error:
-            if isinstance(error, distributed.Preempted):
-                raise
-            return error
+            return command.go_on(error)
 
     def main(self) -> None:
         """Run the command line."""
         command.main(self.config, self.presets, self.run)
-
-
-def _failed(error: Exception) -> Exception:
-    """The error, to go on with other runs; a notice of preemption stops them all."""
-    if isinstance(error, distributed.Preempted):
-        raise error
-    if jax.process_count() > 1:  # the other processes wait in their next collective
-        command.end(error)
-    return error
 
 
 def find(name: str) -> Experiment:

@@ -81,16 +81,13 @@ class Lab:
         """What the experiment loaded for the runs."""
         return self.runs[0].data
 
-    def once(
-        self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict, like: Any = None
-    ) -> None:
+    def once(self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict) -> None:
         """Compute a phase run by run, unless a run has its result.
 
         Args:
           compute: gives a dict, or a NamedTuple of type `kind`, of arrays and numbers.
-          like: as of `Archive.once`.
         """
-        self.each(lambda run: run.results.update({phase: run.archive.once(phase, lambda: compute(run), kind, like)}))
+        self.each(lambda run: run.results.update({phase: run.archive.once(phase, lambda: compute(run), kind)}))
 
     def unchanged(self, phase: str, checksums: Callable[[Run], dict[str, Any]]) -> None:
         """Refuse to go on with other data than a run began with; `checksums` gives name -> number."""
@@ -151,32 +148,43 @@ class Lab:
     def train(
         self,
         phase: str,
-        asked: Callable[[Run], training.Training] | Callable[[list[Run]], Sequence[training.Training]],
+        asked: Callable[[Run], training.Training],
         result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
         mesh: jax.sharding.Mesh | None = None,
-        at_once: bool = False,
         shared: bool = False,
     ) -> None:
         """Train a phase of all runs, in one program where they agree.
 
         Args:
-          asked: run -> the training; with `at_once`, runs -> the training of each.  Of its host, `fully_sharded`
-            counts; the rest is chosen here.
+          asked: run -> the training.  Of its host, `fully_sharded` counts; the rest is chosen here.
           result: what is kept of the last state; default: the best parameters.
           mesh: of a run that trains alone.
           shared: the training is the same for all runs: the first one does it.
         """
 
         def compute(members: list[Run]) -> list[Any]:
-            able = members[:1] if shared else members
-            wanted = asked(able) if at_once else [asked(run) for run in able]  # type: ignore[arg-type]
-            hosts = [run.host(phase, one.settings.steps, mesh) for run, one in zip(able, wanted, strict=True)]
-            hosts = [new._replace(fully_sharded=one.host.fully_sharded) for new, one in zip(hosts, wanted, strict=True)]
-            placed = [one._replace(host=host) for one, host in zip(wanted, hosts, strict=True)]
-            states = runs.train(placed) * (len(members) if shared else 1)
-            return [result(run, state) for run, state in zip(members, states, strict=True)]
+            if not shared:
+                return self.trained(phase, members, [asked(run) for run in members], result, mesh)
+            (state,) = self.trained(phase, members[:1], [asked(members[0])], lambda run, state: state, mesh)
+            return [result(run, state) for run in members]
 
         self.together(phase, compute)
+
+    def trained(
+        self,
+        phase: str,
+        members: Sequence[Run],
+        asked: Sequence[training.Training],
+        result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> list[Any]:
+        """Run the training of each member and return what is kept of it, for a phase that does more than train."""
+        hosts = [run.host(phase, wanted.settings.steps, mesh) for run, wanted in zip(members, asked, strict=True)]
+        hosts = [
+            new._replace(fully_sharded=wanted.host.fully_sharded) for new, wanted in zip(hosts, asked, strict=True)
+        ]
+        states = runs.train([wanted._replace(host=host) for wanted, host in zip(asked, hosts, strict=True)])
+        return [result(run, state) for run, state in zip(members, states, strict=True)]
 
     def _guard(self, run: Run, work: Callable[[Run], Any]) -> None:
         try:
@@ -185,15 +193,8 @@ class Lab:
             self._failed(run, error)
 
     def _failed(self, run: Run, error: Exception) -> None:
-        """Go on without a run.
-
-        Of several processes, an error that may be of one alone ends the job: the others would wait in a collective.
-        """
-        if isinstance(error, distributed.Preempted):
-            raise error
-        if jax.process_count() > 1 and not isinstance(error, training.NotFinite):
-            command.end(error)
-        run.error = error
+        """Go on without a run."""
+        run.error = command.go_on(error)
         self.runs.remove(run)
         if not self.runs:
             raise error

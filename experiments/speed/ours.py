@@ -16,7 +16,7 @@ from experiments.lab import start
 from gendiff import distributed, losses, potential, programs
 from gendiff.devices import Placement
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, Problem
+from gendiff.methods.genneg import Guided, OracleProblem
 from gendiff.training import Settings, Task
 from gendiff.types import Params
 
@@ -101,7 +101,7 @@ def stack(theta: Params, classifiers: list[Params]) -> Guided:
     return Guided(theta, potential.stacked(*classifiers) if classifiers else None)
 
 
-def sample(problem: Problem, guided: Guided, n: int, key: Array) -> Callable[[], Any]:
+def sample(problem: OracleProblem, guided: Guided, n: int, key: Array) -> Callable[[], Any]:
     """Draws n samples on all devices."""
     mesh = distributed.make_mesh()
     return lambda: jax.block_until_ready(genneg.draw(problem, guided, key, n, mesh))
@@ -144,7 +144,7 @@ def matmul(rows: int, width: int, repetitions: int) -> Callable[[], Any]:
 
 @partial(jax.jit, static_argnums=0)
 def questions(
-    problem: Problem, theta: Params, classifiers: list[Params], key: Array
+    problem: OracleProblem, theta: Params, classifiers: list[Params], key: Array
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both sides are asked, and gendiff's answers.
 

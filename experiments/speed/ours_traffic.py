@@ -20,7 +20,7 @@ from gendiff import distributed, losses, potential, sampling
 from gendiff.data import traffic as data
 from gendiff.data.scenes import UNITS, changed
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, Problem
+from gendiff.methods.genneg import Guided, OracleProblem
 from gendiff.nets.scene_network import SceneNetwork
 from gendiff.nets.scene_transformer import Place
 from gendiff.oracles import traffic as oracle
@@ -206,7 +206,7 @@ def judge(vehicles: Samples, places: Place, steps: int) -> Callable[[], Any]:
     return ask
 
 
-def denoising(problem: Problem) -> losses.Loss:
+def denoising(problem: OracleProblem) -> losses.Loss:
     """The loss of the baseline; an example is (place, scene)."""
     assert problem.bind is not None
     return losses.conditional(genneg.denoising_loss(problem), problem.bind)
@@ -223,7 +223,7 @@ def train(config: TrafficConfig, theta: Params, cells: int, batch: int, steps: i
     return ours.train(task, theta, context, settings, steps, key, distributed.training_mesh(batch, every_core=True))
 
 
-def sample(problem: Problem, guided: Guided, cells: int, n: int, key: PRNGKey) -> Callable[[], Any]:
+def sample(problem: OracleProblem, guided: Guided, cells: int, n: int, key: PRNGKey) -> Callable[[], Any]:
     """Draws n scenes on all devices, with maps whose keys and values are there already."""
     mesh = distributed.make_mesh()
     _, places = scenes(n, cells, 0)
@@ -234,14 +234,14 @@ def sample(problem: Problem, guided: Guided, cells: int, n: int, key: PRNGKey) -
 
 
 @partial(jax.jit, static_argnums=0)
-def bind(problem: Problem, guided: Guided, places: Place) -> Guided:
+def bind(problem: OracleProblem, guided: Guided, places: Place) -> Guided:
     """The model for each place."""
     axes: Any = Guided(BOUND, {"net": BOUND, "shift": None})
     return jax.vmap(lambda place: genneg.bound(problem, guided, place), out_axes=axes)(places)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def refine(problem: Problem, mesh: jax.sharding.Mesh | None, bound: Guided, grid: Array, x: Samples) -> Samples:
+def refine(problem: OracleProblem, mesh: jax.sharding.Mesh | None, bound: Guided, grid: Array, x: Samples) -> Samples:
     """The sampler's steps down the grid from x, each scene with its own place."""
     shared = lambda tree: {"scene": tree["scene"]}
     own = lambda tree: {name: leaf for name, leaf in tree.items() if name != "scene"}
@@ -257,7 +257,7 @@ def refine(problem: Problem, mesh: jax.sharding.Mesh | None, bound: Guided, grid
 
 
 def questions(
-    problem: Problem, guided: Guided, vehicles: Array, places: Place, key: PRNGKey
+    problem: OracleProblem, guided: Guided, vehicles: Array, places: Place, key: PRNGKey
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What both sides are asked of their networks, and gendiff's answers.
 
@@ -283,7 +283,7 @@ def questions(
 
 
 @partial(jax.jit, static_argnums=0)
-def evaluated(problem: Problem, bound: Guided, x: Array, t: Array) -> dict[str, Array]:
+def evaluated(problem: OracleProblem, bound: Guided, x: Array, t: Array) -> dict[str, Array]:
     """The answers of single evaluations."""
     chain = problem.process
 

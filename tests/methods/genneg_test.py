@@ -11,7 +11,7 @@ from scipy.special import expit
 from gendiff import distributed, losses, process, sampling
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.methods import genneg
-from gendiff.methods.genneg import ClassifierTraining, Guided, Problem, Rounds, Synthetic
+from gendiff.methods.genneg import ClassifierTraining, Guided, OracleProblem, Rounds, Synthetic
 from gendiff.training import Settings
 
 EDGE = 1.0
@@ -31,7 +31,7 @@ def alpha_of(gaussian) -> float:
 
 
 @pytest.fixture(scope="module")
-def problem(gaussian) -> Problem:
+def problem(gaussian) -> OracleProblem:
     exact, (mean,), (std,) = gaussian.denoiser(EDM), gaussian.means[0], gaussian.stds
 
     def model(theta, x, t):
@@ -44,7 +44,7 @@ def problem(gaussian) -> Problem:
         """Linear in the distance of E[x_0 | x_t] to the edge, in standard deviations of x_0 given x_t."""
         return phi["a"] * (EDGE - exact(x, t)[0]) / (std * t / jnp.sqrt(std**2 + t**2)) + phi["b"]
 
-    return Problem(
+    return OracleProblem(
         process=EDM,
         model=model,
         network=network,
@@ -59,7 +59,7 @@ def problem(gaussian) -> Problem:
 
 
 @pytest.fixture(scope="module")
-def exact_problem(problem, gaussian) -> Problem:
+def exact_problem(problem, gaussian) -> OracleProblem:
     """With the Bayes classifier, P(x_0 < EDGE | x_t) = Phi(z), in place of a network; phi is added to its logit."""
 
     def network(phi, x, t):
@@ -441,7 +441,7 @@ def test_replay_weighs_all_rounds_back_to_the_first_model(select, problem, gauss
 
 
 @pytest.fixture(scope="module")
-def conditional(gaussian) -> Problem:
+def conditional(gaussian) -> OracleProblem:
     """x_0 given m is N(m, std^2), two constraints: x_0 < EDGE and x_0 > -EDGE."""
     std = gaussian.stds[0]
 
@@ -454,7 +454,7 @@ def conditional(gaussian) -> Problem:
         return phi["net"][0] * jnp.stack([EDGE - expected, expected + EDGE]) / spread + phi["net"][1]
 
     bind = lambda params, condition: {"net": params, "m": condition["mean"]}
-    return Problem(
+    return OracleProblem(
         process=EDM,
         model=model,
         network=network,

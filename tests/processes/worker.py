@@ -99,7 +99,7 @@ def classifier(phi, x, t):
 
 @cache
 def problem():
-    return genneg.Problem(
+    return genneg.OracleProblem(
         EDM, gaussian(EDM), classifier, lambda x: np.asarray(x).sum(-1) > 0, (2,), sampling.heun, 8,
         losses.edm_weight(1.0), process.classifier_time(), chunk=4,
     )  # fmt: skip

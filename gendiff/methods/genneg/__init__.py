@@ -29,7 +29,7 @@ from gendiff.methods.genneg.classifiers import (
 )
 from gendiff.methods.genneg.model import (
     Guided,
-    Problem,
+    OracleProblem,
     Request,
     append,
     bound,
@@ -57,12 +57,51 @@ from gendiff.methods.genneg.students import (
 from gendiff.types import Params, PRNGKey
 
 __all__ = [
-    "ClassifierTraining", "Guided", "Lesson", "Points", "Problem", "Report", "Request", "Round", "Rounds",
-    "StudentTraining", "Synthetic", "accepted", "append", "base_task", "bound", "calibration", "classifier_context",
-    "classifier_loss", "classifier_task", "classifier_training", "collect", "collect_all", "denoiser",
-    "denoising_loss", "distill", "distill_trainings", "draw", "draw_all", "drawn", "fit_classifier", "fitted",
-    "guided_share", "host", "logit", "mixture", "probability", "refit", "refit_training", "replay", "run", "split",
-    "student_task", "teach", "twist", "verdicts",
+    "ClassifierTraining",
+    "Guided",
+    "Lesson",
+    "OracleProblem",
+    "Points",
+    "Report",
+    "Request",
+    "Round",
+    "Rounds",
+    "StudentTraining",
+    "Synthetic",
+    "accepted",
+    "append",
+    "base_task",
+    "bound",
+    "calibration",
+    "classifier_context",
+    "classifier_loss",
+    "classifier_task",
+    "classifier_training",
+    "collect",
+    "collect_all",
+    "denoiser",
+    "denoising_loss",
+    "distill",
+    "distill_trainings",
+    "draw",
+    "draw_all",
+    "drawn",
+    "fit_classifier",
+    "fitted",
+    "guided_share",
+    "host",
+    "logit",
+    "mixture",
+    "probability",
+    "refit",
+    "refit_training",
+    "replay",
+    "run",
+    "split",
+    "student_task",
+    "teach",
+    "twist",
+    "verdicts",
 ]  # fmt: skip
 
 Report = Callable[[str, int, int, dict[str, float]], None]
@@ -88,7 +127,7 @@ class Rounds(NamedTuple):
 
 
 def run(
-    problem: Problem,
+    problem: OracleProblem,
     theta: Params,
     initial_classifier: Callable[[PRNGKey], Params],
     settings: Rounds,
@@ -127,7 +166,7 @@ def run(
 
 
 def one_round(
-    problem: Problem,
+    problem: OracleProblem,
     guided: Guided,
     number: int,
     initial_classifier: Callable[[PRNGKey], Params],

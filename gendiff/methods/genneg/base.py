@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from gendiff import distributed, losses, training
-from gendiff.methods.genneg.model import Problem
+from gendiff.methods.genneg.model import OracleProblem
 from gendiff.methods.genneg.students import denoising_loss
 from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Scalar
@@ -18,7 +18,9 @@ APART = 2**31
 
 
 @by_value
-def base_task(problem: Problem, batch: int, change: Callable[[PRNGKey, Any], Any]) -> Callable[[Any], training.Task]:
+def base_task(
+    problem: OracleProblem, batch: int, change: Callable[[PRNGKey, Any], Any]
+) -> Callable[[Any], training.Task]:
     """The task of a baseline; its context is training examples, validation examples, and keys for these.
 
     An example is (condition, x_0).  Without training examples batches come from the host.

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gendiff import check, distributed, losses, potential, training
-from gendiff.methods.genneg.model import Guided, Problem, logit
+from gendiff.methods.genneg.model import Guided, OracleProblem, logit
 from gendiff.methods.genneg.samples import Synthetic, size_of
 from gendiff.metrics.calibration import Calibration, calibrate
 from gendiff.static import by_value
@@ -59,7 +59,7 @@ def split(synthetic: Synthetic, settings: ClassifierTraining, key: PRNGKey) -> t
     return train, held_out
 
 
-def classifier_loss(problem: Problem, shift: Scalar | float) -> losses.Loss:
+def classifier_loss(problem: OracleProblem, shift: Scalar | float) -> losses.Loss:
     """Cross-entropy of `network + shift`, an example is (x_0, label, weight), after its condition if it has one."""
     process = problem.process._replace(sample_time=problem.classifier_time)
     plain = losses.cross_entropy(process, lambda phi, x, t: problem.network(phi, x, t) + shift)
@@ -67,7 +67,7 @@ def classifier_loss(problem: Problem, shift: Scalar | float) -> losses.Loss:
 
 
 def fit_classifier(
-    problem: Problem,
+    problem: OracleProblem,
     train: Synthetic,
     held_out: Synthetic,
     start: Params,
@@ -94,7 +94,7 @@ def fit_classifier(
 
 
 def classifier_training(
-    problem: Problem,
+    problem: OracleProblem,
     train: Synthetic,
     held_out: Synthetic,
     start: Params,
@@ -166,7 +166,7 @@ def _prior(train: Synthetic) -> float:
 
 
 @by_value
-def classifier_task(problem: Problem, half: int, most: int) -> Callable[[dict], training.Task]:
+def classifier_task(problem: OracleProblem, half: int, most: int) -> Callable[[dict], training.Task]:
     """The task of `fit_classifier`."""
 
     def task(context: dict) -> training.Task:
@@ -209,7 +209,9 @@ def _one_pool(pools: tuple[Any, Any], rows: int) -> Any:
     return jax.tree.map(lambda *parts: np.concatenate([training.padded(a, rows) for a in parts]), *pools)
 
 
-def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: PRNGKey, times: Array) -> Calibration:
+def calibration(
+    problem: OracleProblem, classifier: Params, held_out: Synthetic, key: PRNGKey, times: Array
+) -> Calibration:
     """Calibration of one classifier on the held-out part of the samples that it was made for."""
     positives, negatives = held_out.positives, held_out.negatives
     c = probability(problem)
@@ -217,7 +219,7 @@ def calibration(problem: Problem, classifier: Params, held_out: Synthetic, key: 
 
 
 @by_value
-def probability(problem: Problem) -> Callable[[Params, Sample, Time], Scalar]:
+def probability(problem: OracleProblem) -> Callable[[Params, Sample, Time], Scalar]:
     """(classifier, x, t) -> C(x, t)."""
     return lambda classifier, x, t: jax.nn.sigmoid(wide(logit(problem)(classifier, x, t)))
 
@@ -234,7 +236,7 @@ class Round(NamedTuple):
     held_out: Synthetic
 
 
-def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic, tuple[np.ndarray, np.ndarray]]:
+def replay(rounds: list[Round], problem: OracleProblem) -> tuple[Synthetic, Synthetic, tuple[np.ndarray, np.ndarray]]:
     """The samples of all rounds as one weighted set for ONE classifier of the first model, in place of the stack.
 
     Samples of round k follow p_0(x) r_k(x) with r_k = prod_{j <= k} C_j(x) / alpha_j.  Pooled, n_k from each round,
@@ -265,7 +267,7 @@ def replay(rounds: list[Round], problem: Problem) -> tuple[Synthetic, Synthetic,
 
 
 @partial(jax.jit, static_argnums=0)
-def _probabilities(problem: Problem, classifiers: Params, points: Samples) -> Array:
+def _probabilities(problem: OracleProblem, classifiers: Params, points: Samples) -> Array:
     """C_k of each point (n, K) at the sampler's least noise."""
     low = problem.process.grid(problem.steps)[-2]
     c = potential.scalar("replay", probability(problem))

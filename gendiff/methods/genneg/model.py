@@ -16,7 +16,7 @@ from gendiff.process import Process
 from gendiff.types import Params, PRNGKey, Sample, Samples, Time
 
 
-class Problem(NamedTuple):
+class OracleProblem(NamedTuple):
     """What is steered, and by whom.  Static: two equal problems share their compiled programs."""
 
     process: Process
@@ -58,7 +58,7 @@ class Guided(NamedTuple):
         return 0 if self.classifiers is None else potential.leading_size(self.classifiers)
 
 
-def bound(problem: Problem, guided: Guided, condition: Any) -> Guided:
+def bound(problem: OracleProblem, guided: Guided, condition: Any) -> Guided:
     """The model for one condition; for None, the model itself."""
     bind, bind_network = problem.bind, problem.bind_network
     if condition is None:
@@ -71,12 +71,12 @@ def bound(problem: Problem, guided: Guided, condition: Any) -> Guided:
     return Guided(bind(guided.theta, condition), potential.over_members(each, guided.classifiers))
 
 
-def logit(problem: Problem) -> Logit:
+def logit(problem: OracleProblem) -> Logit:
     """The logit of a classifier {"net": phi, "shift": scalar}, shift the prior's log-odds or 0."""
     return lambda classifier, x, t: problem.network(classifier["net"], x, t) + classifier["shift"]
 
 
-def denoiser(problem: Problem, guided: Guided, scale: float = 1.0) -> Denoiser:
+def denoiser(problem: OracleProblem, guided: Guided, scale: float = 1.0) -> Denoiser:
     """The guided denoiser, D + sigma^2 / alpha sum_k grad log C_k (eq. 8)."""
     plain = partial(problem.model, guided.theta)
     if guided.classifiers is None:
@@ -85,13 +85,13 @@ def denoiser(problem: Problem, guided: Guided, scale: float = 1.0) -> Denoiser:
     return guidance.guide(problem.process, log_c, scale, problem.within)(plain)
 
 
-def twist(problem: Problem, guided: Guided) -> Potential:
+def twist(problem: OracleProblem, guided: Guided) -> Potential:
     """sum_k log C_k(x, t) where classifiers guide, 0 elsewhere: for `gendiff.smc`."""
     log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
     return log_c if problem.within is None else potential.limited(log_c, problem.within)
 
 
-def guided_share(problem: Problem) -> float:
+def guided_share(problem: OracleProblem) -> float:
     """The share of the sampler's steps that classifiers guide."""
     if problem.within is None:
         return 1.0
@@ -122,7 +122,7 @@ class Request(NamedTuple):
 
 
 def draw(
-    problem: Problem,
+    problem: OracleProblem,
     guided: Guided,
     key: PRNGKey,
     n: int,
@@ -140,7 +140,7 @@ def draw(
 
 
 def draw_all(
-    problem: Problem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None = None
+    problem: OracleProblem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None = None
 ) -> list[np.ndarray]:
     """`draw` for each of several runs; those whose models agree in shape share a program."""
     check.number("genneg.draw: n", n, at_least=1, whole=True)
@@ -154,7 +154,9 @@ def draw_all(
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def drawn(problem: Problem, n: int, mesh: Any, guided: Guided, key: PRNGKey, scale: float, conditions: Any) -> Samples:
+def drawn(
+    problem: OracleProblem, n: int, mesh: Any, guided: Guided, key: PRNGKey, scale: float, conditions: Any
+) -> Samples:
     """The compiled program of `draw`."""
     grid = problem.process.grid(problem.steps)
 

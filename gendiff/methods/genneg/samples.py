@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from gendiff import check, distributed
-from gendiff.methods.genneg.model import Guided, Problem, Request, draw, draw_all
+from gendiff.methods.genneg.model import Guided, OracleProblem, Request, draw, draw_all
 from gendiff.oracles.oracle import label
 from gendiff.types import PRNGKey, Samples, Valid
 
@@ -44,7 +44,7 @@ class Synthetic(NamedTuple):
 
 
 def collect(
-    problem: Problem,
+    problem: OracleProblem,
     guided: Guided,
     key: PRNGKey,
     per_class: int,
@@ -70,7 +70,7 @@ def collect(
 
 
 def collect_all(
-    problem: Problem,
+    problem: OracleProblem,
     requests: Sequence[Request],
     per_class: int,
     budget: int,
@@ -140,7 +140,7 @@ class _Pool:
 
 
 def _labelled(
-    problem: Problem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None
+    problem: OracleProblem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None
 ) -> list[tuple[Any, np.ndarray]]:
     """n samples for each run, as `Synthetic` holds them, and which are good."""
     rows: list[np.ndarray | None] = [_rows(request, n) for request in requests]
@@ -184,7 +184,7 @@ def size_of(samples: Any) -> int:
 
 
 def accepted(
-    problem: Problem,
+    problem: OracleProblem,
     guided: Guided,
     key: PRNGKey,
     n: int,

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from gendiff import check, distributed, losses, runs, training
 from gendiff.denoiser import Model, denoise
-from gendiff.methods.genneg.model import Guided, Problem, bound, denoiser
+from gendiff.methods.genneg.model import Guided, OracleProblem, bound, denoiser
 from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Sample, Samples, Time
 
@@ -37,7 +37,7 @@ class StudentTraining(NamedTuple):
 
 
 def distill(
-    problem: Problem,
+    problem: OracleProblem,
     teacher: Guided,
     points: Points,
     start: Params,
@@ -71,7 +71,7 @@ class Lesson(NamedTuple):
 
 
 def distill_trainings(
-    problem: Problem, lessons: Sequence[Lesson], settings: StudentTraining, mesh: jax.sharding.Mesh | None = None
+    problem: OracleProblem, lessons: Sequence[Lesson], settings: StudentTraining, mesh: jax.sharding.Mesh | None = None
 ) -> list[training.Training]:
     """Ask the teachers of several runs, those that agree in one program, and return the trainings of `distill`."""
     check.number("distill: batch", settings.batch, at_least=1, whole=True)
@@ -113,7 +113,7 @@ def student_task(loss: losses.Loss, batch: int, bind: losses.Bind | None) -> Cal
 
 @partial(jax.jit, static_argnums=(0, 1))
 def teach(
-    problem: Problem,
+    problem: OracleProblem,
     mesh: Any,
     teacher: Guided,
     x0: Samples,
@@ -137,7 +137,7 @@ def teach(
 
 
 def refit(
-    problem: Problem,
+    problem: OracleProblem,
     points: Points,
     start: Params,
     settings: StudentTraining,
@@ -153,7 +153,7 @@ def refit(
 
 
 def refit_training(
-    problem: Problem, points: Points, start: Params, settings: StudentTraining, key: PRNGKey
+    problem: OracleProblem, points: Points, start: Params, settings: StudentTraining, key: PRNGKey
 ) -> training.Training:
     """The training of `refit`."""
     _check("refit: accepted", points.x)
@@ -172,6 +172,6 @@ def _check(name: str, samples: Samples) -> None:
     check.number(name, samples)
 
 
-def denoising_loss(problem: Problem) -> losses.Loss:
+def denoising_loss(problem: OracleProblem) -> losses.Loss:
     """The loss that theta was trained with."""
     return losses.denoising(problem.process, problem.model, problem.weight)
