@@ -219,6 +219,8 @@ def main() -> None:
         start.start()
         options, what, planned, folder = distributed.everywhere(asked)
         command.agree("the sweep", planned)
+        if planned[0].config.preset == "smoke":
+            start.compile_quickly()
         distributed.first(lambda: config.make_folder(folder))
         failed = sweep(what, planned, folder, options.at_once)
         table = report(folder, planned)

@@ -1,5 +1,6 @@
 """Settings of all tests, and a Gaussian mixture with closed forms."""
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -16,12 +17,13 @@ from scipy import stats
 from gendiff.denoiser import Denoiser
 from gendiff.potential import Potential
 from gendiff.process import Process
-from tests import quick
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # because a script's `&` switches Ctrl-C off for children
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if "XLA_FLAGS" not in os.environ:  # the workers of pytest-xdist inherit the flags
-    os.environ["XLA_FLAGS"] = " ".join(quick.accepted())
+# Most programs of tests run once, so that optimising them takes longer than running them.  Child processes inherit it.
+QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") not in ("", "0")
+with contextlib.suppress(AttributeError):  # of a JAX without this option
+    jax.config.update("jax_disable_most_optimizations", QUICK)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

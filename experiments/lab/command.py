@@ -36,6 +36,8 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
         start.start()
         given = distributed.everywhere(lambda: parse(config, presets, sys.argv[1:]))
         agree("the configuration", given)
+        if given.preset == "smoke":
+            start.compile_quickly()
         results = run(given)
         if distributed.is_first():
             command.say(f"{results.table}\n\nResults, figures and checkpoints: {results.folder}")

@@ -1,5 +1,6 @@
 """Settings of the process that must come before the first use of JAX: devices, compile cache."""
 
+import contextlib
 import glob
 import os
 import re
@@ -41,6 +42,14 @@ def start() -> None:
         reason = reason or "the platform is not installed"
         raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={asked!r}: {reason}") from None
     distributed.heed_notices()
+
+
+def compile_quickly() -> None:
+    """Compile with few optimisations, for runs of seconds; JAX_DISABLE_MOST_OPTIMIZATIONS or XLA_FLAGS go before it."""
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ or os.environ.get("XLA_FLAGS"):
+        return
+    with contextlib.suppress(AttributeError):  # of a JAX without this option
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def cache_home() -> Path:

@@ -48,8 +48,8 @@ def drawn(settings, rewards=NONE, steps=20, n=64, **changes):
 @pytest.mark.parametrize("mode", ["ddpm", "ddim"])
 def test_no_guidance_is_the_plain_sampler(mode):
     # omega = 0, R = 1, B = 0: bit for bit the model's own samples, and those of the plain kernel with clipping.
-    # Optimised as in experiments, because without LLVM's passes the two programs contract other products.
-    how = {"compiler_options": {"xla_backend_optimization_level": 2}}
+    # Optimised as in experiments, because unoptimised programs contract other products.
+    how = {"compiler_options": {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}}
     program = partial(censoring.drawn, problem(20), Censoring(scale=0.0, mode=mode), 64, None, None)
     key = lambda: jax.random.key(0)
     off, _ = jax.jit(lambda: program(NONE, key(), 0.0, jnp.int32(1)), **how)()
