@@ -1,7 +1,7 @@
 """Denoiser: (x, t) -> E[x_0 | x_t = x], the currency of the library.
 
-A network that predicts eps, v, the score or EDM's F becomes a denoiser once, at the edge.  All other code uses
-denoisers, because they stay bounded where scores diverge and guidance needs no division by sigma.
+A network that predicts eps, v, a velocity, the score or EDM's F becomes a denoiser once, at the edge.  All other code
+uses denoisers, because they stay bounded where scores diverge and guidance needs no division by sigma.
 
 The converters pass leading arguments through: they serve functions `(x, t)` and networks `(params, x, t)`.
 """
@@ -9,6 +9,7 @@ The converters pass leading arguments through: they serve functions `(x, t)` and
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from gendiff import check
@@ -72,6 +73,28 @@ def from_score(process: Process, predict: Predictor) -> Predictor:
     """Denoiser of a score, by Tweedie's formula: x_0 = (x + sigma^2 score) / alpha."""
     formula = lambda x, t, score: (x + process.sigma(t) ** 2 * score) / process.alpha(t)
     return _denoiser("from_score", predict, formula)
+
+
+@by_value
+def from_velocity(process: Process, predict: Predictor) -> Predictor:
+    """Denoiser of a network that predicts the velocity dx_t / dt = alpha' x_0 + sigma' eps (Lipman et al. 2023).
+
+    For `flow` that is eps - x_0, and x_0 = x - t velocity, finite at t = 1 (SD3, FLUX).  For a network whose time runs
+    from noise to data, whose velocity is x_0 - eps, give `from_data_time(predict)` (SiT).
+    """
+
+    def formula(x: Sample, t: Time, velocity: Sample) -> Sample:
+        t = jnp.asarray(t, jnp.result_type(t, 0.0))
+        (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(lambda t: (process.alpha(t), process.sigma(t)), (t,), (t * 0 + 1,))
+        return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - sigma * d_alpha)
+
+    return _denoiser("from_velocity", predict, formula)
+
+
+@by_value
+def from_data_time(predict: Predictor) -> Predictor:
+    """The velocity of a network whose time is 1 - t, so that 1 is data (SiT, Ma et al. 2024); time and sign turn."""
+    return lambda *args: -jnp.asarray(predict(*args[:-1], 1.0 - args[-1]))
 
 
 @by_value

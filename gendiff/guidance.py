@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from gendiff import check
 from gendiff.denoiser import Denoiser, denoise
 from gendiff.potential import Interval, Potential, scalar
-from gendiff.process import Process, falling
+from gendiff.process import ROUNDING, Process, falling
 from gendiff.static import by_value
 from gendiff.types import Sample, Scalar, Time
 
@@ -33,8 +33,17 @@ def chain(*guidances: Guidance) -> Guidance:
 
 @by_value
 def score_strength(process: Process) -> Strength:
-    """sigma^2 / alpha, the shift of x_0 that adds grad log r to the score (Tweedie)."""
-    return lambda t: process.sigma(t) ** 2 / process.alpha(t)
+    """sigma^2 / alpha, the shift of x_0 that adds grad log r to the score (Tweedie); 0 at alpha = 0.
+
+    An x_t without signal has a constant potential, so nothing pushes it.
+    """
+
+    def strength(t: Time) -> Scalar:
+        alpha = process.alpha(t)
+        silent = alpha < ROUNDING
+        return jnp.where(silent, 0.0, process.sigma(t) ** 2 / jnp.where(silent, 1.0, alpha))
+
+    return strength
 
 
 @by_value

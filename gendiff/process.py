@@ -1,7 +1,7 @@
 """Process: the forward noising x_t = alpha(t) x_0 + sigma(t) eps; t = 0 is data.
 
-All code reads a process through `alpha` and `sigma`, so one formula serves EDM (t is the noise level, alpha = 1) and
-DDPM (t = 0, 1 .. T), on any grid of times.
+All code reads a process through `alpha` and `sigma`, so one formula serves EDM (t is the noise level, alpha = 1), DDPM
+(t = 0, 1 .. T) and flows (t in [0, 1]), on any grid of times.  At alpha = 0 a sample says nothing about its x_0.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,9 @@ from numpy.typing import ArrayLike
 from gendiff import check
 from gendiff.static import by_value
 from gendiff.types import PRNGKey, Sample, Scalar, Time
+
+ROUNDING = 1e-6
+"""A level that a formula gives at its end may miss 0 by so much, such as cos(pi / 2)."""
 
 
 class Process(NamedTuple):
@@ -111,7 +114,7 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
     t = T is noise.  The levels at a time outside 0..T are NaN.
 
     Args:
-      betas: (T,) in (0, 1), T >= 1; `betas[t - 1]` is beta_t.
+      betas: (T,) in (0, 1), T >= 1; `betas[t - 1]` is beta_t.  The last one may be 1: alpha_T = 0 (`zero_terminal`).
       power: a grid of n steps has the times T (i / n)^power, power > 0.  1 is even; 2 (Song et al. 2021, appendix D.2)
         puts more steps near the data.
 
@@ -119,11 +122,13 @@ def ddpm(betas: ArrayLike, power: float = 1.0) -> Process:
       ValueError: an argument is out of range; from `grid`, n is not in 1..T.
     """
     betas = check.shape("ddpm: betas", np.asarray(betas, np.float64), (None,))
-    check.number("ddpm: betas", betas, above=0, below=1)
+    check.number("ddpm: betas", betas[:-1], above=0, below=1)
+    check.number("ddpm: betas", betas[-1:], above=0, at_most=1)
     check.number("ddpm: power", power, above=0)
     steps = check.number("ddpm: number of betas", len(betas), at_least=1, whole=True)
     # In float64 on the host, because a product of 1,000 factors near 1 loses digits in float32.
-    log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
+    with np.errstate(divide="ignore"):  # log 0 of a last beta of 1
+        log_alpha_bar = np.concatenate([np.zeros(1), np.cumsum(np.log1p(-betas))])
     alpha = np.exp(0.5 * log_alpha_bar).astype(np.float32)
     sigma = np.sqrt(-np.expm1(log_alpha_bar)).astype(np.float32)
     return Process(_looked_up(alpha), _looked_up(sigma), _any_step(steps), _respaced(steps, power), steps)
@@ -185,6 +190,86 @@ def one_time(time: np.generic) -> Callable[[PRNGKey], Time]:
     return lambda key: jnp.asarray(time)
 
 
+def flow(shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Process:
+    """Rectified flow, x_t = (1 - t) x_0 + t eps with t in [0, 1] (Liu et al. 2023; Esser et al. 2024).
+
+    Args:
+      shift: a grid of n steps has the times s u / (1 + (s - 1) u) with u = i / n (Esser et al. 2024, eq. 23), > 0; SD3
+        has shift 3.  FLUX has exp(mu), where mu rises with the number of tokens.
+      mean, std: training draws logit t ~ N(mean, std^2) (their section 3.1), std > 0, then shifted.
+
+    Raises:
+      ValueError: an argument is out of range; from `grid`, n < 1.
+    """
+    check.number("flow: shift", shift, above=0)
+    check.number("flow: mean", mean)
+    check.number("flow: std", std, above=0)
+    return Process(_complement, _noise_share, _logit_normal(mean, std, shift), _shifted(shift))
+
+
+def _complement(t: Time) -> Scalar:
+    return 1.0 - t
+
+
+def _noise_share(t: Time) -> Scalar:
+    return jnp.asarray(t, jnp.result_type(t, 0.0))
+
+
+@by_value
+def _logit_normal(mean: float, std: float, shift: float) -> Callable[[PRNGKey], Time]:
+    return lambda key: _shift(jax.nn.sigmoid(mean + std * jax.random.normal(key)), shift)
+
+
+def _shift(t: Time, shift: float) -> Time:
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@by_value
+def _shifted(shift: float) -> Callable[[int], Array]:
+    def grid(n: int) -> Array:
+        check.number("flow: grid: n", n, at_least=1, whole=True)
+        return _shift(jnp.linspace(1.0, 0.0, n + 1), shift)
+
+    return grid
+
+
+def continuous(
+    alpha: Callable[[Time], Scalar], sigma: Callable[[Time], Scalar], low: float = 0.0, high: float = 1.0
+) -> Process:
+    """Process of any signal and noise level, in continuous time from `high`, noise, to `low`, data.
+
+    Grids are even, and training times uniform: `_replace` them.
+
+    Args:
+      alpha, sigma: functions of a scalar t.  sigma is 0 at `low` or very small; alpha may be 0 at `high`.
+      low, high: 0 <= low < high.
+
+    Raises:
+      ValueError: the times are out of range, a level is not finite or negative at an end, or sigma is 0 at `high`.
+    """
+    check.number("continuous: low", low, at_least=0)
+    check.number("continuous: high", high, above=low)
+    for name, level in (("alpha", alpha), ("sigma", sigma)):
+        for end in (low, high):
+            check.number(f"continuous: {name}({end:g})", np.asarray(level(jnp.asarray(end))), at_least=-ROUNDING)
+    check.number(f"continuous: sigma({high:g})", np.asarray(sigma(jnp.asarray(high))), above=0)
+    return Process(alpha, sigma, _uniform_time(low, high), _even(low, high))
+
+
+@by_value
+def _uniform_time(low: float, high: float) -> Callable[[PRNGKey], Time]:
+    return lambda key: jax.random.uniform(key, minval=low, maxval=high)
+
+
+@by_value
+def _even(low: float, high: float) -> Callable[[int], Array]:
+    def grid(n: int) -> Array:
+        check.number("continuous: grid: n", n, at_least=1, whole=True)
+        return jnp.linspace(high, low, n + 1)
+
+    return grid
+
+
 def c_noise(process: Process, t: Time) -> Scalar:
     """ln(sigma / alpha) / 4, how networks with EDM's inputs are told the noise."""
     return 0.25 * jnp.log(process.sigma(t) / process.alpha(t))
@@ -215,6 +300,20 @@ def cosine_betas(steps: int = 1000, offset: float = 0.008, largest: float = 0.99
     angle = (np.arange(steps + 1) / steps + offset) / (1 + offset) * np.pi / 2
     alpha_bar = np.cos(angle) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], largest)
+
+
+def zero_terminal(betas: ArrayLike) -> Float[np.ndarray, " T"]:
+    """Betas of the chain whose last step has no signal, alpha_T = 0 (Lin et al. 2305.08891, Algorithm 1).
+
+    sqrt(alpha_bar) is shifted and scaled, so that its first value stays and its last one is 0.  The network must
+    predict v or x_0, because eps says nothing about x_0 at alpha = 0.
+    """
+    betas = check.shape("zero_terminal: betas", np.asarray(betas, np.float64), (None,))
+    check.number("zero_terminal: betas", betas, above=0, below=1)
+    check.number("zero_terminal: number of betas", len(betas), at_least=2, whole=True)
+    root = np.sqrt(np.cumprod(1 - betas))
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - alpha_bar / np.concatenate([np.ones(1), alpha_bar[:-1]])
 
 
 def falling(name: str, grid: Float[Array, " steps+1"]) -> None:

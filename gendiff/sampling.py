@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gendiff import check
 from gendiff.denoiser import Denoiser, denoise
 from gendiff.process import Process, falling, posterior, transition
-from gendiff.types import PRNGKey, Sample, Time
+from gendiff.types import PRNGKey, Sample, Scalar, Time
 
 Kernel: TypeAlias = Callable[[PRNGKey, Sample, Time, Time], Sample]
 """`(key, x_t, t, s) -> x_s` with s < t."""
@@ -85,29 +85,40 @@ def heun(
     if churn and process.steps is not None:
         raise ValueError(f"heun: churn must be 0 on a discrete chain, got {churn}: use edm")
 
-    def noise_level(t: Time) -> Float[Array, ""]:
-        return process.sigma(t) / process.alpha(t)
+    def silent(t: Time) -> Bool[Array, ""]:
+        return process.alpha(t) < 1e-3  # x / alpha has lost its digits, or has no value
 
-    def slope(y: Sample, t: Time) -> Sample:
-        return (y - denoise("heun", denoiser, process.alpha(t) * y, t)) / noise_level(t)
+    def signal(t: Time) -> Scalar:
+        return jnp.where(silent(t), 1.0, process.alpha(t))
+
+    def noise_level(t: Time) -> Scalar:
+        return process.sigma(t) / signal(t)
 
     def kernel(key: PRNGKey, x: Sample, t: Time, s: Time) -> Sample:
-        y = x / process.alpha(t)
+        y = x / signal(t)
         if churn:
             gamma = jnp.where((t >= churn_low) & (t <= churn_high), churn, 0.0)
             raised = t * (1 + gamma)
             added = jnp.sqrt(jnp.maximum(raised**2 - t**2, 0.0)) * churn_noise
             y, t = y + added * jax.random.normal(key, x.shape), raised
         dt = noise_level(s) - noise_level(t)
-        first = slope(y, t)
+        x0 = denoise("heun", denoiser, signal(t) * y, t)
+        first = (y - x0) / noise_level(t)
         last = process.sigma(s) == 0
+
+        def moved(slope: Sample, x0: Sample) -> Sample:
+            """x_s / alpha_s; from alpha_t = 0 by the same ODE in x / sigma, whose slope in alpha / sigma is x_0."""
+            from_noise = x0 + noise_level(s) / process.sigma(t) * (x - process.alpha(t) * x0)
+            return jnp.where(silent(t), from_noise, y + dt * slope).astype(x0.dtype)
+
+        def corrected() -> tuple[Sample, Sample]:
+            y = moved(first, x0)
+            x0_s = denoise("heun", denoiser, process.alpha(s) * y, jnp.where(last, t, s))
+            second = (y - x0_s) / noise_level(jnp.where(last, t, s))
+            return (0.5 * (first + second)).astype(first.dtype), 0.5 * (x0 + x0_s)
+
         # `cond`, not `where`: a batch shares s, so the last step saves its second evaluation.
-        average = jax.lax.cond(
-            last,
-            lambda: first,
-            lambda: (0.5 * (first + slope(y + dt * first, jnp.where(last, t, s)))).astype(first.dtype),
-        )
-        return process.alpha(s) * (y + dt * average)
+        return process.alpha(s) * moved(*jax.lax.cond(last, lambda: (first, x0), corrected))
 
     return kernel
 

@@ -58,6 +58,24 @@ def test_conversions_are_their_definitions(p, t):
     np.testing.assert_allclose(denoiser.to_score(p, oracle)(x, t), -eps / sigma, rtol=1e-5, atol=error / sigma)
 
 
+FLOW = process.flow()
+CURVED = process.continuous(lambda t: jnp.cos(jnp.pi / 2 * t), lambda t: jnp.sin(jnp.pi / 2 * t))
+
+
+@pytest.mark.parametrize(("p", "t"), [(FLOW, 1.0), (FLOW, 0.3), (FLOW, 0.0), (CURVED, 0.4)])
+def test_a_velocity_is_the_change_of_the_path(p, t):
+    x0, eps = np.float32([0.4, -1.1]), np.float32([1.3, 0.2])
+    path = lambda t: p.alpha(t) * x0 + p.sigma(t) * eps
+    x, velocity = jax.jvp(path, (jnp.float32(t),), (jnp.float32(1.0),))
+    np.testing.assert_allclose(denoiser.from_velocity(p, lambda x, t: velocity)(x, t), x0, rtol=1e-5, atol=1e-6)
+    # SiT's network: its time runs from noise to data, its velocity is that of the other direction.
+    seen = []
+    sit = lambda x, t: (seen.append(t), -velocity)[1]
+    found = denoiser.from_velocity(p, denoiser.from_data_time(sit))(x, jnp.float32(t))
+    np.testing.assert_allclose(found, x0, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen, [1 - t], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("p", "t"), [(EDM, 0.1), (EDM, 1.0), (EDM, 10.0), (DDPM, 20), (DDPM, 400), (DDPM, 950)])
 def test_mixture_denoiser_is_tweedie_of_its_score(mixture, p, t):
     # E[x_0 | x_t] and grad log p_t are two sums over components; Tweedie's formula joins them, and the second is the

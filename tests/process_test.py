@@ -67,7 +67,7 @@ def test_time_outside_the_chain_is_nan(t):
         assert np.isnan(jax.jit(level)(jnp.asarray(t)))
 
 
-@pytest.mark.parametrize("betas", [[0.1, 0.0], [0.1, 1.0], [0.1, -0.1], [0.1, np.nan], [[0.1, 0.2]], 0.1])
+@pytest.mark.parametrize("betas", [[0.1, 0.0], [1.0, 0.1], [0.1, 1.1], [0.1, -0.1], [0.1, np.nan], [[0.1, 0.2]], 0.1])
 def test_ddpm_rejects_what_is_no_schedule(betas):
     with pytest.raises(ValueError, match="ddpm: betas must "):
         process.ddpm(np.array(betas))
@@ -108,6 +108,48 @@ def test_ddpm_grid(n):
 
 def test_ddpm_full_grid_is_every_time():
     np.testing.assert_array_equal(DDPM.grid(T), TIMES[::-1])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_flow_goes_in_a_straight_line(shift):
+    p = process.flow(shift)
+    grid = np.float64(p.grid(8))
+    assert (grid[0], grid[-1]) == (1, 0)
+    assert (np.diff(grid) < 0).all()
+    np.testing.assert_allclose(p.alpha(grid) + p.sigma(grid), 1.0, atol=1e-6)
+    u = np.linspace(1, 0, 9)
+    np.testing.assert_allclose(grid[:-1], 1 / (1 + (1 / u[:-1] - 1) / shift), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("shift", "mean", "std"), [(1.0, 0.0, 1.0), (3.0, -0.5, 0.7)])
+def test_training_times_of_a_flow_are_logit_normal(shift, mean, std):
+    draws = np.asarray(jax.vmap(process.flow(shift, mean, std).sample_time)(jax.random.split(jax.random.key(0), 4000)))
+    # A shift by s adds ln s to the logit.
+    logits = np.log(draws / (1 - draws)) - np.log(shift)
+    assert stats.kstest(logits, stats.norm(mean, std).cdf).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("betas", [process.linear_betas(), process.sqrt_linear_betas(), process.linear_betas(100)])
+def test_the_last_step_of_a_zero_terminal_chain_has_no_signal(betas):
+    # Algorithm 1 of Lin et al.: sqrt(alpha_bar) is an affine function of what it was, from its first value to 0.
+    p, before = process.ddpm(process.zero_terminal(betas)), np.sqrt(np.cumprod(1 - betas))
+    steps = len(betas)
+    after = np.float64(p.alpha(np.arange(1, steps + 1)))
+    assert (after[-1], float(p.sigma(steps))) == (0, 1)
+    expected = before[0] * (before - before[-1]) / (before[0] - before[-1])
+    np.testing.assert_allclose(after, expected, atol=1e-6)
+    np.testing.assert_allclose(after**2 + np.float64(p.sigma(np.arange(1, steps + 1))) ** 2, 1.0, atol=1e-6)
+
+
+def test_a_process_of_any_levels():
+    p = process.continuous(lambda t: jnp.exp(-t), lambda t: t, 0.01, 3.0)
+    np.testing.assert_allclose(p.grid(2), [3.0, 1.505, 0.01], rtol=1e-6)
+    times = np.asarray(jax.vmap(p.sample_time)(jax.random.split(jax.random.key(0), 4000)))
+    assert stats.kstest(times, stats.uniform(0.01, 2.99).cdf).pvalue > 1e-4
+    with pytest.raises(ValueError, match=r"continuous: sigma\(1\) must be > 0, got 0"):
+        process.continuous(jnp.cos, lambda t: 0 * t)
+    with pytest.raises(ValueError, match="continuous: high must be > 1, got 1"):
+        process.continuous(jnp.cos, jnp.sin, 1.0, 1.0)
 
 
 def test_edm_training_times_are_log_normal():

@@ -8,10 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gendiff import process, sampling
+from gendiff import guidance, process, sampling
 
 EDM, DDPM = process.edm(), process.ddpm(process.linear_betas())
 COSINE = process.ddpm(process.cosine_betas(200))
+FLOW, SHIFTED = process.flow(), process.flow(3.0)
+SILENT = process.ddpm(process.zero_terminal(process.sqrt_linear_betas()))
+"""A chain that ends at alpha = 0."""
+TRIGONOMETRIC = process.continuous(lambda t: jnp.cos(jnp.pi / 2 * t), lambda t: jnp.sin(jnp.pi / 2 * t))
 FALSE_ALARM = 1e-4
 """Of a statistical test."""
 
@@ -46,6 +50,14 @@ def churned(p, denoiser):
         (DDPM, ddim_half, 100),
         (DDPM, ancestral_beta, 1000),
         (COSINE, sampling.ancestral, 200),
+        (FLOW, sampling.heun, 30),
+        (SHIFTED, sampling.heun, 30),
+        (FLOW, sampling.ddim, 400),
+        (FLOW, sampling.ancestral, 400),
+        (TRIGONOMETRIC, sampling.heun, 30),
+        (SILENT, sampling.heun, 30),
+        (SILENT, ddim_half, 200),
+        (SILENT, ancestral_beta, 1000),
     ],
 )
 def test_samplers_recover_the_mixture(p, kernel, steps, mixture):
@@ -59,6 +71,50 @@ def test_samplers_recover_the_mixture(p, kernel, steps, mixture):
     for axis in range(2):
         test = stats.kstest(samples[:, axis], lambda v, axis=axis: mixture.cdf(axis, v))
         assert test.pvalue > FALSE_ALARM / 2
+
+
+@pytest.mark.parametrize(
+    ("p", "kernel", "steps"), [(FLOW, sampling.heun, 60), (FLOW, ddim_half, 400), (SILENT, sampling.heun, 60)]
+)
+def test_guided_samplers_condition_from_a_start_without_signal(p, kernel, steps, mixture):
+    # The Bayes classifier is flat at alpha = 0, so the first step alone is not guided.
+    @jax.jit
+    def draw(keys):
+        guide = guidance.guide(p, mixture.log_good(p))
+        step = kernel(p, guide(mixture.denoiser(p)))
+        return jax.vmap(lambda key: sampling.sample(p, step, p.grid(steps), key, (2,)))(keys)
+
+    samples, good = np.asarray(draw(jax.random.split(jax.random.key(0), 3000))), mixture.part(True)
+    for axis in range(2):
+        test = stats.kstest(samples[:, axis], lambda v, axis=axis: good.cdf(axis, v))
+        assert test.pvalue > FALSE_ALARM / 2
+
+
+@pytest.mark.parametrize("p", [FLOW, SILENT], ids=["flow", "chain"])
+@pytest.mark.parametrize("kernel", [sampling.heun, sampling.ddim, ddim_half, sampling.ancestral, ancestral_beta])
+def test_a_step_from_noise_alone_keeps_no_signal_of_it(p, kernel):
+    # From alpha = 0 a deterministic step is alpha_s x_0 + sigma_s / sigma_t x; with the mean of two x_0 in Heun's.
+    t, s = p.grid(4)[:2]
+    x = np.float32([0.3, -0.7])
+    step = np.asarray(jax.jit(kernel(p, plain))(jax.random.key(0), x, t, s))
+    assert np.isfinite(step).all()
+    if kernel in (sampling.ddim, sampling.heun):
+        alpha, sigma = float(p.alpha(s)), float(p.sigma(s) / p.sigma(t))
+        euler = alpha * plain(x, t) + sigma * x
+        second = alpha * (plain(x, t) + plain(euler, s)) / 2 + sigma * x
+        np.testing.assert_allclose(step, euler if kernel is sampling.ddim else second, rtol=1e-5, atol=1e-6)
+
+
+def test_heun_of_edm_is_what_it_was_bit_for_bit():
+    def kernel(key, x, t, s):  # Karras et al. (2022), Algorithm 1, as this library first had it
+        slope = lambda y, t: (y - plain(y, t)) / t
+        first, last = slope(x, t), s == 0
+        second = lambda: 0.5 * (first + slope(x + (s - t) * first, jnp.where(last, t, s)))
+        return x + (s - t) * jax.lax.cond(last, lambda: first, second)
+
+    run = lambda kernel: jax.vmap(lambda key: sampling.sample(EDM, kernel, EDM.grid(18), key, (3,)))
+    keys = jax.random.split(jax.random.key(0), 64)
+    np.testing.assert_array_equal(jax.jit(run(sampling.heun(EDM, plain)))(keys), jax.jit(run(kernel))(keys))
 
 
 def ode_solution(gaussian, x, high, low):
@@ -93,6 +149,18 @@ def test_order_of_convergence_edm(kernel, order, gaussian):
     grids = [np.float32(np.linspace(high**0.5, low**0.5, n + 1) ** 2) for n in (8, 16, 32, 64)]
     exact = ode_solution(gaussian, x, high, low)
     errors = errors_at_the_end(kernel(EDM, gaussian.denoiser(EDM)), x, grids, exact)
+    assert abs(observed_order(errors) - order) < 0.15
+    assert errors[-1] > 1e-6, "above the rounding errors, or the slope would mean nothing"
+
+
+@ORDERS
+def test_order_of_convergence_flow(kernel, order, gaussian):
+    # From alpha = 0, where x / alpha has no value: the solution is the quantile of x / sigma.
+    x, end = np.float32([0.9]), 0.05
+    grids = [np.float32(np.linspace(1.0, end, n + 1)) for n in (16, 32, 64, 128)]
+    (mean,), (std,) = gaussian.means[0], gaussian.stds
+    exact = (1 - end) * mean + x * np.sqrt((1 - end) ** 2 * std**2 + end**2)
+    errors = errors_at_the_end(kernel(FLOW, gaussian.denoiser(FLOW)), x, grids, exact)
     assert abs(observed_order(errors) - order) < 0.15
     assert errors[-1] > 1e-6, "above the rounding errors, or the slope would mean nothing"
 

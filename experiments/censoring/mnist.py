@@ -79,9 +79,9 @@ class MnistConfig(CensoringConfig):
 
 PRESETS = {
     "smoke": MnistConfig(
-        preset="smoke", digits="drawn", share=0.4, base="train", unet=UNetSize(8, (1, 2), attention=(8,)),
-        training=Training(300, batch=32, rate=2e-3), second_steps=20, labels=Labels(2, copies=2), members=2,
-        reward_network=UNetSize(8, (1, 2), attention=(8,)), reward=Training(6, batch=32), resnet=ResNetSize((8,), (1,)),
+        preset="smoke", digits="drawn", share=0.4, base="train", unet=UNetSize(8, (1,), attention=()),
+        training=Training(100, batch=32, rate=2e-3), second_steps=100, labels=Labels(2, copies=2), members=2,
+        reward_network=UNetSize(8, (1,), attention=()), reward=Training(6, batch=32), resnet=ResNetSize((8,), (1,)),
         sampler_steps=6, guidance=Guidance(sweep=(1.0,), universal_recurrence=2, backward=1),
         active=Active((3, 4), 40), trials=2, few_trials=1, samples=20,
     ),
