@@ -1,21 +1,24 @@
 """Guidance: Denoiser -> Denoiser.  Steering, inpainting and clipping have this type; `chain` composes them."""
 
 import functools
+import math
+import warnings
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
+from scipy import stats
 
 from gendiff import check
 from gendiff.denoiser import Denoiser, denoise
 from gendiff.potential import Interval, Potential, scalar
 from gendiff.process import ROUNDING, Process, falling
 from gendiff.static import by_value
-from gendiff.types import Sample, Scalar, Time
+from gendiff.types import Sample, Samples, Scalar, Time, Valid
 
 Guidance: TypeAlias = Callable[[Denoiser], Denoiser]
 """Denoiser -> the steered denoiser."""
@@ -201,3 +204,127 @@ def inpaint(known: Sample, mask: Bool[Array, "*shape"]) -> Guidance:
         return jnp.where(mask, known, denoise("inpaint", denoiser, x, t))
 
     return lambda denoiser: lambda x, t: guided(denoiser, x, t)
+
+
+@by_value
+def classifier_free(other: Denoiser, scale: Scalar | float, within: Interval | None = None) -> Guidance:
+    """x_0 of `other` + scale (x_0 - x_0 of `other`): away from another model (Ho and Salimans 2022).
+
+    Args:
+      other: the same network bound to no condition, or to an unwanted one (a negative prompt); or a smaller or less
+        trained network with the same condition (autoguidance, Karras et al. 2406.02507).
+      scale: 1 is no guidance, 0 is `other`.
+      within: the times that are guided (Kynkäänniemi et al. 2404.07724); None: all.  `other` is not evaluated at the
+        others by a sampler, whose samples share t.
+
+    Raises:
+      ValueError: the scale is not finite, or an x_0 does not have the shape of x.
+    """
+    check.number("classifier_free: scale", scale)
+
+    def away(denoiser: Denoiser, x: Sample, t: Time) -> Sample:
+        x0 = denoise("classifier_free", denoiser, x, t)
+
+        def guided() -> Sample:
+            plain = denoise("classifier_free: other", other, x, t)
+            return (plain + scale * (x0 - plain)).astype(x0.dtype)
+
+        return guided() if within is None else jax.lax.cond(within(t), guided, lambda: x0)
+
+    return lambda denoiser: lambda x, t: away(denoiser, x, t)
+
+
+class Draws(NamedTuple):
+    """K points of a standard normal distribution with weights, fixed and symmetric, for `accepted`."""
+
+    points: Float[Array, "K *shape"]
+    """Their weighted mean is 0 and their weighted variance 1 in every coordinate."""
+    weights: Float[Array, " K"]
+    """>= 0."""
+
+
+def normal_draws(n: int, shape: tuple[int, ...], wide: float = 1.0, seed: int = 0) -> Draws:
+    """Draws from a scrambled Sobol sequence, half of them the negatives of the others.
+
+    Args:
+      n: >= 4 and a multiple of 4.
+      wide: >= 1; half of the draws have this standard deviation, and all get importance weights.  They reach what a
+        standard normal distribution rarely does.  In many dimensions all weight falls on few draws: take 1.
+
+    Raises:
+      ValueError: an argument is out of range.
+    """
+    check.number("normal_draws: n", n, at_least=4, whole=True)
+    check.number("normal_draws: n / 4", n / 4 if n % 4 else n // 4, whole=True)
+    check.number("normal_draws: wide", wide, at_least=1)
+    size = math.prod(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a balance that only powers of two have
+        uniform = stats.qmc.Sobol(size, rng=np.random.default_rng(seed)).random(n // 2)
+    half = stats.norm.ppf(np.clip(uniform, 1e-9, 1 - 1e-9)) * np.where(np.arange(n // 2) % 2, wide, 1.0)[:, None]
+    points = np.concatenate([half, -half])
+    log_normal = -0.5 * np.sum(points**2, 1)
+    log_wide = -0.5 * np.sum(points**2, 1) / wide**2 - size * np.log(wide)
+    weights = np.exp(log_normal - np.logaddexp(log_normal, log_wide))
+    points /= np.sqrt(np.average(points**2, axis=0, weights=weights))
+    return Draws(jnp.float32(points.reshape(n, *shape)), jnp.float32(weights / weights.sum()))
+
+
+@by_value
+def accepted(
+    process: Process,
+    oracle: Callable[[Samples], Valid],
+    draws: Draws,
+    within: Interval,
+    otherwise: Guidance = chain(),  # noqa: B008 (immutable)
+    variance: str = "diagonal",
+) -> Guidance:
+    """The mean of those x_0 given x_t that the oracle accepts, where x_0 given x_t is nearly normal.
+
+    By Tweedie's formulas x_0 given x_t has the mean D(x_t) and the covariance sigma^2 / alpha dD/dx.  At low noise it
+    is nearly normal, so the denoiser of the good part is the mean of those of its draws that the oracle accepts.  Where
+    all are accepted, the denoiser is D itself.
+
+    Args:
+      oracle: traceable by JAX (wrap one of the host in `jax.pure_callback`); asked K draws for each sample and step.
+      draws: see `normal_draws`; of the shape of a sample.
+      within: the times of low noise, such as `lambda t: process.sigma(t) < 0.1`.  Samples of a sampler share t, so the
+        others cost nothing.
+      otherwise: the guidance at other times, and where no draw is accepted: classifiers.
+      variance: "diagonal", that of dD/dx by a derivative for each coordinate; or "identity", in its place.
+
+    Raises:
+      ValueError: the choice is unknown, or the draws or an x_0 do not have the shape of x.
+    """
+    check.choice("accepted: variance", variance, ("diagonal", "identity"))
+
+    def diagonal(denoiser: Denoiser, x: Sample, t: Time) -> tuple[Sample, Sample]:
+        """D(x) and the diagonal of dD/dx."""
+        flat = lambda v: denoise("accepted", denoiser, v.reshape(x.shape), t).ravel()
+        if variance == "identity":
+            return denoise("accepted", denoiser, x, t), jnp.ones_like(x)
+        x0, push = jax.linearize(flat, x.ravel())
+        units = jnp.eye(x.size, dtype=x.dtype)
+        slopes = jax.lax.map(lambda unit: jnp.vdot(unit, push(unit)), units)
+        return x0.reshape(x.shape), slopes.reshape(x.shape)
+
+    def guidance(denoiser: Denoiser) -> Denoiser:
+        steered = otherwise(denoiser)
+
+        def good_mean(x: Sample, t: Time) -> Sample:
+            check.shape("accepted: a draw", draws.points[0], jnp.shape(x))
+            x0, slope = diagonal(denoiser, x, t)
+            std = process.sigma(t) * jnp.sqrt(jnp.maximum(slope, 0.0) / process.alpha(t))
+            candidates = x0[None] + std[None] * draws.points
+            weights = draws.weights * jnp.asarray(oracle(candidates), jnp.float32)
+            total = jnp.sum(weights)
+            mean = jnp.tensordot(weights / jnp.where(total > 0, total, 1.0), candidates, 1)
+            return jnp.where(total > 0, mean, denoise("accepted: otherwise", steered, x, t)).astype(x0.dtype)
+
+        def guided(x: Sample, t: Time) -> Sample:
+            outside = lambda: denoise("accepted: otherwise", steered, x, t)
+            return jax.lax.cond(within(t), lambda: good_mean(x, t), outside)
+
+        return guided
+
+    return guidance

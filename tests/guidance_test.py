@@ -301,3 +301,110 @@ def test_a_narrower_model_and_reward_are_guided():
         assert found.dtype == jnp.float32
         expected = guide(plain)(x, 1.0)
         np.testing.assert_allclose(found, expected, atol=0.03)
+
+
+# Two models
+
+
+@PROCESSES
+def test_classifier_free_guidance_adds_the_difference_of_two_scores(mixture, p, times):
+    # grad log p(y | x_t) is the difference of the scores of the good part and of all, so scale 2 adds it once more.
+    part, whole = mixture.part(True).denoiser(p), mixture.denoiser(p)
+    guided = guidance.classifier_free(whole, 2.0)(part)
+    classified = guidance.guide(p, mixture.log_good(p))(part)
+    for (alpha, sigma), (found, expected) in zip(levels(p, times), on_points(times, guided, classified), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=3e-6 * max(1.0, sigma**2 / alpha))
+
+
+@given(x=st.floats(-3, 3, width=32), scale=st.floats(-5, 20))
+def test_guidance_away_from_itself_is_none(x, scale):
+    x = np.float32([x, 0.3])
+    for guide in (guidance.classifier_free(plain, scale), guidance.classifier_free(lambda x, t: 0 * x, 1.0)):
+        np.testing.assert_allclose(guide(plain)(x, 3), plain(x, 3), rtol=1e-6)
+
+
+def test_classifier_free_guidance_in_an_interval():
+    x = POINTS[0]
+    guided = guidance.classifier_free(lambda x, t: 0 * x, 3.0, lambda t: t < 5)(plain)
+    np.testing.assert_allclose(guided(x, 4), 3 * plain(x, 4), rtol=1e-6)
+    np.testing.assert_array_equal(guided(x, 6), plain(x, 6))
+    with pytest.raises(ValueError, match="classifier_free: other: x_0 of the denoiser must"):
+        guidance.classifier_free(lambda x, t: x[:1], 2.0)(plain)(x, 4)
+    with pytest.raises(ValueError, match="classifier_free: scale must be"):
+        guidance.classifier_free(plain, np.nan)
+
+
+# The oracle
+
+
+@pytest.mark.parametrize(("n", "wide"), [(64, 1.0), (256, 3.0)])
+@pytest.mark.parametrize("shape", [(2,), (3, 2)])
+def test_draws_are_symmetric_and_white(n, wide, shape):
+    draws = guidance.normal_draws(n, shape, wide)
+    points, weights = np.float64(draws.points), np.float64(draws.weights)
+    assert points.shape == (n, *shape)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.tensordot(weights, points, 1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.tensordot(weights, points**2, 1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [-0.4, 0.6, 2.2])
+def test_the_accepted_mean_of_a_gaussian_is_a_truncated_normal(gaussian, limit):
+    # x_0 given x_t is exactly normal, so the mean above a limit has a closed form, m + s phi(z) / (1 - Phi(z)).
+    t, x = np.float32(0.3), np.float32([[0.1], [0.8], [-0.5]])
+    draws = guidance.normal_draws(4096, (1,), 3.0)
+    guided = guidance.accepted(EDM, lambda x: x[:, 0] > limit, draws, lambda t: t < 1)(gaussian.denoiser(EDM))
+    variance = 0.6**2
+    mean = (0.4 * t**2 + variance * np.float64(x[:, 0])) / (variance + t**2)
+    std = np.sqrt(variance * t**2 / (variance + t**2))
+    z = (limit - mean) / std
+    expected = mean + std * stats.norm.pdf(z) / stats.norm.sf(z)
+    found = np.asarray(jax.jit(jax.vmap(lambda x: guided(x, t)))(x))[:, 0]
+    # A quasi-random mean of n points is wrong by about 1 / n of the spread, over the share of the draws that count: of
+    # the wide half, because the draws beyond a limit that is rarely passed are theirs.
+    tolerance = 5 * std / 4096 / (0.5 * stats.norm.sf(z / 3))
+    np.testing.assert_array_less(np.abs(found - expected), tolerance)
+
+
+def test_where_the_oracle_accepts_all_or_nothing(gaussian):
+    model, x = gaussian.denoiser(EDM), np.float32([0.7])
+    draws = guidance.normal_draws(64, (1,))
+    other = lambda denoiser: lambda x, t: denoiser(x, t) + 5.0
+    within = lambda t: t < 1
+    everything = guidance.accepted(EDM, lambda x: x[:, 0] < jnp.inf, draws, within, other)(model)
+    nothing = guidance.accepted(EDM, lambda x: x[:, 0] > jnp.inf, draws, within, other)(model)
+    t = np.float32(0.3)
+    np.testing.assert_allclose(everything(x, t), model(x, t), rtol=1e-5)
+    np.testing.assert_allclose(nothing(x, t), model(x, t) + 5, rtol=1e-6)
+    np.testing.assert_allclose(everything(x, np.float32(2.0)), model(x, np.float32(2.0)) + 5, rtol=1e-6)
+
+
+def test_an_oracle_of_the_host_is_asked(gaussian):
+    on_host = lambda x: np.asarray(x)[:, 0] > 0.5
+    traced = lambda x: jax.pure_callback(on_host, jax.ShapeDtypeStruct(x.shape[:1], bool), x, vmap_method="sequential")
+    draws, t = guidance.normal_draws(64, (1,)), np.float32(0.3)
+    model = gaussian.denoiser(EDM)
+    xs = np.float32([[0.4], [0.7]])
+    guided = [guidance.accepted(EDM, f, draws, lambda t: t < 1)(model) for f in (traced, lambda x: x[:, 0] > 0.5)]
+    host, device = (jax.vmap(lambda x, denoiser=denoiser: denoiser(x, t))(xs) for denoiser in guided)
+    np.testing.assert_allclose(host, device, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: guidance.normal_draws(6, (2,)), "normal_draws: n / 4 must be"),
+        (lambda: guidance.normal_draws(0, (2,)), "normal_draws: n must be >= 4"),
+        (lambda: guidance.normal_draws(8, (2,), 0.5), "normal_draws: wide must be >= 1, got 0.5"),
+        (lambda: accepted_of(variance="full"), "accepted: variance must be"),
+        (lambda: accepted_of()(plain)(POINTS[0], 1), "accepted: a draw must"),
+    ],
+)
+def test_draws_and_their_choices_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def accepted_of(**choices):
+    draws = guidance.normal_draws(8, (3,))
+    return guidance.accepted(EDM, lambda x: x[:, 0] > 0, draws, lambda t: t < 5, **choices)
