@@ -19,6 +19,7 @@ from gendiff import training
 from gendiff.data import files
 
 C = TypeVar("C", bound="Config")
+T = TypeVar("T")
 
 
 class Between(NamedTuple):
@@ -128,6 +129,18 @@ def options(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple, Any]]:
             yield from options(value, f"{name}.")
         else:
             yield name, get_args(hint)[1:] if get_origin(hint) is Annotated else (), value
+
+
+def replaced(config: T, changes: Mapping[str, Any]) -> T:
+    """The configuration with other values; an option of a group is `group.option`, and lists become tuples."""
+    values: dict[str, Any] = {}
+    for name, value in changes.items():
+        group, dot, option = name.partition(".")
+        if dot:
+            values[group] = replaced(values.get(group, getattr(config, group)), {option: value})
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
 
 
 def of_program(config: Config) -> tuple:

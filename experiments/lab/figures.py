@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from experiments.lab.folder import writing
 from gendiff import distributed
 from gendiff.data import files
+from gendiff.metrics.calibration import Calibration
 
 GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 
@@ -89,18 +90,17 @@ def by_round(
     _save(figure, path)
 
 
-def calibration(path: Path, reports: Mapping[str, Any], alphas: Mapping[str, float]) -> None:
-    """Mean C against the noise level beside alpha, and reliability, for each classifier.
+def calibration(path: Path, reports: Mapping[str, tuple[Calibration, float]]) -> None:
+    """Draw each classifier's mean C against the noise level beside alpha, and its reliability.
 
     Args:
-      reports: title -> `gendiff.metrics.calibration.Calibration`.
-      alphas: title -> share of good samples that the classifier was made for.
+      reports: title -> (calibration, share alpha of good samples that the classifier was trained for).
     """
     figure, axes = plt.subplots(2, len(reports), figsize=(3.4 * len(reports), 6.4), squeeze=False)
-    for (above, below), (title, report) in zip(axes.T, reports.items(), strict=True):
+    for (above, below), (title, (report, alpha)) in zip(axes.T, reports.items(), strict=True):
         times = np.asarray(report.times)
         above.semilogx(times, report.mean, "o-", ms=3, color=GOOD, label="mean C")
-        above.axhline(alphas[title], color=LINE, ls=":", label=f"alpha = {alphas[title]:.4f}")
+        above.axhline(alpha, color=LINE, ls=":", label=f"alpha = {alpha:.4f}")
         above.set(xlabel="noise level", title=title)
         above.legend(fontsize=8)
         below.plot([0, 1], [0, 1], color=LINE, ls=":")

@@ -4,7 +4,6 @@ A file that cannot be read is named and left out; nothing is taken from a part o
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.lab.config import Config
+from experiments.lab.config import Config, replaced
 from experiments.lab.experiment import NAMES, Experiment, find
 from experiments.lab.folder import FORMAT, fields, flat
 from experiments.lab.table import Column
@@ -191,20 +190,9 @@ def difference(run: Run) -> Difference:
     usual = flat(fields(preset))
     changed = {name: value for name, value in options.items() if name not in usual or usual[name] != value}
     try:
-        return Difference(_replaced(preset, changed), changed)
+        return Difference(replaced(preset, changed), changed)
     except Exception:  # a class may say anything of options that are gone or of another type
         return Difference(None, changed)
-
-
-def _replaced(config: Any, changed: Mapping[str, Any]) -> Any:
-    values: dict[str, Any] = {}
-    for name, value in changed.items():
-        group, dot, option = name.partition(".")
-        if dot:
-            values[group] = _replaced(values.get(group, getattr(config, group)), {option: value})
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(config, **values)
 
 
 def describe(run: Run) -> str:
