@@ -1,10 +1,10 @@
-"""A grid of runs of one experiment, and one table of them: means, intervals and the number of seeds.
+"""A grid of runs of one experiment, and one table: means, intervals and the number of seeds.
 
     python -m experiments.sweep genneg.checkerboard --seeds 0:5 --grid points=500,1000 --preset smoke
 
-Runs that differ in seeds and in options that are arguments of programs, such as guidance_scale, go side by side: their
-trainings and samplers are one program.  Each run has a folder of its own, as if it had been started alone.  Finished
-runs are not done again, and stopped ones go on.  Other options are those of the experiment.
+Runs that differ only in seeds and in arguments of programs, such as guidance_scale, train and sample as one program.
+Each run has a folder of its own, as if it had been started alone.  The same command skips finished runs and continues
+stopped runs.  All other options are the experiment's.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ class Options:
     experiment: tyro.conf.Positional[str]
     """Such as genneg.checkerboard."""
     seeds: str = "0:5"
-    """First to last but one, 0:5, or a list, 0,3,7."""
+    """A range without its end, 0:5, or a list, 0,3,7."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FIELD=VALUE,VALUE.. ..]")] = ()
-    """Fields of the experiment's configuration and their values: all combinations are run."""
+    """Options of the experiment and their values; the sweep runs all combinations."""
     at_once: int = 8
-    """Runs side by side at most: memory is for all of them."""
+    """The most runs side by side, which share the memory."""
     output: Path | None = None
     """Folder; default: results/sweeps/<experiment>/<preset>."""
 
@@ -51,7 +51,7 @@ class Options:
         if self.output is not None:
             config.check_local("--output", self.output)
         if self.at_once < 1:
-            raise ConfigError(f"--at-once: expected 1 or more, given {self.at_once}")
+            raise ConfigError(f"--at-once must be 1 or more, got {self.at_once}")
 
 
 class Planned(NamedTuple):
@@ -62,35 +62,35 @@ class Planned(NamedTuple):
 
 
 MOST = 1000
-"""Runs of a sweep."""
+"""The most runs of a sweep."""
 
 
 def seeds(text: str) -> list[int]:
     """The seeds of `0:5` or `0,3,7`."""
     try:
         first, colon, last = text.partition(":")
-        found = range(int(first), int(last)) if colon else [int(each) for each in text.split(",")]
+        numbers = range(int(first), int(last)) if colon else [int(number) for number in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds must be such as 0:5 or 0,3,7, got {text}") from None
-    count = max(found.stop - found.start, 0) if isinstance(found, range) else len(found)
+    count = max(numbers.stop - numbers.start, 0) if isinstance(numbers, range) else len(numbers)  # len may overflow
     if not 1 <= count <= MOST:
         raise ConfigError(f"--seeds must name 1 to {MOST:,} seeds, got {text}, which names {count:,}")
-    config.check_distinct("--seeds", found)
-    return list(found)
+    config.check_distinct("--seeds", numbers)
+    return list(numbers)
 
 
 def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
     """All combinations of `field=value,value` for every field."""
     values: dict[str, list[str]] = {}
-    for each in text:
-        name, equals, given = each.partition("=")
+    fields = [field for field in fields if field not in ("seed", "output", "preset")]
+    for word in text:
+        name, equals, listed = word.partition("=")
         name = name.replace("-", "_")
-        if not equals or not all(given.split(",")):
-            raise ConfigError(f"--grid: expected FIELD=VALUE,VALUE.., given {each}")
-        if name not in fields or name in ("seed", "output", "preset") or name in values:
-            known = ", ".join(field for field in fields if field not in ("seed", "output", "preset"))
-            raise ConfigError(f"--grid: expected each of these fields once at most ({known}), given {name}")
-        values[name] = given.split(",")
+        if not equals or not all(listed.split(",")):
+            raise ConfigError(f"--grid must be FIELD=VALUE,VALUE.., got {word}")
+        if name not in fields or name in values:
+            raise ConfigError(f"--grid must name these fields once at most ({', '.join(fields)}), got {name}")
+        values[name] = listed.split(",")
         config.check_distinct(f"--grid {name}", values[name])
     if (count := math.prod(map(len, values.values()))) > MOST:
         raise ConfigError(f"--grid must have at most {MOST:,} combinations, got {count:,}")
@@ -98,10 +98,10 @@ def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
 
 
 def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
-    """Every run, with its folder; of an experiment that can make several seeds in one run, one each.
+    """The runs of a grid, with a folder and one seed each.
 
     Raises:
-      ConfigError: there are too many, a configuration is out of range, or two of them or their folders are the same.
+      ConfigError: they are too many, a configuration is out of range, or two configurations or folders are the same.
     """
     planned: list[Planned] = []
     names: dict[Any, str] = {}
@@ -114,17 +114,17 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
         name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
         words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
         own = [*one_seed, *others, *words, "--seed", str(seed), "--output", str(folder / name)]
-        parsed = config.parse(what.config, what.presets, own)
-        for same in (name, dataclasses.replace(parsed, output=None)):  # such as a-b of a/b, and 1 and 1.0
+        run = Planned(name, config.parse(what.config, what.presets, own))
+        for same in (name, dataclasses.replace(run.config, output=None)):  # such as a-b of a/b, and 1 and 1.0
             if same in names:
                 raise ConfigError(f"--grid must give different runs, got {names[same]} and {name}, which are the same")
             names[same] = name
-        planned.append(Planned(name, parsed))
+        planned.append(run)
     return planned
 
 
 def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
-    """Do the runs that are not finished, and return their errors, by run."""
+    """Do the runs that are not finished; return run -> error for those that failed."""
     done = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
     failed: dict[str, BaseException] = {}
     bar = tqdm(
@@ -133,7 +133,7 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
     )  # fmt: skip
     for part in parts([run for run in planned if run.name not in done], at_once):
         bar.set_postfix({"side by side": len(part)})
-        with quiet():  # as many bars as runs would overwrite each other; their metrics.jsonl have it all
+        with quiet():  # bars of several runs would overwrite one another; metrics.jsonl has their reports
             outcomes = what.run_all([run.config for run in part])
         for run, outcome in zip(part, outcomes, strict=True):
             if isinstance(outcome, BaseException):
@@ -150,7 +150,7 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
 
 
 def parts(planned: Sequence[Planned], at_once: int) -> list[list[Planned]]:
-    """Runs that go side by side, at most so many: those that share their programs."""
+    """Groups of at most `at_once` runs that share their programs."""
     groups: dict[Any, list[Planned]] = {}
     for run in planned:
         groups.setdefault(of_program(run.config), []).append(run)
@@ -159,9 +159,8 @@ def parts(planned: Sequence[Planned], at_once: int) -> list[list[Planned]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of the runs."""
-    before = Progress.bars
-    Progress.bars = False
+    """Hide the progress bars and the output of the runs."""
+    before, Progress.bars = Progress.bars, False
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -170,7 +169,7 @@ def quiet() -> Iterator[None]:
 
 
 def finished(what: Experiment, planned: Planned) -> bool:
-    """Whether the run has its results, of this configuration; damaged results are made again from the checkpoints."""
+    """Return True if the run has results of this configuration; damaged results are computed again."""
     folder = planned.config.output
     assert folder is not None
     warnings: list[str] = []
@@ -180,9 +179,9 @@ def finished(what: Experiment, planned: Planned) -> bool:
 
 
 def report(folder: Path, planned: Sequence[Planned]) -> str:
-    """The table of all runs that are finished, in table.md and sweep.json too."""
+    """Return the table of all finished runs, and write it to table.md and sweep.json."""
     warnings: list[str] = []
-    runs = [results.read(folder / each.name, warnings.append) for each in planned]
+    runs = [results.read(folder / run.name, warnings.append) for run in planned]
     joined = results.joined_runs([run for run in runs if run is not None and run.rows is not None], join_commits=True)
     blocks: list[str] = []
     document = []
@@ -213,11 +212,11 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
 
     def work() -> dict[str, BaseException]:
         start.start()
-        options, what, planned, folder = distributed.everywhere(asked)
+        options, what, planned, folder = distributed.everywhere(parsed)
         command.agree("the sweep", planned)
         distributed.first(lambda: config.make_folder(folder))
         failed = sweep(what, planned, folder, options.at_once)
@@ -236,8 +235,8 @@ def main() -> None:
         raise SystemExit(BAD_INPUT if mendable else 1)
 
 
-def asked() -> tuple[Options, Experiment, list[Planned], Path]:
-    """What the command line asks for."""
+def parsed() -> tuple[Options, Experiment, list[Planned], Path]:
+    """The sweep of the command line: its options, experiment, runs and folder."""
     config.check_words(sys.argv[1:])
     options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
     what = find(options.experiment)

@@ -56,7 +56,7 @@ infraction: share of samples off the filled cells. ELBO: of the reverse diffusio
 nats a point; at best -ln(area), the row `data`. ELBO gain: over the baseline, paired (same points, noise levels and
 noise); after one round it is ideally -ln(alpha). `rejection` and `smc` sample p(x | good), so their ELBO is the
 baseline's minus ln(alpha). For `rejection` alpha is the Heun sampler's; for `smc` SMC estimates it for its ancestral
-chain. outer density: density of the outer 5 % of a filled cell's width on each side, relative to uniform.
+chain. outer density: density of a filled cell's frame, 5 % of its width on each side, relative to uniform.
 evaluations: of a network as large as the baseline, (1 + 3 K) for one evaluation of K classifiers' guidance, divided by
 the share of accepted samples; for `smc` by its effective number of samples. oracle calls and seconds: to make the model
 and all models that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the

@@ -1,4 +1,4 @@
-"""Where numbers come from: the commit of the code, and the device."""
+"""The origin of numbers: the commit of the code, the device and the versions."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import jax
 
 
 def commit() -> str:
-    """The commit of the code, with "+changes" where the working tree differs from it."""
+    """The commit of the code, with "+changes" if the working tree differs from it."""
     try:
         return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain").strip() else "")
     except (OSError, subprocess.CalledProcessError):
@@ -17,7 +17,7 @@ def commit() -> str:
 
 
 def code() -> str:
-    """The commit, and what the working tree changes in it: two that run the same code have the same."""
+    """The commit and the changes of the working tree, which are equal for equal code."""
     try:
         return commit() + _git("diff", "HEAD")
     except (OSError, subprocess.CalledProcessError):
@@ -25,12 +25,12 @@ def code() -> str:
 
 
 def _git(*words: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def device() -> str:
-    """What ran: the accelerator's or processor's name, and how many."""
+    """The name and number of the accelerators, or of the processor's cores."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{len(jax.devices())} x {first.device_kind}"

@@ -1,4 +1,4 @@
-"""The rows of a table, and how they are printed in Markdown."""
+"""The rows of a table, printed in Markdown."""
 
 import math
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ class Row(NamedTuple):
     name: str
     metrics: dict[str, Estimate]
     paper: dict[str, float] = {}  # noqa: RUF012 (immutable use)
-    """What the paper reports for this row, in the same units; empty where it reports nothing."""
+    """The paper's numbers for this row, in the same units."""
 
 
 class Column(NamedTuple):
-    """How a metric is printed."""
+    """The format of a metric."""
 
     metric: str
     title: str
     percent: bool = False
     digits: int | None = 3
-    """After the point; None: four that count, for a metric that no experiment describes."""
+    """Digits after the point; None: four significant digits, for a metric that no experiment describes."""
 
 
 class Results(NamedTuple):
-    """What an experiment's `run` returns."""
+    """The results of a run."""
 
     rows: list[Row]
     folder: Path
@@ -39,7 +39,7 @@ class Results(NamedTuple):
 
 
 def table(rows: list[Row], columns: Sequence[Column]) -> str:
-    """The Markdown table: value [low, high] for each metric, and the paper's numbers where there are any."""
+    """The Markdown table: value [low, high] of every metric, and the paper's numbers."""
     papers = [column for column in columns if any(column.metric in row.paper for row in rows)]
     head = ["row", *[column.title for column in columns], *[f"paper: {column.title}" for column in papers]]
     body = [
@@ -57,7 +57,7 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def cell(estimate: Estimate | None, column: Column) -> str:
-    """value [low, high]; a count or a measured time has no interval, `-` was not measured."""
+    """value [low, high]; the value alone for a count or a time, `-` for None."""
     if estimate is None:
         return "-"
     text = number(estimate.value, column)
@@ -81,7 +81,7 @@ def number(value: float, column: Column) -> str:
 
 
 def over_seeds(tables: Sequence[Sequence[Row]]) -> list[Row]:
-    """One table from those of several seeds, which have the same rows."""
+    """The table over several seeds, whose tables have the same rows."""
     merged = []
     for same in zip(*tables, strict=True):
         names = same[0].metrics

@@ -153,7 +153,7 @@ def test_two_seeds_side_by_side_are_two_runs(whole: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "--preset: expected one of smoke, default, paper, given huge"),
+        (["--preset", "huge"], "--preset must be one of smoke, default, paper, got huge"),
         (["--preset", "smoke", "--rounds", "0"], "--rounds must be 1 to 20, got 0"),
         (["--preset", "smoke", "--cells", "1"], "--cells must be 2 to 32, got 1"),
     ],
