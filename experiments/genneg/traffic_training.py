@@ -9,13 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.genneg import programs as plan
-from experiments.genneg.traffic_problem import (
-    Purpose,
-    TrafficConfig,
-    classifier_network,
-    denoiser_network,
-    problem,
-)
+from experiments.genneg.traffic_problem import Purpose, TrafficConfig, classifier_network, denoiser_network, problem
 from experiments.lab.config import ConfigError, replaced
 from experiments.lab.phases import Run
 from experiments.lab.programs import KEY, Lower, Program, abstract, first, many, of, placed, planned, trained

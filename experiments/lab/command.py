@@ -74,6 +74,14 @@ def end(error: BaseException) -> None:
     leave(*(known or ("", 1)))
 
 
+def attempt(work: Callable[[], T]) -> T | Exception:
+    """Return `work()` of one run, or its error (see `go_on`)."""
+    try:
+        return work()
+    except Exception as error:
+        return go_on(error)
+
+
 def go_on(error: Exception) -> Exception:
     """Return the error of one run, so that the other runs continue.
 

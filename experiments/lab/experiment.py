@@ -5,6 +5,7 @@ The command line, the sweep and the pages of results read it.
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,40 +70,29 @@ class Experiment(NamedTuple):
 
     def run_all(self, configs: Sequence[Any]) -> list[Results | BaseException]:
         """Run configurations that share their programs (`config.of_program`); if one fails, the others continue."""
-        try:
-            data = self.load(configs[0])
-        except Exception as error:
-            return [command.go_on(error)] * len(configs)
-        opened = [self._opened(config) for config in configs]
+        data = command.attempt(lambda: self.load(configs[0]))
+        if isinstance(data, Exception):
+            return [data] * len(configs)
+        open_runs = lambda config: phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
+        opened = [command.attempt(partial(open_runs, config)) for config in configs]
         members = [run for outcome in opened if isinstance(outcome, list) for run in outcome]
         for run in members:
             run.data = data
-        try:
-            if members:
-                self.table(Lab(members))
-        except Exception as error:
-            for run in members:
-                run.error = run.error or command.go_on(error)
-        return [self._finished(outcome) if isinstance(outcome, list) else outcome for outcome in opened]
+        error = command.attempt(lambda: self.table(Lab(members))) if members else None
+        for run in members:
+            run.error = run.error or error
+        finish = lambda members: command.attempt(partial(self._finished, members))
+        return [finish(outcome) if isinstance(outcome, list) else outcome for outcome in opened]
 
-    def _opened(self, config: Any) -> list[Run] | BaseException:
-        try:
-            return phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
-        except Exception as error:
-            return command.go_on(error)
-
-    def _finished(self, members: list[Run]) -> Results | BaseException:
+    def _finished(self, members: list[Run]) -> Results:
+        for run in members:
+            run.progress.close()
+            if run.error is not None:
+                raise run.error
         first = members[0]
-        try:
-            for run in members:
-                run.progress.close()
-                if run.error is not None:
-                    raise run.error
-            rows = first.rows if len(members) == 1 else over_seeds([run.rows for run in members])
-            self.figures(first.folder.path, members, rows)
-            return first.folder.finish(rows, self.columns, self.notes(members, rows))
-        except Exception as error:
-            return command.go_on(error)
+        rows = first.rows if len(members) == 1 else over_seeds([run.rows for run in members])
+        self.figures(first.folder.path, members, rows)
+        return first.folder.finish(rows, self.columns, self.notes(members, rows))
 
     def main(self) -> None:
         """Run the command line."""

@@ -64,12 +64,9 @@ def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], lim
 
 
 def by_round(
-    path: Path,
-    curves: Mapping[str, Sequence[tuple[float, float, float]]],
-    stars: Mapping[str, Mapping[int, float]],
-    lines: Mapping[str, float],
-    logarithmic: Sequence[str] = (),
-) -> None:
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float, float]]], stars: Mapping[str, Mapping[int, float]],
+    lines: Mapping[str, float], logarithmic: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Draw each quantity against the round, with intervals (2307.16463, Fig. 3).
 
     Args:
@@ -119,9 +116,7 @@ def calibration(path: Path, reports: Mapping[str, tuple[Calibration, float]]) ->
     _save(figure, path)
 
 
-def image_sheets(
-    path: Path, sheets: Mapping[str, tuple[np.ndarray, np.ndarray]], across: int = 10, down: int = 6
-) -> None:
+def image_sheets(path: Path, sheets: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Draw sheets of images (n, h, w, 1) in [-1, 1], with red frames around malign images.
 
     Args:
@@ -130,15 +125,15 @@ def image_sheets(
     figure, axes = _grid(len(sheets), 3.6, 2.5)
     for axis, (title, (images, benign)) in zip(axes, sheets.items(), strict=False):
         axis.axis("off")
-        axis.imshow(_sheet(images[: across * down], benign[: across * down], across, down), interpolation="nearest")
+        axis.imshow(_sheet(images[:60], benign[:60], 10, 6), interpolation="nearest")
         axis.set_title(f"{title}: {(~benign).sum()} of {len(benign)} malign", fontsize=8)
     _save(figure, path)
 
 
-def error_sheet(path: Path, images: np.ndarray, wrong: np.ndarray, across: int = 15) -> None:
+def error_sheet(path: Path, images: np.ndarray, wrong: np.ndarray) -> None:
     """Draw images (n, h, w, 1) in [-1, 1], with red frames around wrong ones; without images draw nothing."""
     if len(images):
-        shown = np.kron(_sheet(images, ~wrong, across, -(-len(images) // across)), np.ones((3, 3, 1)))
+        shown = np.kron(_sheet(images, ~wrong, 15, -(-len(images) // 15)), np.ones((3, 3, 1)))
         with writing(path):
             distributed.first(lambda: files.store(path, lambda file: plt.imsave(file, shown, format="png")))
 
@@ -234,32 +229,25 @@ def histograms(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
 
 
 def plans(
-    path: Path,
-    rows: Mapping[str, Sequence[np.ndarray]],
-    walls: np.ndarray,
-    goals: Sequence[tuple[float, float]],
-    most: int = 40,
+    path: Path, rows: Mapping[str, Sequence[np.ndarray]], walls: np.ndarray, goals: Sequence[tuple[float, float]]
 ) -> None:
-    """Draw paths (n, horizon, 2) of each model (a row) for each goal (a column), with dots at their ends."""
+    """Draw 40 paths (n, horizon, 2) of each model (a row) for each goal (a column), with dots at their ends."""
     figure, axes = plt.subplots(len(rows), len(goals), figsize=(1.9 * len(goals), 1.8 * len(rows)), squeeze=False)
     for line, (name, by_goal) in zip(axes, rows.items(), strict=True):
         for axis, paths, goal in zip(line, by_goal, goals, strict=True):
             _maze(axis, walls)
-            for points in paths[:most]:
+            for points in paths[:40]:
                 axis.plot(points[:, 1], points[:, 0], color=GOOD, lw=0.4, alpha=0.5)
-            axis.scatter(paths[:most, -1, 1], paths[:most, -1, 0], s=5, color=LINE, zorder=3, lw=0)
+            axis.scatter(paths[:40, -1, 1], paths[:40, -1, 0], s=5, color=LINE, zorder=3, lw=0)
             axis.plot(goal[1], goal[0], "x", color=BAD, ms=7, mew=1.5, zorder=4)
         line[0].set_ylabel(name, fontsize=8)
     _save(figure, path)
 
 
 def denoising(
-    path: Path,
-    rows: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    times: Sequence[int],
-    walls: np.ndarray,
+    path: Path, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], times: Sequence[int], walls: np.ndarray,
     goal: tuple[float, float],
-) -> None:
+) -> None:  # fmt: skip
     """Draw a path (times, horizon, 2) from noise to data, coloured by the reward (times, horizon) of its windows within
     each panel (2306.01804, Fig. 1)."""
     figure, axes = plt.subplots(len(rows), len(times), figsize=(1.9 * len(times), 1.9 * len(rows)), squeeze=False)

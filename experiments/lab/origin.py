@@ -10,23 +10,22 @@ import jax
 
 def commit() -> str:
     """The commit of the code, with "+changes" if the working tree differs from it."""
-    try:
-        return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    head = _git("rev-parse", "HEAD").strip()
+    return head + ("+changes" if _git("status", "--porcelain").strip() else "") if head else "unknown"
 
 
 def code() -> str:
     """The commit and the changes of the working tree, which are equal for equal code."""
-    try:
-        return commit() + _git("diff", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return commit()
+    return commit() + _git("diff", "HEAD")
 
 
 def _git(*words: str) -> str:
-    folder = Path(__file__).parent
-    return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+    """The output of a git command; empty without git or a repository."""
+    try:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def device() -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from experiments.lab import results
 from experiments.lab.experiment import NAMES, Experiment
 from experiments.lab.reproduce import today
-from experiments.lab.results import Measured, Run, Table, cleaned, difference, expected, joined_rows, joined_runs, known
-from experiments.lab.table import cell, markdown, theirs
+from experiments.lab.results import Run, Table, cleaned, difference, expected, joined_rows, joined_runs, known
+from experiments.lab.table import Row, cell, markdown, theirs
 
 INTERVALS = (
     "Intervals are 95 %: over several seeds Student's, else the run's own, which its notes explain. "
@@ -84,9 +84,9 @@ def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = Fa
     yield f"No results. Run {code(f'python -m experiments.{name}')}."
     paper = known(name).paper
     if paper and paper.rows:
-        rows = {row: Measured({}, dict(numbers)) for row, numbers in paper.rows.items()}
-        columns = results.columns(name, list(rows.values()))
-        body = [[code(row), *(theirs(own, column) for column in columns)] for row, own in rows.items()]
+        rows = [Row(row, {}, dict(numbers)) for row, numbers in paper.rows.items()]
+        columns = results.columns(name, rows)
+        body = [[code(row.name), *(theirs(row, column) for column in columns)] for row in rows]
         yield "The paper's numbers:"
         yield markdown(["row", *(column.title for column in columns)], body)
 
@@ -126,7 +126,7 @@ def comparison(table: Table) -> str:
     paper = known(name).paper
     rows = joined_rows(table)
     for row in expected(table):
-        rows.setdefault(row, (Measured({}, dict(paper.rows.get(row, {}) if paper else {})), 0))
+        rows.setdefault(row, (Row(row, {}, dict(paper.rows.get(row, {}) if paper else {})), 0))
     columns = results.columns(name, [measured for measured, _ in rows.values()])
     reported = {metric for measured, _ in rows.values() for metric in measured.paper}
     head, body = ["row"], []

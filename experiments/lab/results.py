@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from experiments.lab.config import Config, replaced
 from experiments.lab.experiment import NAMES, Experiment, find
 from experiments.lab.folder import FORMAT, fields, flat
-from experiments.lab.table import Column
+from experiments.lab.table import Column, Row
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
 
@@ -38,13 +38,6 @@ def known(name: str) -> Experiment:
 # Runs.
 
 
-class Measured(NamedTuple):
-    """A row of results.json."""
-
-    metrics: dict[str, Estimate]
-    paper: dict[str, float]
-
-
 class Report(NamedTuple):
     """A line of metrics.jsonl."""
 
@@ -61,7 +54,7 @@ class Run(NamedTuple):
     """Option -> value, without the folder; options of a group are `group.option`."""
     format: int
     """The file's format; formats other than `folder.FORMAT` have other options."""
-    rows: dict[str, Measured] | None = None
+    rows: dict[str, Row] | None = None
     """None: unfinished."""
     commit: str = "unknown"
     device: str = "unknown"
@@ -120,7 +113,7 @@ def read(folder: Path, warn: Callable[[str], None]) -> Run | None:
             raise ValueError("experiment, preset, seed or format is of another type")
         run = Run(folder, held["experiment"], options, number)
         if path.name == "results.json":
-            rows = dict(map(_row, held["rows"]))
+            rows = {row.name: row for row in map(_row, held["rows"])}
             run = run._replace(rows=rows, commit=str(held["commit"]), device=str(held["device"]))
         return run._replace(reports=tuple(_reports(folder / "metrics.jsonl")))
     except FileNotFoundError:
@@ -131,9 +124,9 @@ def read(folder: Path, warn: Callable[[str], None]) -> Run | None:
         return None
 
 
-def _row(row: Mapping[str, Any]) -> tuple[str, Measured]:
+def _row(row: Mapping[str, Any]) -> Row:
     metrics = {name: _estimate(estimate) for name, estimate in row["metrics"].items()}
-    return str(row["name"]), Measured(metrics, {name: float(value) for name, value in row["paper"].items()})
+    return Row(str(row["name"]), metrics, {name: float(value) for name, value in row["paper"].items()})
 
 
 def _estimate(fields: Mapping[str, Any]) -> Estimate:
@@ -268,7 +261,7 @@ def joined(estimates: Sequence[Estimate], share: bool = False) -> Estimate:
     return rates.over_trials(estimates, least=len(estimates) + 1)
 
 
-def joined_rows(table: Table) -> dict[str, tuple[Measured, int]]:
+def joined_rows(table: Table) -> dict[str, tuple[Row, int]]:
     """Row -> its metrics over seeds, and the number of runs that have it."""
     # A difference of shares is in per cent too, but may be below 0.
     described = known(table.first.experiment).columns
@@ -281,7 +274,7 @@ def joined_rows(table: Table) -> dict[str, tuple[Measured, int]]:
             metric: joined([row.metrics[metric] for row in same if metric in row.metrics], metric in shares)
             for metric in metrics
         }
-        rows[name] = Measured(measured, same[0].paper), len(same)
+        rows[name] = same[0]._replace(metrics=measured), len(same)
     return rows
 
 
@@ -291,7 +284,7 @@ def expected(table: Table) -> list[str]:
     return [] if config is None else known(table.first.experiment).rows(config)
 
 
-def columns(experiment: str, rows: Iterable[Measured]) -> list[Column]:
+def columns(experiment: str, rows: Iterable[Row]) -> list[Column]:
     """The experiment's columns that any row has, and then other metrics."""
     metrics = dict.fromkeys(metric for row in rows for metric in (*row.metrics, *row.paper))
     titled = [column for column in known(experiment).columns if column.metric in metrics]

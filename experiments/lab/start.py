@@ -102,9 +102,6 @@ def remove_torn_entries() -> None:
         for path in Path(folder).glob(f"{glob.escape(entry[1])}-*"):
             path.unlink(missing_ok=True)
         reason = str(message).split(": ", 1)[-1]
-        print(
-            f"warning: removed the entries of {entry[1]} from the compile cache {folder} ({reason})",
-            file=sys.stderr,
-        )
+        print(f"warning: removed the entries of {entry[1]} from the compile cache {folder} ({reason})", file=sys.stderr)
 
     warnings.showwarning = heal

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tabulate import tabulate
 
@@ -66,7 +66,7 @@ def cell(estimate: Estimate | None, column: Column) -> str:
     return f"{text} [{number(estimate.low, column)}, {number(estimate.high, column)}]"
 
 
-def theirs(row: Any, column: Column) -> str:
+def theirs(row: Row, column: Column) -> str:
     """The paper's number of a row, `-` if it reports none."""
     return number(row.paper[column.metric], column) if column.metric in row.paper else "-"
 
