@@ -212,7 +212,6 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
 
 
 def main() -> None:
-    """Run the command line."""
 
     def work() -> dict[str, BaseException]:
         start.start()

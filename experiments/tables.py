@@ -43,7 +43,6 @@ class Options:
 
 
 def main() -> None:
-    """Run the command line."""
     options = tyro.cli(Options, prog="python -m experiments.tables", description=__doc__)
     try:
         for path in (*options.roots, options.output, *filter(None, [options.docs])):

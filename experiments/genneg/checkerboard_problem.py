@@ -60,7 +60,7 @@ class CheckerboardConfig(Config):
     mode: Literal["stack", "distill"] = "stack"
     """Add a round's classifier to the stack, or distil it into the model at once."""
     seeds: Annotated[int, Between(1, 100)] = 1
-    """Independent runs, side by side; with more than one, intervals are over the runs (Student)."""
+    """Independent runs, side by side; for several runs, intervals are over them (Student)."""
 
     network: Network = Network()
     """The denoiser's."""
@@ -82,7 +82,7 @@ class CheckerboardConfig(Config):
     """Answers of the teacher from which a student learns."""
 
     guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
+    """Factor on the classifiers' guidance in evaluations; models that others learn from, and `smc`, have 1."""
     sampler_steps: Annotated[int, Between(2, 10_000)] = 18
     """Heun steps, for synthetic data and evaluation alike."""
     smc: Smc = Smc(100)
@@ -146,7 +146,6 @@ def student_network(config: CheckerboardConfig) -> ResidualMLP:
 
 
 def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
-    """The network of every classifier."""
     return MLPClassifier(config.classifier_network.width, config.classifier_network.depth, data_std=DATA_STD)
 
 
@@ -213,13 +212,11 @@ def base_training(run: Run) -> training.Training:
 
 
 def classifier_training(config: CheckerboardConfig) -> genneg.ClassifierTraining:
-    """The settings of classifiers."""
     settings = config.classifier.settings(0.998, 500, 200)
     return genneg.ClassifierTraining(settings, config.classifier.batch // 2, config.weighting, config.select)
 
 
 def student_training(config: CheckerboardConfig) -> genneg.StudentTraining:
-    """The settings of distilled and refitted models."""
     return genneg.StudentTraining(config.student.settings(0.998, 500, 200), config.student.batch)
 
 

@@ -171,10 +171,10 @@ def calibration_table(run: Run, gains: Mapping[str, float]) -> str:
     before, body = 0.0, []
     for name, (report, alpha) in calibrations(run).items():
         gain = gains[name]
-        seen = gain - (0.0 if name == "replay" else before)
+        added = gain - (0.0 if name == "replay" else before)
         before = gain
         gap, error = float(np.abs(np.asarray(report.mean) - alpha).max()), float(np.mean(report.error))
-        body.append([name, f"{alpha:.4f}", f"{gap:.4f}", f"{error:.4f}", f"{-np.log(alpha):+.4f}", f"{seen:+.4f}"])
+        body.append([name, f"{alpha:.4f}", f"{gap:.4f}", f"{error:.4f}", f"{-np.log(alpha):+.4f}", f"{added:+.4f}"])
     return markdown(head, body)
 
 
@@ -193,7 +193,6 @@ class Smc:
     """Independent populations."""
 
     def length(self, sampler_steps: int) -> int:
-        """The number of ancestral steps."""
         return self.steps or sampler_steps
 
 
@@ -214,9 +213,9 @@ def _populations(
 
     def of_key(arguments: tuple[PRNGKey, Any]) -> smc.Population:
         key, condition = arguments
-        here = genneg.bound(problem, guided, condition)
-        plain, steered = genneg.denoiser(problem, Guided(here.theta)), genneg.denoiser(problem, here)
-        twist = genneg.twist(problem, here)
+        model = genneg.bound(problem, guided, condition)
+        plain, steered = genneg.denoiser(problem, Guided(model.theta)), genneg.denoiser(problem, model)
+        twist = genneg.twist(problem, model)
         return smc.twisted(problem.process, plain, steered, twist, grid, key, problem.shape, particles)
 
     return distributed.chunked(of_key, (keys, conditions), chunk, mesh, cut=False)
@@ -261,10 +260,10 @@ def one_of_each(
         good = verdicts.all(1).reshape(size, particles)
         for i in np.flatnonzero(good.any(1) & (np.arange(first, first + size) < n)):
             population = jax.tree.map(lambda a: a[i], drawn)  # noqa: B023 (used at once)
-            judged = smc.judge(population, good[i], jax.random.fold_in(key, n + first + i))
-            samples.append(np.asarray(judged.samples[0]))
+            chosen = smc.judge(population, good[i], jax.random.fold_in(key, n + first + i))
+            samples.append(np.asarray(chosen.samples[0]))
             numbers.append(first + int(i))
-            effective[first + int(i)] = float(judged.effective)
+            effective[first + int(i)] = float(chosen.effective)
         run.progress("smc", min(first + size, n), n, {"good": len(samples)})
     kept = np.asarray(samples, np.float32).reshape(-1, *problem.shape)
     return Chosen(kept, np.asarray(numbers, int), effective, np.asarray(np.median(seconds[1:]) / size))
@@ -275,12 +274,12 @@ def pooled(drawn: smc.Population, problem: OracleProblem, key: PRNGKey) -> dict[
     count = len(drawn.log_weights)
     joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), drawn._replace(resampled=jnp.zeros((1, 1))))
     good = jnp.asarray(genneg.verdicts(problem.oracle, np.asarray(joined.particles)))
-    judged = smc.judge(joined, good, key)
+    chosen = smc.judge(joined, good, key)
     # Populations are independent, so their own estimates of alpha give the interval of the pooled one.
     estimates = np.exp(drawn.log_weights) * np.asarray(good).reshape(count, -1)
     estimate = rates.mean(estimates.mean(1))
-    interval = np.log(np.maximum([estimate.low, estimate.high], 1e-12)) - float(judged.log_alpha)
-    return judged._asdict() | {"log_alpha_interval": interval, "resampled": drawn.resampled}
+    interval = np.log(np.maximum([estimate.low, estimate.high], 1e-12)) - float(chosen.log_alpha)
+    return chosen._asdict() | {"log_alpha_interval": interval, "resampled": drawn.resampled}
 
 
 def alpha_of(result: dict[str, Any]) -> Estimate:

@@ -23,14 +23,14 @@ def classifier(
     """
     pool = Synthetic(samples, samples, 1, 1)
 
-    def asked(batch: int) -> training.Training:
+    def job(batch: int) -> training.Training:
         sized = settings._replace(half=batch // 2)
         make = lambda key, conditions: genneg.classifier_training(
             problem, pool, pool, new(key), sized, key, conditions=conditions
         )
         return abstract(make, KEY, conditions)
 
-    return trained(what, unit, 2 * settings.half, asked, pool=True)
+    return trained(what, unit, 2 * settings.half, job, pool=True)
 
 
 def stack(theta: Params, phi: Params, classifiers: int) -> Guided:

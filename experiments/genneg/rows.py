@@ -93,22 +93,17 @@ class Fit(NamedTuple):
 
 
 def classifier(
-    lab: Lab,
-    phase: str,
-    problem: OracleProblem,
-    settings: genneg.ClassifierTraining,
-    fit: Callable[[Run], Fit],
-    conditions: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
+    lab: Lab, phase: str, problem: OracleProblem, settings: genneg.ClassifierTraining, fit: Callable[[Run], Fit],
+    conditions: Any = None, mesh: jax.sharding.Mesh | None = None,
+) -> None:  # fmt: skip
     """Fit a classifier to samples with the oracle's verdicts."""
     fits: dict[Run, Fit] = {}
 
-    def asked(run: Run) -> training.Training:
+    def job(run: Run) -> training.Training:
         train, held_out, start, key, density = fits[run] = fit(run)
         return genneg.classifier_training(problem, train, held_out, start, settings, key, density, conditions)
 
-    lab.train(phase, asked, lambda run, state: genneg.fitted(state, fits[run].train, settings), mesh)
+    lab.train(phase, job, lambda run, state: genneg.fitted(state, fits[run].train, settings), mesh)
 
 
 def rounds(
@@ -163,31 +158,22 @@ def replay(run: Run, problem: OracleProblem, numbers: Sequence[int], start: Para
 
 
 def distilled(
-    lab: Lab,
-    phase: str,
-    problem: OracleProblem,
-    lesson: Callable[[Run], genneg.Lesson],
-    settings: genneg.StudentTraining,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
+    lab: Lab, phase: str, problem: OracleProblem, lesson: Callable[[Run], genneg.Lesson],
+    settings: genneg.StudentTraining, mesh: jax.sharding.Mesh | None = None,
+) -> None:  # fmt: skip
     """Distil a guided model into one network."""
 
     def compute(members: list[Run]) -> list[Params]:
-        asked = genneg.distill_trainings(problem, [lesson(run) for run in members], settings, lab.mesh)
-        return lab.trained(phase, members, asked, mesh=mesh)
+        jobs = genneg.distill_trainings(problem, [lesson(run) for run in members], settings, lab.mesh)
+        return [state.best for state in lab.trained(phase, members, jobs, mesh)]
 
     lab.together(phase, compute)
 
 
 def refitted(
-    lab: Lab,
-    phase: str,
-    problem: OracleProblem,
-    points: Callable[[Run], Points],
-    settings: genneg.StudentTraining,
-    key: Key,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
+    lab: Lab, phase: str, problem: OracleProblem, points: Callable[[Run], Points], settings: genneg.StudentTraining,
+    key: Key, mesh: jax.sharding.Mesh | None = None,
+) -> None:  # fmt: skip
     """Train the baseline on with accepted samples."""
-    asked = lambda run: genneg.refit_training(problem, points(run), run["baseline"], settings, key(run))
-    lab.train(phase, asked, mesh=mesh)
+    job = lambda run: genneg.refit_training(problem, points(run), run["baseline"], settings, key(run))
+    lab.train(phase, job, mesh=mesh)

@@ -252,7 +252,6 @@ def smc_scenes(lab: Lab, model: rows.Model, run: Run) -> measures.Chosen:
 
 
 def add_smc(run: Run) -> None:
-    """Add the samples of SMC."""
     chosen, config, n = run["smc"], run.config, run.config.smc.populations
     good = len(chosen.samples)
     estimates: dict[str, Estimate] = {}
@@ -283,9 +282,10 @@ def notes(members: Sequence[Run], table: Sequence[Row]) -> str:
     maps = run.data.scenes["test"].world[numbers(run, run.config.samples)]
     signed = lambda estimate: f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
     for name, other in COMPARED:
-        one, two = run[f"evaluate/{name}"], run[f"evaluate/{other}"]
-        rate = rates.paired(~one.holds.all(1), ~two.holds.all(1), maps)
-        body.append([f"`{name}` - `{other}`", signed(rates.scaled(rate, 100)), signed(rates.mean(one.elbo - two.elbo))])
+        row, base = run[f"evaluate/{name}"], run[f"evaluate/{other}"]
+        rate = rates.paired(~row.holds.all(1), ~base.holds.all(1), maps)
+        gain = rates.mean(row.elbo - base.elbo)
+        body.append([f"`{name}` - `{other}`", signed(rates.scaled(rate, 100)), signed(gain)])
     compared = markdown(["rows", "infraction, points", "r-ELBO"], body)
     return f"{NOTES}\n\n{' '.join(run.remarks)}\n\n{PAIRED}\n\n{compared}"
 
@@ -320,7 +320,7 @@ ROWS = [
     "data", "baseline", "by-scene-unweighted", "by-scene", "by-agent-unweighted", "by-agent", "by-agent-stacked",
     "distilled-1", "distilled-2", "time-independent", "by-pair", "by-pair-stronger", "rejection", "refit", "smc",
 ]  # fmt: skip
-"""Rows of every run; those on recorded maps depend on the maps."""
+"""The rows of every run; recorded maps add more."""
 EXPERIMENT = Experiment(
     "genneg.traffic", TrafficConfig, PRESETS, table, COLUMNS, lambda config: ROWS,
     Paper("Don't be so negative! Score-based generative modeling with oracle-assisted guidance", "2307.16463",

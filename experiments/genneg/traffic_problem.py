@@ -104,7 +104,7 @@ class TrafficConfig(Config):
     least_signal: Annotated[float, Between(0.0, 1.0)] = 0.95
     """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
     guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
+    """Factor on the classifiers' guidance in evaluations; models that others learn from, and `smc`, have 1."""
     stronger: Annotated[float, Between(0.0, 100.0), SameProgram()] = 2.0
     """A further factor, of the row `by-pair-stronger` alone."""
     student: Training = Training(4000)
@@ -195,7 +195,6 @@ def load(config: TrafficConfig) -> Sets:
 
 
 def splits_of(config: TrafficConfig) -> dict[str, data.Scenes]:
-    """The scenes of each split."""
     if config.source == "embedded":
         return scenes.embedded()
     if config.source == "tfds":
@@ -214,12 +213,10 @@ def denoiser_network(config: TrafficConfig) -> SceneNetwork:
 
 
 def classifier_network(config: TrafficConfig, head: Head) -> SceneNetwork:
-    """The network of a classifier."""
     return SceneNetwork(UNITS, head, **dataclasses.asdict(config.classifier_network))
 
 
 def chain(config: TrafficConfig) -> Process:
-    """The process of a configuration."""
     if config.chain == "edm":
         return process.edm()
     times = process.power_times(config.steps, config.time_power)

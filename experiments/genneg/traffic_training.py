@@ -52,14 +52,12 @@ def streamed(examples: Any, config: TrafficConfig) -> Any:
 
 
 def student_training(config: TrafficConfig) -> genneg.StudentTraining:
-    """The settings of distilled and refitted models."""
     return genneg.StudentTraining(config.student.settings(0.998, 250, 100), config.student.batch)
 
 
 def classifier_training(
     config: TrafficConfig, weighting: Literal["importance", "none"] = "importance"
 ) -> genneg.ClassifierTraining:
-    """The settings of classifiers."""
     settings = config.classifier.settings(0.998, 250, 100)
     return genneg.ClassifierTraining(settings, config.classifier.batch // 2, weighting, validation=256)
 

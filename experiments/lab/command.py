@@ -121,7 +121,6 @@ def traced() -> bool:
 
 
 def leave(message: str, status: int) -> NoReturn:
-    """End the process."""
     if message:
         tqdm.write(f"{distributed.name()}{message}", file=sys.stderr)  # on a line of its own beside a bar
         sys.stderr.flush()

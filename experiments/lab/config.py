@@ -102,7 +102,6 @@ class Validated(Training):
     """Steps without a better validation loss after which training stops; default: it never stops early."""
 
     def settings(self, decay: float, every: int, warmup: int, **others: Any) -> training.Settings:
-        """The settings of `training.train`."""
         return super().settings(decay, every, warmup, patience=self.patience, **others)
 
 
@@ -172,7 +171,7 @@ def check_words(words: Sequence[str]) -> None:
         if word.startswith("--"):
             option = word.partition("=")[0]
         if word in ("", f"{option}="):
-            raise ConfigError(f"{option} must have a value, got an empty one: leave it out")
+            raise ConfigError(f"{option} must have a value, got an empty value: leave it out")
 
 
 def make_folder(path: Path) -> None:

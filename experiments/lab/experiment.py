@@ -95,7 +95,6 @@ class Experiment(NamedTuple):
         return first.folder.finish(rows, self.columns, self.notes(members, rows))
 
     def main(self) -> None:
-        """Run the command line."""
         command.main(self.config, self.presets, self.run)
 
 

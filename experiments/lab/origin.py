@@ -45,5 +45,4 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and JAX."""
     return {"python": platform.python_version(), "jax": jax.__version__}

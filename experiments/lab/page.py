@@ -67,7 +67,6 @@ def _summary(name: str, own: Sequence[Run], join_commits: bool) -> list[str]:
 
 
 def of_paper(name: str) -> str:
-    """The paper of an experiment."""
     paper = known(name).paper
     if paper is None:
         return "Its packages are not installed." if name in NAMES else "Of no paper."

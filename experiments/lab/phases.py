@@ -43,7 +43,6 @@ class Run:
         self.error: BaseException | None = None
 
     def __getitem__(self, phase: str) -> Any:
-        """The result of a phase."""
         return self.results[phase]
 
     def key(self, purpose: int) -> Array:
@@ -58,13 +57,11 @@ class Run:
         """Wall-clock time of phases; a phase of several runs counts the time of all."""
         return sum(self.archive.seconds[phase] for phase in phases)
 
-    def hosted(
-        self, phase: str, asked: training.Training, mesh: jax.sharding.Mesh | None = None
-    ) -> training.Training:  # fmt: skip
+    def hosted(self, phase: str, job: training.Training, mesh: jax.sharding.Mesh | None) -> training.Training:
         """The training with this run's checkpoints and reports, on a mesh."""
-        report = lambda step, metrics: self.progress(phase, step, asked.settings.steps, metrics)
-        host = training.Host(mesh, self.archive.steps(phase), report, asked.host.fully_sharded)
-        return asked._replace(host=host)
+        report = lambda step, metrics: self.progress(phase, step, job.settings.steps, metrics)
+        host = training.Host(mesh, self.archive.steps(phase), report, job.host.fully_sharded)
+        return job._replace(host=host)
 
 
 class Lab:
@@ -99,9 +96,7 @@ class Lab:
         def check(run: Run) -> None:
             for name, value in checksums(run).items():
                 if name not in run[phase] or int(run[phase][name]) != int(value):
-                    raise ConfigError(
-                        f"--output must be of the same {phase}, got another {name} set than it began with"
-                    )
+                    raise ConfigError(f"--output must be of the same {phase}, got another {name} set than before")
 
         self.each(check)
 
@@ -152,41 +147,33 @@ class Lab:
                 self._guard(run, partial(_keep, phase, result, seconds, kind))
 
     def train(
-        self,
-        phase: str,
-        asked: Callable[[Run], training.Training],
+        self, phase: str, job: Callable[[Run], training.Training],
         result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
-        mesh: jax.sharding.Mesh | None = None,
-        shared: bool = False,
-    ) -> None:
+        mesh: jax.sharding.Mesh | None = None, shared: bool = False,
+    ) -> None:  # fmt: skip
         """Train a phase of all runs, in one program where they agree.
 
         Args:
-          asked: run -> the training.  Only `fully_sharded` of its host counts.
+          job: run -> the training.  Only `fully_sharded` of its host counts.
           result: (run, last state) -> the phase's result; default: the best parameters.
           mesh: for a run that trains alone.
           shared: all runs have the same training, so train once.
         """
 
         def compute(members: list[Run]) -> list[Any]:
-            if not shared:
-                return self.trained(phase, members, [asked(run) for run in members], result, mesh)
-            (state,) = self.trained(phase, members[:1], [asked(members[0])], lambda run, state: state, mesh)
-            return [result(run, state) for run in members]
+            trained = members[:1] if shared else members
+            states = self.trained(phase, trained, [job(run) for run in trained], mesh)
+            states = states * len(members) if shared else states
+            return [result(run, state) for run, state in zip(members, states, strict=True)]
 
         self.together(phase, compute)
 
     def trained(
-        self,
-        phase: str,
-        members: Sequence[Run],
-        asked: Sequence[training.Training],
-        result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
+        self, phase: str, members: Sequence[Run], jobs: Sequence[training.Training],
         mesh: jax.sharding.Mesh | None = None,
-    ) -> list[Any]:
-        """Train every member and return the results, for a phase that does more than train."""
-        states = runs.train([run.hosted(phase, own, mesh) for run, own in zip(members, asked, strict=True)])
-        return [result(run, state) for run, state in zip(members, states, strict=True)]
+    ) -> list[training.State]:  # fmt: skip
+        """Train every member and return the last states, for a phase that does more than train."""
+        return runs.train([run.hosted(phase, job, mesh) for run, job in zip(members, jobs, strict=True)])
 
     def _guard(self, run: Run, work: Callable[[Run], Any]) -> None:
         try:
@@ -213,9 +200,7 @@ def opened(experiment: str, config: Config, seeds: int = 1) -> list[Run]:
       ConfigError: the folder is of another configuration, or another process uses it.
     """
     folder = Folder(experiment, config)
-    members = []
-    for seed in range(config.seed, config.seed + seeds):
-        progress = Progress(folder, f"seed {seed}: " if seeds > 1 else "")
-        archive = Archive(folder.path / "checkpoints" / f"seed-{seed}")
-        members.append(Run(config, seed, folder, archive, progress))
-    return members
+    place = folder.path / "checkpoints"
+    progress = lambda seed: Progress(folder, f"seed {seed}: " if seeds > 1 else "")
+    numbers = range(config.seed, config.seed + seeds)
+    return [Run(config, seed, folder, Archive(place / f"seed-{seed}"), progress(seed)) for seed in numbers]

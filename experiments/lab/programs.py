@@ -45,7 +45,6 @@ class Program(NamedTuple):
     """Devices -> the experiment's mesh; default: `distributed.training_mesh`."""
 
     def on(self, places: list[jax.Device], batch: int) -> jax.sharding.Mesh:
-        """The mesh of devices."""
         if self.mesh is not None:
             return self.mesh(places)
         return distributed.training_mesh(batch if self.divides else None, places)
@@ -55,7 +54,6 @@ class Program(NamedTuple):
 
 
 def of(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """A shape."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -64,7 +62,6 @@ NUMBER, WHOLE = of(()), of((), jnp.int32)
 
 
 def placed(tree: Tree, sharding: Any) -> Tree:
-    """Shapes with a sharding."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
@@ -102,34 +99,34 @@ def planned(config: Any, data: Any = None) -> Run:
 
 
 def trained(
-    what: str, unit: str, batch: int, asked: Callable[[int], training.Training], pool: bool = False
+    what: str, unit: str, batch: int, job: Callable[[int], training.Training], pool: bool = False
 ) -> Program:  # fmt: skip
     """Describe a training of one run.
 
     Args:
-      asked: batch -> the training, of shapes.
+      job: batch -> the training, of shapes.
       pool: a step draws its batch from a much larger pool.
     """
-    asked = cache(asked)
-    settings, host = asked(batch).settings, asked(batch).host
+    job = cache(job)
+    settings, host = job(batch).settings, job(batch).host
     place = lambda mesh: Placement(mesh, fully_sharded=host.fully_sharded)
     return Program(
         "sharded" if host.fully_sharded else "training", what, batch, unit, settings.steps,
-        lambda mesh, batch: steps(asked(batch), place(mesh)),
-        costs=(lambda mesh, batch: step(asked(batch), place(mesh))) if pool else None,
+        lambda mesh, batch: steps(job(batch), place(mesh)),
+        costs=(lambda mesh, batch: step(job(batch), place(mesh))) if pool else None,
     )  # fmt: skip
 
 
-def side_by_side(what: str, asked: training.Training) -> Program:
+def side_by_side(what: str, job: training.Training) -> Program:
     """Describe a training of K runs, of shapes, on the mesh of `training.train`."""
-    flags = tuple(jax.tree.leaves(jax.tree.broadcast(asked.own, asked.context)))
+    flags = tuple(jax.tree.leaves(jax.tree.broadcast(job.own, job.context)))
     place = lambda mesh: Placement(mesh, True, flags)
-    runs = asked.key.shape[0]
+    runs = job.key.shape[0]
     return Program(
-        "replicas", what, runs, "runs", asked.settings.steps,
-        lambda mesh, batch: steps(padded(asked, mesh), place(mesh)), divides=False,
-        costs=lambda mesh, batch: step(padded(asked, mesh), place(mesh)),
-        mesh=lambda places: devices.runs_mesh(places, runs, training.shareable(asked)),
+        "replicas", what, runs, "runs", job.settings.steps,
+        lambda mesh, batch: steps(padded(job, mesh), place(mesh)), divides=False,
+        costs=lambda mesh, batch: step(padded(job, mesh), place(mesh)),
+        mesh=lambda places: devices.runs_mesh(places, runs, training.shareable(job)),
     )  # fmt: skip
 
 
@@ -154,34 +151,34 @@ def sampler(
 # Trainings, whose arrays are shapes.
 
 
-def padded(asked: training.Training, mesh: jax.sharding.Mesh) -> training.Training:
+def padded(job: training.Training, mesh: jax.sharding.Mesh) -> training.Training:
     """The training of K runs, padded to fill the mesh."""
-    count = devices.padded_runs(mesh, asked.key.shape[0])
+    count = devices.padded_runs(mesh, job.key.shape[0])
     longer = lambda tree: jax.tree.map(lambda a: of((count, *a.shape[1:]), a.dtype), tree)
-    flags = jax.tree.broadcast(asked.own, asked.context)
-    context = jax.tree.map(lambda own, a: longer(a) if own else a, flags, asked.context)
-    return asked._replace(key=longer(asked.key), params=longer(asked.params), context=context)
+    flags = jax.tree.broadcast(job.own, job.context)
+    context = jax.tree.map(lambda own, a: longer(a) if own else a, flags, job.context)
+    return job._replace(key=longer(job.key), params=longer(job.params), context=context)
 
 
-def steps(asked: training.Training, placement: Placement) -> Any:
+def steps(job: training.Training, placement: Placement) -> Any:
     """Lower the loop of steps that `training.train` calls."""
-    state, context = _arguments(asked, placement)
-    count = placed(many(WHOLE, asked.key.shape[0]) if placement.runs else WHOLE, _rows(placement))
-    return programs.steps_at_once.lower(asked.task, asked.settings, placement, state, context, count)
+    state, context = _arguments(job, placement)
+    count = placed(many(WHOLE, job.key.shape[0]) if placement.runs else WHOLE, _rows(placement))
+    return programs.steps_at_once.lower(job.task, job.settings, placement, state, context, count)
 
 
-def step(asked: training.Training, placement: Placement) -> Any:
+def step(job: training.Training, placement: Placement) -> Any:
     """Lower one step on a batch; K runs have a batch for each run."""
-    state, context = _arguments(asked, placement)
-    draw = lambda key, context: _drawn(asked.task(context), key)
+    state, context = _arguments(job, placement)
+    draw = lambda key, context: _drawn(job.task(context), key)
     if placement.runs:
-        own, shared = placement.divide(asked.context)
-        of_run = placement.join(jax.tree.structure(asked.context), first(own), shared)
-        batch = many(jax.eval_shape(draw, KEY, of_run), asked.key.shape[0])
+        own, shared = placement.divide(job.context)
+        of_run = placement.join(jax.tree.structure(job.context), first(own), shared)
+        batch = many(jax.eval_shape(draw, KEY, of_run), job.key.shape[0])
         batch = placed(batch, devices.over_replicas(placement.mesh))
     else:
-        batch = placed(jax.eval_shape(draw, KEY, asked.context), distributed.split(placement.mesh))
-    return programs.step_on_batch.lower(asked.task, asked.settings, placement, state, context, batch)
+        batch = placed(jax.eval_shape(draw, KEY, job.context), distributed.split(placement.mesh))
+    return programs.step_on_batch.lower(job.task, job.settings, placement, state, context, batch)
 
 
 def _drawn(task: training.Task, key: Any) -> Any:
@@ -194,12 +191,12 @@ def _rows(placement: Placement) -> jax.sharding.Sharding:
     return devices.over_replicas(mesh) if placement.runs else distributed.replicated(mesh)
 
 
-def _arguments(asked: training.Training, placement: Placement) -> tuple[Tree, Tree]:
+def _arguments(job: training.Training, placement: Placement) -> tuple[Tree, Tree]:
     """State and context on the devices."""
-    state = jax.eval_shape(partial(programs.begin, asked.settings), asked.key, asked.params)
+    state = jax.eval_shape(partial(programs.begin, job.settings), job.key, job.params)
     places = placement.of_state(state)
     state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places)
-    own, shared = placement.divide(asked.context)
+    own, shared = placement.divide(job.context)
     own = placed(own, _rows(placement))
     shared = placed(shared, distributed.replicated(placement.mesh))
-    return state, placement.join(jax.tree.structure(asked.context), own, shared)
+    return state, placement.join(jax.tree.structure(job.context), own, shared)

@@ -50,7 +50,6 @@ class Progress:
             self.close()
 
     def close(self) -> None:
-        """End the current bar."""
         if self.bar is not None:
             self.bar.close()
         self.bar, self.phase = None, ""

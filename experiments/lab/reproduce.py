@@ -51,8 +51,8 @@ def commands(run: Run) -> list[str]:
     known_commit = re.fullmatch("[0-9a-f]{7,64}", commit)
     lines.append(f"git checkout {commit}" if known_commit else "# warning: the commit is not known")
     experiment = known(run.experiment)
-    wanted = ",".join([*experiment.extras, *_accelerator(run.device)])
-    package = f"'.[{wanted}]'" if wanted else "."
+    extras = ",".join([*experiment.extras, *_accelerator(run.device)])
+    package = f"'.[{extras}]'" if extras else "."
     lines.append(f"python3 -m venv .venv && .venv/bin/pip install -q -e {package}")
     if not experiment.presets:
         lines.append("# warning: the extras of the package that this experiment needs are not known")

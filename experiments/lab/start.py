@@ -37,9 +37,9 @@ def start() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # AssertionError: the plugin of a known platform is missing
-        reason, asked = str(error).strip().partition("\n")[0], os.environ.get("JAX_PLATFORMS", "")
+        reason, platforms = str(error).strip().partition("\n")[0], os.environ.get("JAX_PLATFORMS", "")
         reason = reason or "the platform is not installed"
-        raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={asked!r}: {reason}") from None
+        raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={platforms!r}: {reason}") from None
     distributed.heed_notices()
 
 

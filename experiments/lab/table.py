@@ -52,7 +52,6 @@ def table(rows: list[Row], columns: Sequence[Column]) -> str:
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of texts."""
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True)
 
 

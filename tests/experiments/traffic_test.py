@@ -226,7 +226,7 @@ def test_other_scenes_are_refused(tmp_path, scenes):
 
     check(splits)
     changed = scenes._replace(vehicles=scenes.vehicles + 1)
-    with pytest.raises(ConfigError, match="must be of the same data, got another test set than it began with"):
+    with pytest.raises(ConfigError, match="must be of the same data, got another test set than before"):
         check(splits | {"test": changed})
 
 
