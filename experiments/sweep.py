@@ -27,7 +27,7 @@ from experiments.lab.config import Config, ConfigError, of_program
 from experiments.lab.experiment import Experiment, find
 from experiments.lab.folder import Folder, write
 from experiments.lab.progress import Progress
-from experiments.lab.table import cell, markdown
+from experiments.lab.table import cell, markdown, plain
 from gendiff import distributed
 from gendiff.command import BAD_INPUT, say
 
@@ -187,23 +187,16 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
     document = []
     for table in joined:
         rows = results.joined_rows(table)
-        titles = results.columns(table.first.experiment, [row for row, _ in rows.values()])
-        head = ["row", *[column.title for column in titles], "seeds"]
-        body = [
-            [name, *[cell(row.metrics.get(column.metric), column) for column in titles], str(count)]
-            for name, (row, count) in rows.items()
-        ]
+        columns = results.columns(table.first.experiment, [row for row, _ in rows.values()])
+        cells = lambda row: [cell(row.metrics.get(column.metric), column) for column in columns]  # noqa: B023
+        body = [[name, *cells(row), str(count)] for name, (row, count) in rows.items()]
+        head = ["row", *[column.title for column in columns], "seeds"]
         blocks.append(f"{results.describe(table.first)}\n\n{markdown(head, body)}")
-        document.append(
-            {
-                "config": {name: value for name, value in table.first.config.items() if name != "seed"},
-                "seeds": [run.config["seed"] for run in table.runs],
-                "rows": {
-                    name: {metric: value._asdict() for metric, value in row.metrics.items()}
-                    for name, (row, _) in rows.items()
-                },
-            }
-        )
+        document.append({
+            "config": {name: value for name, value in table.first.config.items() if name != "seed"},
+            "seeds": [run.config["seed"] for run in table.runs],
+            "rows": {name: plain(row.metrics) for name, (row, _) in rows.items()},
+        })  # fmt: skip
     text = "\n\n".join([*blocks, *warnings])
     page = f"# Sweep\n\n{text}\n\nMeans over seeds, 95 % intervals (Student's).\n"
     distributed.first(lambda: write(folder / "table.md", page))

@@ -13,7 +13,7 @@ import jax
 
 from experiments.lab import lock, origin
 from experiments.lab.config import Config, ConfigError, make_folder
-from experiments.lab.table import Column, Results, Row, table
+from experiments.lab.table import Column, Results, Row, plain, table
 from gendiff import distributed
 from gendiff.checkpoint import Archive
 from gendiff.data import files
@@ -129,14 +129,7 @@ class Folder:
             "versions": origin.versions(),
             "processes": jax.process_count(),
             "config": dataclasses.asdict(self.config),
-            "rows": [
-                {
-                    "name": row.name,
-                    "metrics": {name: estimate._asdict() for name, estimate in row.metrics.items()},
-                    "paper": row.paper,
-                }
-                for row in rows
-            ],
+            "rows": [row._asdict() | {"metrics": plain(row.metrics)} for row in rows],
         }
         self.write("results.json", json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
         self.write("table.md", f"# {self.experiment}, preset {self.config.preset}\n\n{text}\n")

@@ -1,7 +1,7 @@
 """The rows of a table, printed in Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,11 @@ class Row(NamedTuple):
     metrics: dict[str, Estimate]
     paper: dict[str, float] = {}  # noqa: RUF012 (immutable use)
     """The paper's numbers for this row, in the same units."""
+
+
+def plain(metrics: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Estimates as JSON."""
+    return {name: estimate._asdict() for name, estimate in metrics.items()}
 
 
 class Column(NamedTuple):
@@ -42,13 +47,8 @@ def table(rows: list[Row], columns: Sequence[Column]) -> str:
     """The Markdown table: value [low, high] of every metric, and the paper's numbers."""
     papers = [column for column in columns if any(column.metric in row.paper for row in rows)]
     head = ["row", *[column.title for column in columns], *[f"paper: {column.title}" for column in papers]]
-    body = [
-        [row.name]
-        + [cell(row.metrics.get(column.metric), column) for column in columns]
-        + [theirs(row, column) for column in papers]
-        for row in rows
-    ]
-    return markdown(head, body)
+    ours = lambda row: [cell(row.metrics.get(column.metric), column) for column in columns]
+    return markdown(head, [[row.name, *ours(row), *(theirs(row, column) for column in papers)] for row in rows])
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -81,8 +81,5 @@ def number(value: float, column: Column) -> str:
 
 def over_seeds(tables: Sequence[Sequence[Row]]) -> list[Row]:
     """The table over several seeds, whose tables have the same rows."""
-    merged = []
-    for same in zip(*tables, strict=True):
-        names = same[0].metrics
-        merged.append(same[0]._replace(metrics={n: rates.over_seeds([row.metrics[n] for row in same]) for n in names}))
-    return merged
+    metrics = lambda rows: {n: rates.over_seeds([row.metrics[n] for row in rows]) for n in rows[0].metrics}
+    return [rows[0]._replace(metrics=metrics(rows)) for rows in zip(*tables, strict=True)]
