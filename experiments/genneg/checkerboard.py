@@ -151,9 +151,9 @@ def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model
     def metrics(run: Run) -> dict[str, Estimate]:
         evaluation = run[f"evaluate/{name}"]
         n, good, _ = map(int, evaluation.counts)
-        steps = (1 + 3 * model(run).members) * (2 * run.config.sampler_steps - 1)
+        calls = (1 + 3 * model(run).members) * (2 * run.config.sampler_steps - 1)
         bounds = rates.mean(evaluation.elbo), rates.mean(evaluation.elbo - run["evaluate/baseline"].elbo)
-        cost = rates.exact(steps * n / max(good, 1), n)
+        cost = rates.exact(calls * n / max(good, 1), n)
         return sampled(evaluation.counts, bounds, cost, oracle_calls(run, phases), run.seconds(*phases))
 
     measures.evaluate(lab, name, setup, model, evaluations, Evaluation, metrics, PAPER.get(name))
