@@ -97,7 +97,7 @@ def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
+def plan(experiment: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
     """The runs of a grid, with a folder and one seed each.
 
     Raises:
@@ -105,8 +105,8 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
     """
     planned: list[Planned] = []
     names: dict[Any, str] = {}
-    one_seed = [f"--{what.seeds}", "1"] if what.seeds else []
-    fields = [name for name, _, _ in config.options(what.presets["default"])]
+    one_seed = [f"--{experiment.seeds}", "1"] if experiment.seeds else []
+    fields = [name for name, _, _ in config.options(experiment.presets["default"])]
     points, numbers = grid(options.grid, fields), seeds(options.seeds)
     if (count := len(points) * len(numbers)) > MOST:
         raise ConfigError(f"--seeds, --grid must give at most {MOST:,} runs, got {count:,}")
@@ -114,7 +114,7 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
         name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
         words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
         own = [*one_seed, *others, *words, "--seed", str(seed), "--output", str(folder / name)]
-        run = Planned(name, config.parse(what.config, what.presets, own))
+        run = Planned(name, config.parse(experiment.config, experiment.presets, own))
         for same in (name, dataclasses.replace(run.config, output=None)):  # such as a-b of a/b, and 1 and 1.0
             if same in names:
                 raise ConfigError(f"--grid must give different runs, got {names[same]} and {name}, which are the same")
@@ -123,25 +123,25 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
     return planned
 
 
-def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
+def sweep(experiment: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
     """Do the runs that are not finished; return run -> error for those that failed."""
-    done = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
+    done = distributed.first(lambda: [run.name for run in planned if finished(experiment, run)])
     failed: dict[str, BaseException] = {}
     bar = tqdm(
-        total=len(planned), initial=len(done), desc=f"sweep of {what.name}", unit=" runs", file=sys.stderr,
+        total=len(planned), initial=len(done), desc=f"sweep of {experiment.name}", unit=" runs", file=sys.stderr,
         disable=not distributed.is_first(),
     )  # fmt: skip
     for part in parts([run for run in planned if run.name not in done], at_once):
         bar.set_postfix({"side by side": len(part)})
         with quiet():  # bars of several runs would overwrite one another; metrics.jsonl has their reports
-            outcomes = what.run_all([run.config for run in part])
+            outcomes = experiment.run_all([run.config for run in part])
         for run, outcome in zip(part, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 failed[run.name] = outcome
             else:
                 bar.update()
     bar.close()
-    kept = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
+    kept = distributed.first(lambda: [run.name for run in planned if finished(experiment, run)])
     for run in planned:
         if run.name not in kept:
             gone = OSError(f"{run.config.output} must have its results, but they are gone: run the same command again")
@@ -168,14 +168,14 @@ def quiet() -> Iterator[None]:
         Progress.bars = before
 
 
-def finished(what: Experiment, planned: Planned) -> bool:
+def finished(experiment: Experiment, planned: Planned) -> bool:
     """Return True if the run has results of this configuration; damaged results are computed again."""
     folder = planned.config.output
     assert folder is not None
     warnings: list[str] = []
     if not (folder / "results.json").exists() or not (run := results.read(folder, warnings.append)) or run.rows is None:
         return False
-    return Folder.check(folder, what.name, planned.config)
+    return Folder.check(folder, experiment.name, planned.config)
 
 
 def report(folder: Path, planned: Sequence[Planned]) -> str:
@@ -208,10 +208,10 @@ def main() -> None:
 
     def work() -> dict[str, BaseException]:
         start.start()
-        options, what, planned, folder = distributed.everywhere(parsed)
+        options, experiment, planned, folder = distributed.everywhere(parsed)
         command.agree("the sweep", planned)
         distributed.first(lambda: config.make_folder(folder))
-        failed = sweep(what, planned, folder, options.at_once)
+        failed = sweep(experiment, planned, folder, options.at_once)
         table = report(folder, planned)
         if distributed.is_first():
             say(f"{table}\n\nTable and runs: {folder}")
@@ -231,9 +231,9 @@ def parsed() -> tuple[Options, Experiment, list[Planned], Path]:
     """The sweep of the command line: its options, experiment, runs and folder."""
     config.check_words(sys.argv[1:])
     options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    what = find(options.experiment)
-    folder = options.output or Path("results") / "sweeps" / what.name / config.preset_of(others)
-    return options, what, plan(what, options, others, folder), folder
+    experiment = find(options.experiment)
+    folder = options.output or Path("results") / "sweeps" / experiment.name / config.preset_of(others)
+    return options, experiment, plan(experiment, options, others, folder), folder
 
 
 if __name__ == "__main__":

@@ -83,13 +83,13 @@ def programs(config: TrafficConfig) -> dict[str, Program]:
     conditions = lambda n: many(place, n)
     settings = classifier_training(config)
     model = plan.stack(baseline(config.baseline.batch).params, jax.eval_shape(new, KEY), 2)
-    what, encoding = "ancestral, guided by 2 classifiers", maps(setup, model, conditions)
+    title, encoding = "ancestral, guided by 2 classifiers", maps(setup, model, conditions)
     return {
         "base": trained("baseline", "scenes", config.baseline.batch, baseline, pool=True),
         "classifier": plan.classifier(
             "a classifier by vehicle", "scenes", setup, settings, new, samples, sets.conditions
         ),
-        "sampler": plan.guided(what, setup, config.draws.batch, model, conditions, encoding),
+        "sampler": plan.guided(title, setup, config.draws.batch, model, conditions, encoding),
     }
 
 

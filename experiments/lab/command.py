@@ -44,14 +44,14 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
     guarded(work)
 
 
-def agree(what: str, value: Any) -> None:
+def agree(name: str, value: Any) -> None:
     """Compare a value, and the code, over all processes.
 
     Raises:
       distributed.Disagreement: they differ; every process raises it.
     """
     if jax.process_count() > 1:
-        distributed.agree(what, repr(value))
+        distributed.agree(name, repr(value))
         distributed.agree("the code", origin.code())
 
 

@@ -82,11 +82,11 @@ def private(folder: Path) -> Path:
         # A group may write to the folders above, because umask 002 and groups of one user are common.
         open_to_others = held.st_mode & (0o022 if place == path else 0o002)
         if held.st_uid not in ({os.getuid()} if place == path else {0, os.getuid()}):
-            raise OSError(f"{place} belongs to user {held.st_uid}, who can change what is in it: {HOME}")
+            raise OSError(f"{place} belongs to user {held.st_uid}, who can change its files: {HOME}")
         if open_to_others and (place == path or not held.st_mode & stat.S_ISVTX):
             remedy = "delete it" if place == path else f"delete {folder} and `chmod go-w {place}`"
             mode = f"{stat.S_IMODE(held.st_mode):o}"
-            raise OSError(f"{place} has mode {mode}, so others can change what is in it: {remedy}, or {HOME}")
+            raise OSError(f"{place} has mode {mode}, so others can change its files: {remedy}, or {HOME}")
     return folder
 
 
