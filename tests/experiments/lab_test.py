@@ -298,9 +298,9 @@ LISTS = {"default": ListConfig()}
         (["--data", "gs:/bucket"], "--data must be a path of a file system, got gs:/bucket"),
         (["--data", "file:///x"], "--data must be a path of a file system, got file:/x"),
         (["--data", "gs:"], "--data must be a path of a file system, got gs:"),
-        (["--data", ""], "--data must have a value, got an empty one"),
-        (["--output="], "--output must have a value, got an empty one"),
-        (["--mazes", "a", ""], "--mazes must have a value, got an empty one"),
+        (["--data", ""], "--data must have a value, got an empty value"),
+        (["--output="], "--output must have a value, got an empty value"),
+        (["--mazes", "a", ""], "--mazes must have a value, got an empty value"),
     ],
 )
 def test_lists_and_paths_are_checked(words, message):
