@@ -1,10 +1,10 @@
-"""A grid of runs of one experiment, and one table of them: means, intervals and the number of seeds.
+"""A grid of runs of one experiment, and one table: means, intervals and the number of seeds.
 
     python -m experiments.sweep genneg.checkerboard --seeds 0:5 --grid points=500,1000 --preset smoke
 
-Runs that differ in seeds and in options that are arguments of programs, such as guidance_scale, go side by side: their
-trainings and samplers are one program.  Each run has a folder of its own, as if it had been started alone.  Finished
-runs are not done again, and stopped ones go on.  Other options are those of the experiment.
+Runs that differ only in seeds and in arguments of programs, such as guidance_scale, train and sample as one program.
+Each run has a folder of its own, as if it had been started alone.  The same command skips finished runs and continues
+stopped runs.  All other options are the experiment's.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from experiments.lab.config import Config, ConfigError, of_program
 from experiments.lab.experiment import Experiment, find
 from experiments.lab.folder import Folder, write
 from experiments.lab.progress import Progress
-from experiments.lab.table import cell, markdown
+from experiments.lab.table import cell, markdown, plain
 from gendiff import distributed
 from gendiff.command import BAD_INPUT, say
 
@@ -39,11 +39,11 @@ class Options:
     experiment: tyro.conf.Positional[str]
     """Such as genneg.checkerboard."""
     seeds: str = "0:5"
-    """First to last but one, 0:5, or a list, 0,3,7."""
+    """A range without its end, 0:5, or a list, 0,3,7."""
     grid: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[FIELD=VALUE,VALUE.. ..]")] = ()
-    """Fields of the experiment's configuration and their values: all combinations are run."""
+    """Options of the experiment and their values; the sweep runs all combinations."""
     at_once: int = 8
-    """Runs side by side at most: memory is for all of them."""
+    """The most runs side by side, which share the memory."""
     output: Path | None = None
     """Folder; default: results/sweeps/<experiment>/<preset>."""
 
@@ -51,7 +51,7 @@ class Options:
         if self.output is not None:
             config.check_local("--output", self.output)
         if self.at_once < 1:
-            raise ConfigError(f"--at-once: expected 1 or more, given {self.at_once}")
+            raise ConfigError(f"--at-once must be 1 or more, got {self.at_once}")
 
 
 class Planned(NamedTuple):
@@ -62,51 +62,51 @@ class Planned(NamedTuple):
 
 
 MOST = 1000
-"""Runs of a sweep."""
+"""The most runs of a sweep."""
 
 
 def seeds(text: str) -> list[int]:
     """The seeds of `0:5` or `0,3,7`."""
     try:
         first, colon, last = text.partition(":")
-        found = range(int(first), int(last)) if colon else [int(each) for each in text.split(",")]
+        numbers = range(int(first), int(last)) if colon else [int(number) for number in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds must be such as 0:5 or 0,3,7, got {text}") from None
-    count = max(found.stop - found.start, 0) if isinstance(found, range) else len(found)
+    count = max(numbers.stop - numbers.start, 0) if isinstance(numbers, range) else len(numbers)  # len may overflow
     if not 1 <= count <= MOST:
         raise ConfigError(f"--seeds must name 1 to {MOST:,} seeds, got {text}, which names {count:,}")
-    config.check_distinct("--seeds", found)
-    return list(found)
+    config.check_distinct("--seeds", numbers)
+    return list(numbers)
 
 
 def grid(text: Sequence[str], fields: Sequence[str]) -> list[dict[str, str]]:
     """All combinations of `field=value,value` for every field."""
     values: dict[str, list[str]] = {}
-    for each in text:
-        name, equals, given = each.partition("=")
+    fields = [field for field in fields if field not in ("seed", "output", "preset")]
+    for word in text:
+        name, equals, listed = word.partition("=")
         name = name.replace("-", "_")
-        if not equals or not all(given.split(",")):
-            raise ConfigError(f"--grid: expected FIELD=VALUE,VALUE.., given {each}")
-        if name not in fields or name in ("seed", "output", "preset") or name in values:
-            known = ", ".join(field for field in fields if field not in ("seed", "output", "preset"))
-            raise ConfigError(f"--grid: expected each of these fields once at most ({known}), given {name}")
-        values[name] = given.split(",")
+        if not equals or not all(listed.split(",")):
+            raise ConfigError(f"--grid must be FIELD=VALUE,VALUE.., got {word}")
+        if name not in fields or name in values:
+            raise ConfigError(f"--grid must name these fields once at most ({', '.join(fields)}), got {name}")
+        values[name] = listed.split(",")
         config.check_distinct(f"--grid {name}", values[name])
     if (count := math.prod(map(len, values.values()))) > MOST:
         raise ConfigError(f"--grid must have at most {MOST:,} combinations, got {count:,}")
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
-    """Every run, with its folder; of an experiment that can make several seeds in one run, one each.
+def plan(experiment: Experiment, options: Options, others: Sequence[str], folder: Path) -> list[Planned]:
+    """The runs of a grid, with a folder and one seed each.
 
     Raises:
-      ConfigError: there are too many, a configuration is out of range, or two of them or their folders are the same.
+      ConfigError: they are too many, a configuration is out of range, or two configurations or folders are the same.
     """
     planned: list[Planned] = []
     names: dict[Any, str] = {}
-    one_seed = [f"--{what.seeds}", "1"] if what.seeds else []
-    fields = [name for name, _, _ in config.options(what.presets["default"])]
+    one_seed = [f"--{experiment.seeds}", "1"] if experiment.seeds else []
+    fields = [name for name, _, _ in config.options(experiment.presets["default"])]
     points, numbers = grid(options.grid, fields), seeds(options.seeds)
     if (count := len(points) * len(numbers)) > MOST:
         raise ConfigError(f"--seeds, --grid must give at most {MOST:,} runs, got {count:,}")
@@ -114,34 +114,34 @@ def plan(what: Experiment, options: Options, others: Sequence[str], folder: Path
         name = "_".join([*(f"{field}-{value}" for field, value in point.items()), f"seed-{seed}"]).replace("/", "-")
         words = [word for field, value in point.items() for word in (f"--{field.replace('_', '-')}", value)]
         own = [*one_seed, *others, *words, "--seed", str(seed), "--output", str(folder / name)]
-        parsed = config.parse(what.config, what.presets, own)
-        for same in (name, dataclasses.replace(parsed, output=None)):  # such as a-b of a/b, and 1 and 1.0
+        run = Planned(name, config.parse(experiment.config, experiment.presets, own))
+        for same in (name, dataclasses.replace(run.config, output=None)):  # such as a-b of a/b, and 1 and 1.0
             if same in names:
                 raise ConfigError(f"--grid must give different runs, got {names[same]} and {name}, which are the same")
             names[same] = name
-        planned.append(Planned(name, parsed))
+        planned.append(run)
     return planned
 
 
-def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
-    """Do the runs that are not finished, and return their errors, by run."""
-    done = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
+def sweep(experiment: Experiment, planned: Sequence[Planned], folder: Path, at_once: int) -> dict[str, BaseException]:
+    """Do the runs that are not finished; return run -> error for those that failed."""
+    done = distributed.first(lambda: [run.name for run in planned if finished(experiment, run)])
     failed: dict[str, BaseException] = {}
     bar = tqdm(
-        total=len(planned), initial=len(done), desc=f"sweep of {what.name}", unit=" runs", file=sys.stderr,
+        total=len(planned), initial=len(done), desc=f"sweep of {experiment.name}", unit=" runs", file=sys.stderr,
         disable=not distributed.is_first(),
     )  # fmt: skip
     for part in parts([run for run in planned if run.name not in done], at_once):
         bar.set_postfix({"side by side": len(part)})
-        with quiet():  # as many bars as runs would overwrite each other; their metrics.jsonl have it all
-            outcomes = what.run_all([run.config for run in part])
+        with quiet():  # bars of several runs would overwrite one another; metrics.jsonl has their reports
+            outcomes = experiment.run_all([run.config for run in part])
         for run, outcome in zip(part, outcomes, strict=True):
             if isinstance(outcome, BaseException):
                 failed[run.name] = outcome
             else:
                 bar.update()
     bar.close()
-    kept = distributed.first(lambda: [run.name for run in planned if finished(what, run)])
+    kept = distributed.first(lambda: [run.name for run in planned if finished(experiment, run)])
     for run in planned:
         if run.name not in kept:
             gone = OSError(f"{run.config.output} must have its results, but they are gone: run the same command again")
@@ -150,7 +150,7 @@ def sweep(what: Experiment, planned: Sequence[Planned], folder: Path, at_once: i
 
 
 def parts(planned: Sequence[Planned], at_once: int) -> list[list[Planned]]:
-    """Runs that go side by side, at most so many: those that share their programs."""
+    """Groups of at most `at_once` runs that share their programs."""
     groups: dict[Any, list[Planned]] = {}
     for run in planned:
         groups.setdefault(of_program(run.config), []).append(run)
@@ -159,9 +159,8 @@ def parts(planned: Sequence[Planned], at_once: int) -> list[list[Planned]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of the runs."""
-    before = Progress.bars
-    Progress.bars = False
+    """Hide the progress bars and the output of the runs."""
+    before, Progress.bars = Progress.bars, False
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
@@ -169,42 +168,35 @@ def quiet() -> Iterator[None]:
         Progress.bars = before
 
 
-def finished(what: Experiment, planned: Planned) -> bool:
-    """Whether the run has its results, of this configuration; damaged results are made again from the checkpoints."""
+def finished(experiment: Experiment, planned: Planned) -> bool:
+    """Return True if the run has results of this configuration; damaged results are computed again."""
     folder = planned.config.output
     assert folder is not None
     warnings: list[str] = []
     if not (folder / "results.json").exists() or not (run := results.read(folder, warnings.append)) or run.rows is None:
         return False
-    return Folder.check(folder, what.name, planned.config)
+    return Folder.check(folder, experiment.name, planned.config)
 
 
 def report(folder: Path, planned: Sequence[Planned]) -> str:
-    """The table of all runs that are finished, in table.md and sweep.json too."""
+    """Return the table of all finished runs, and write it to table.md and sweep.json."""
     warnings: list[str] = []
-    runs = [results.read(folder / each.name, warnings.append) for each in planned]
+    runs = [results.read(folder / run.name, warnings.append) for run in planned]
     joined = results.joined_runs([run for run in runs if run is not None and run.rows is not None], join_commits=True)
     blocks: list[str] = []
     document = []
     for table in joined:
         rows = results.joined_rows(table)
-        titles = results.columns(table.first.experiment, [row for row, _ in rows.values()])
-        head = ["row", *[column.title for column in titles], "seeds"]
-        body = [
-            [name, *[cell(row.metrics.get(column.metric), column) for column in titles], str(count)]
-            for name, (row, count) in rows.items()
-        ]
+        columns = results.columns(table.first.experiment, [row for row, _ in rows.values()])
+        cells = lambda row: [cell(row.metrics.get(column.metric), column) for column in columns]  # noqa: B023
+        body = [[name, *cells(row), str(count)] for name, (row, count) in rows.items()]
+        head = ["row", *[column.title for column in columns], "seeds"]
         blocks.append(f"{results.describe(table.first)}\n\n{markdown(head, body)}")
-        document.append(
-            {
-                "config": {name: value for name, value in table.first.config.items() if name != "seed"},
-                "seeds": [run.config["seed"] for run in table.runs],
-                "rows": {
-                    name: {metric: value._asdict() for metric, value in row.metrics.items()}
-                    for name, (row, _) in rows.items()
-                },
-            }
-        )
+        document.append({
+            "config": {name: value for name, value in table.first.config.items() if name != "seed"},
+            "seeds": [run.config["seed"] for run in table.runs],
+            "rows": {name: plain(row.metrics) for name, (row, _) in rows.items()},
+        })  # fmt: skip
     text = "\n\n".join([*blocks, *warnings])
     page = f"# Sweep\n\n{text}\n\nMeans over seeds, 95 % intervals (Student's).\n"
     distributed.first(lambda: write(folder / "table.md", page))
@@ -213,16 +205,15 @@ def report(folder: Path, planned: Sequence[Planned]) -> str:
 
 
 def main() -> None:
-    """The command line."""
 
     def work() -> dict[str, BaseException]:
         start.start()
-        options, what, planned, folder = distributed.everywhere(asked)
+        options, experiment, planned, folder = distributed.everywhere(parsed)
         command.agree("the sweep", planned)
         if planned[0].config.preset == "smoke":
             start.compile_quickly()
         distributed.first(lambda: config.make_folder(folder))
-        failed = sweep(what, planned, folder, options.at_once)
+        failed = sweep(experiment, planned, folder, options.at_once)
         table = report(folder, planned)
         if distributed.is_first():
             say(f"{table}\n\nTable and runs: {folder}")
@@ -238,13 +229,13 @@ def main() -> None:
         raise SystemExit(BAD_INPUT if mendable else 1)
 
 
-def asked() -> tuple[Options, Experiment, list[Planned], Path]:
-    """What the command line asks for."""
+def parsed() -> tuple[Options, Experiment, list[Planned], Path]:
+    """The sweep of the command line: its options, experiment, runs and folder."""
     config.check_words(sys.argv[1:])
     options, others = tyro.cli(Options, description=__doc__, return_unknown_args=True)
-    what = find(options.experiment)
-    folder = options.output or Path("results") / "sweeps" / what.name / config.preset_of(others)
-    return options, what, plan(what, options, others, folder), folder
+    experiment = find(options.experiment)
+    folder = options.output or Path("results") / "sweeps" / experiment.name / config.preset_of(others)
+    return options, experiment, plan(experiment, options, others, folder), folder
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""All results on one page, beside the papers' numbers; and what reproduces a row.
+"""All results on one page beside the papers' numbers, and the commands that reproduce a row.
 
     python -m experiments.tables
     python -m experiments.tables FOLDER ... --output page.md
     python -m experiments.tables --row genneg.checkerboard round-1
     python -m experiments.tables --docs docs/results
 
-The page, in Markdown, has a table for each configuration that was run (runs that differ by their seed alone are
-joined), says where, when and by which commit, and lists what is missing. Files that cannot be read are named.
+The page, in Markdown, has a table for each configuration, which joins runs that differ only in their seed.  It says
+where, when and by which commit they ran, and lists missing results.  Warnings name files that cannot be read.
 """
 
 import dataclasses
@@ -27,23 +27,22 @@ from gendiff.data import files
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Folders to read, and the place of the page."""
+    """The folders to read, and the page to write."""
 
     roots: tyro.conf.Positional[tuple[Path, ...]] = (Path("results"),)
     """Folders that hold runs, at any depth."""
     output: Path = Path("results/index.md")
-    """The page; a folder gets index.md."""
+    """The page, or a folder for its index.md."""
     join_commits: bool = False
-    """Join also runs of different commits and devices; else only those that differ by their seed alone."""
+    """Also join runs of different commits and devices."""
     row: tuple[str, str] | None = None
-    """EXPERIMENT and ROW: print what reproduces this row, and write no page."""
+    """EXPERIMENT and ROW: print the commands that reproduce this row, and write no page."""
     docs: Path | None = None
-    """A folder such as docs/results, with a folder of results and findings.md for each experiment: write a page for
-    each of them there, and read nothing else."""
+    """A folder such as docs/results, with a folder of results and findings.md for each experiment: write their pages
+    there, and read nothing else."""
 
 
 def main() -> None:
-    """The command line."""
     options = tyro.cli(Options, prog="python -m experiments.tables", description=__doc__)
     try:
         for path in (*options.roots, options.output, *filter(None, [options.docs])):
@@ -57,10 +56,10 @@ def main() -> None:
 
 
 def run(options: Options) -> None:
-    """Write the page or the pages, or print what reproduces a row.
+    """Write the page or pages, or print the commands that reproduce a row.
 
     Raises:
-      ValueError: there is no run, no such row, or a file of `docs` is damaged.
+      ValueError: no run or no such row exists, or a file of `docs` is damaged.
       OSError: a page cannot be written.
     """
     warnings: list[str] = []

@@ -290,7 +290,7 @@ def test_the_compile_cache_is_private_and_whole(place, tmp_path):
     warnings = said.strip().splitlines()
     assert len(warnings) == 5 + ("other" in found)
     assert all(line.startswith("warning: no compile cache: ") for line in warnings)
-    assert "has mode 777, so others can change what is in it" in warnings[0]
+    assert "has mode 777, so others can change its files" in warnings[0]
     _, first, second = torn.split("== run ")
     lines = first.splitlines()[1:]
     assert lines

@@ -30,10 +30,10 @@ from experiments.genneg.checkerboard_problem import (
 from experiments.lab import figures
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
-from experiments.lab.table import Column, Row, markdown
+from experiments.lab.table import Column, Row
 from gendiff import likelihood, static
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, Lesson, Points
+from gendiff.methods.genneg import Lesson, Points
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
 from gendiff.oracles import checkerboard as oracle
@@ -53,20 +53,20 @@ PAPER = {"round-1-unweighted": {"infraction_rate": 0.0003, "elbo": -1.42}}
 NOTES = """\
 Intervals are 95 %: Wilson's for rates, Student's for means; with several seeds, Student's over the seeds.
 infraction: share of samples off the filled cells. ELBO: of the reverse diffusion on fresh points of the board, in
-nats a point; at best -ln(area), the row `data`. ELBO gain: to the baseline, paired (same points, noise levels and
-noise); ideal after one round is -ln(alpha). `rejection` and `smc` sample p(x | good): their ELBO is the baseline's
-minus ln(alpha), with alpha of the Heun sampler for one and estimated by SMC, for its ancestral chain, for the other.
-outer density: density of the frame that takes the outer 5 % of a filled cell's width on each side, relative to uniform.
-evaluations: of a network the size of the baseline, (1 + 3 K) a step's evaluation with K classifiers, over the share of
-accepted samples; for `smc` over its effective number of samples. oracle calls and seconds: to make the model and all
-that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the samples. Seeds are
-made side by side: their seconds are those of all. `-`: not reported."""
+nats a point; at best -ln(area), the row `data`. ELBO gain: over the baseline, paired (same points, noise levels and
+noise); after one round it is ideally -ln(alpha). `rejection` and `smc` sample p(x | good), so their ELBO is the
+baseline's minus ln(alpha). For `rejection` alpha is the Heun sampler's; for `smc` SMC estimates it for its ancestral
+chain. outer density: density of a filled cell's frame, 5 % of its width on each side, relative to uniform.
+evaluations: of a network as large as the baseline, (1 + 3 K) for one evaluation of K classifiers' guidance, divided by
+the share of accepted samples; for `smc` by its effective number of samples. oracle calls and seconds: to make the model
+and all models that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the
+samples. Seeds run side by side, so their seconds are the time of all seeds. `-`: not reported."""
 
 
 def table(lab: Lab) -> None:
-    """Every row of the table, in its order."""
+    """Compute every phase and add the rows, in the table's order."""
     config = lab.config
-    setup, how, students = problem(config), classifier_training(config), student_training(config)
+    setup, classifiers, students = problem(config), classifier_training(config), student_training(config)
     levels = jnp.geomspace(0.002, 80.0, 9)
     calibrate = partial(measures.calibrate, lab, key=rows.key(Purpose.CALIBRATION), times=levels)
     lab.each(add_data)
@@ -74,49 +74,49 @@ def table(lab: Lab) -> None:
     evaluate(lab, "baseline", setup, rows.baseline, ("baseline",))
 
     settings = genneg.Rounds(
-        config.rounds, config.draws.per_class, config.draws.budget, how, config.mode, students, config.stored,
+        config.rounds, config.draws.per_class, config.draws.budget, classifiers, config.mode, students, config.stored,
         config.batch,
     )  # fmt: skip
     new_classifier = partial(initialised, classifier_network(config))
-    made: tuple[str, ...] = ("baseline",)
+    phases: tuple[str, ...] = ("baseline",)
     for number in rows.rounds(lab, setup, settings, new_classifier, rows.key(Purpose.ROUNDS)):
         name = f"round-{number}"
         calibrate(name, setup, f"{name}/classifier", f"{name}/split")
         if number == 1:  # the ablation: the same samples and settings, all weights 1
             key = rows.key(Purpose.ROUNDS)
             fit = lambda run: rows.Fit(*run["round-1/split"], new_classifier(key(run)), key(run))  # noqa: B023
-            rows.classifier(lab, "unweighted", setup, how._replace(weighting="none"), fit)
-            phases = ("baseline", "round-1/draws", "unweighted")
-            evaluate(lab, "round-1-unweighted", setup, rows.steered("unweighted"), phases)
-        made = (*made, f"{name}/draws", f"{name}/classifier", *[f"{name}/student"] * (config.mode == "distill"))
-        evaluate(lab, name, setup, partial(rows.model_after, number), made)
+            rows.classifier(lab, "unweighted", setup, classifiers._replace(weighting="none"), fit)
+            evaluate(
+                lab, "round-1-unweighted", setup, rows.steered("unweighted"),
+                ("baseline", "round-1/draws", "unweighted"),
+            )  # fmt: skip
+        phases = (*phases, f"{name}/draws", f"{name}/classifier", *[f"{name}/student"] * (config.mode == "distill"))
+        evaluate(lab, name, setup, partial(rows.model_after, number), phases)
         if config.mode == "stack" and number in (1, config.rounds):
-            distil(lab, number, students, made)
+            distil(lab, number, students, phases)
 
     lab.each(add_rejection)
-    first = ("baseline", "round-1/draws")
     points = lambda run: Points(run["round-1/split"][0].positives)
     rows.refitted(lab, "refit", setup, points, students, rows.key(Purpose.REFIT))
-    evaluate(lab, "refit", setup, rows.student("refit"), (*first, "refit"))
+    evaluate(lab, "refit", setup, rows.student("refit"), ("baseline", "round-1/draws", "refit"))
 
     numbers = range(1, config.rounds + 1)
     start = lambda run: run["round-1/classifier"]["net"]
     fit = lambda run: rows.replay(run, setup, numbers, start(run), run.key(Purpose.REPLAY))
-    rows.classifier(lab, "replay", setup, how, fit)
+    rows.classifier(lab, "replay", setup, classifiers, fit)
     calibrate("replay", setup, "replay", "round-1/split")
-    made = ("baseline", *(f"round-{i}/{part}" for i in numbers for part in ("draws", "classifier")), "replay")
-    evaluate(lab, "replay", setup, rows.steered("replay"), made)
+    phases = ("baseline", *(f"round-{i}/{part}" for i in numbers for part in ("draws", "classifier")), "replay")
+    evaluate(lab, "replay", setup, rows.steered("replay"), phases)
 
-    populations = partial(smc_samples, lab, setup._replace(steps=config.smc.length(config.sampler_steps)))
-    lab.once("smc", populations)
+    lab.once("smc", partial(smc_samples, lab, setup._replace(steps=config.smc.length(config.sampler_steps))))
     lab.each(add_smc)
 
 
-def distil(lab: Lab, number: int, plain: genneg.StudentTraining, made: tuple[str, ...]) -> None:
-    """One network in place of the stack, taught on good samples of the stack and bad ones of all its rounds."""
+def distil(lab: Lab, number: int, students: genneg.StudentTraining, phases: tuple[str, ...]) -> None:
+    """Train a network in place of the stack, on good samples of the stack and bad ones of all its rounds."""
     config, name, last = lab.config, f"distilled-{number}", f"round-{number}"
     setup = problem(config, student=True)
-    settings = plain._replace(training=plain.training._replace(rate=5e-3), model=setup.model)
+    settings = students._replace(training=students.training._replace(rate=5e-3), model=setup.model)
 
     def lesson(run: Run) -> Lesson:
         key = run.key(Purpose.STUDENT)
@@ -126,14 +126,14 @@ def distil(lab: Lab, number: int, plain: genneg.StudentTraining, made: tuple[str
         return Lesson(run[last], points, initialised(student_network(config), key), key)
 
     rows.distilled(lab, name, problem(config), lesson, settings)
-    evaluate(lab, name, setup, rows.student(name), (*made, f"evaluate/{last}", name))
+    evaluate(lab, name, setup, rows.student(name), (*phases, f"evaluate/{last}", name))
 
 
-# What is measured.
+# Measurements.
 
 
 class Evaluation(NamedTuple):
-    """What is measured of one model."""
+    """The measurements of one model."""
 
     points: Samples
     """Up to 10,000 samples, for the figures."""
@@ -142,59 +142,68 @@ class Evaluation(NamedTuple):
     counts: np.ndarray
     """Numbers of samples, of good ones, and of good ones in the outer band of their cells."""
     elbo: Array
-    """Of each test point."""
+    """Of every test point."""
 
 
-def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model, made: Sequence[str]) -> None:
-    """Measure a model and add its row; the phases `made` are its oracle calls and its wall-clock time."""
-    compute = lambda members: evaluations(lab, members, name, setup, model)
-    lab.together(f"evaluate/{name}", compute, Evaluation)
-    lab.each(lambda run: run.add(name, measured(run, name, model(run), made), PAPER.get(name)))
+def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model, phases: Sequence[str]) -> None:
+    """Measure a model and add its row; `phases` count for its oracle calls and its wall-clock time."""
+
+    def metrics(run: Run) -> dict[str, Estimate]:
+        evaluation = run[f"evaluate/{name}"]
+        n, good, _ = map(int, evaluation.counts)
+        calls = (1 + 3 * model(run).members) * (2 * run.config.sampler_steps - 1)
+        bounds = rates.mean(evaluation.elbo), rates.mean(evaluation.elbo - run["evaluate/baseline"].elbo)
+        cost = rates.exact(calls * n / max(good, 1), n)
+        return sampled(evaluation.counts, bounds, cost, oracle_calls(run, phases), run.seconds(*phases))
+
+    measures.evaluate(lab, name, setup, model, evaluations, Evaluation, metrics, PAPER.get(name))
 
 
-def evaluations(
-    lab: Lab, members: Sequence[Run], name: str, setup: genneg.OracleProblem, model: rows.Model
-) -> list[Evaluation]:
+def evaluations(subject: measures.Subject) -> list[Evaluation]:
     """Samples and their verdicts, and the ELBO of the test points with the same noise for every model."""
-    config, phase = lab.config, f"evaluate {name}"
-    scale = lambda run: run.config.guidance_scale
-    size = config.samples, config.batch
-    drawn = measures.samples(lab, members, phase, setup, model, rows.key(Purpose.SAMPLES), *size, scale)
+    config = subject.lab.config
+    drawn = measures.samples(subject, rows.key(Purpose.SAMPLES), config.samples, config.batch)
     test = board(config, Purpose.TEST, config.elbo_points)
     bound = static.partial(likelihood.elbo, levels=config.elbo_levels)
-    elbos = measures.bounds(lab, members, setup, bound, model, test, rows.key(Purpose.ELBO), scale)
-    found = []
-    for (points, _), bounds in zip(drawn, elbos, strict=True):
-        good = genneg.verdicts(setup.oracle, points)
-        found.append(Evaluation(points[:10_000], points[good][:100_000], tally(config, points), bounds))
-    return found
+    elbos = measures.bounds(subject, bound, test, rows.key(Purpose.ELBO))
+    results = []
+    for (points, _), elbo in zip(drawn, elbos, strict=True):
+        good = genneg.verdicts(subject.problem.oracle, points)
+        results.append(Evaluation(points[:10_000], points[good][:100_000], tally(config, points), elbo))
+    return results
 
 
-def measured(run: Run, name: str, guided: Guided, made: Sequence[str]) -> dict[str, Estimate]:
-    """The metrics of a model."""
-    evaluation, baseline = run[f"evaluate/{name}"], run["evaluate/baseline"]
-    n, good, outer = (int(count) for count in evaluation.counts)
-    cost = (1 + 3 * guided.members) * (2 * run.config.sampler_steps - 1)
+def sampled(
+    counts: np.ndarray, bounds: tuple[Estimate, Estimate], cost: Estimate, calls: float, seconds: float
+) -> dict[str, Estimate]:
+    """The metrics of a row with samples.
+
+    Args:
+      counts: see `tally`.
+      bounds: the ELBO and its gain.
+      cost: evaluations per accepted sample.
+    """
+    n, good, outer = map(int, counts)
     return {
         "infraction_rate": rates.rate(n - good, n),
-        "elbo": rates.mean(evaluation.elbo),
-        "elbo_gain": rates.mean(evaluation.elbo - baseline.elbo),
+        "elbo": bounds[0],
+        "elbo_gain": bounds[1],
         "outer_density": outer_density(outer, good),
-        "evaluations_per_accepted": rates.exact(cost * n / max(good, 1), n),
-        "oracle_calls": rates.exact(oracle_calls(run, made)),
-        "seconds": rates.exact(run.seconds(*made)),
+        "evaluations_per_accepted": cost,
+        "oracle_calls": rates.exact(calls),
+        "seconds": rates.exact(seconds),
     }
 
 
-def oracle_calls(run: Run, made: Sequence[str]) -> float:
-    """Samples that the oracle judged in phases: of draws all of them, and of evaluations."""
-    drawn = [run[phase] for phase in made if phase.endswith("/draws")]
-    judged = [run[phase] for phase in made if phase.startswith("evaluate/")]
-    return sum(float(found.good) + float(found.bad) for found in drawn) + sum(int(e.counts[0]) for e in judged)
+def oracle_calls(run: Run, phases: Sequence[str]) -> float:
+    """Samples that the oracle judged in phases: all draws, and all samples of evaluations."""
+    draws = [run[phase] for phase in phases if phase.endswith("/draws")]
+    evaluated = [run[phase] for phase in phases if phase.startswith("evaluate/")]
+    return sum(float(drawn.good) + float(drawn.bad) for drawn in draws) + sum(int(e.counts[0]) for e in evaluated)
 
 
 def add_data(run: Run) -> None:
-    """The training points, and the largest ELBO that a model of the board can have."""
+    """Add the training points, and the largest ELBO that a model of the board can have."""
     config = run.config
     n, good, outer = tally(config, np.asarray(board(config, Purpose.DATA, config.points)))
     area = 4 * config.half_width**2 * ((config.cells**2 + 1) // 2) / config.cells**2
@@ -206,49 +215,34 @@ def add_data(run: Run) -> None:
 
 
 def add_rejection(run: Run) -> None:
-    """The baseline's good samples: exact, at the price of the bad ones."""
+    """Add the baseline's good samples: they are exact, at the price of the bad ones."""
     evaluation = run["evaluate/baseline"]
-    n, good, outer = (int(count) for count in evaluation.counts)
-    elbo, gain = measures.conditioned(evaluation.elbo, rates.rate(good, n))
-    run.add("rejection", {
-        "infraction_rate": rates.rate(0, good),
-        "elbo": elbo,
-        "elbo_gain": gain,
-        "outer_density": outer_density(outer, good),
-        "evaluations_per_accepted": rates.exact((2 * run.config.sampler_steps - 1) * n / good, n),
-        "oracle_calls": rates.exact(n),
-        "seconds": rates.exact(run.seconds("baseline", "evaluate/baseline")),
-    })  # fmt: skip
+    n, good, outer = map(int, evaluation.counts)
+    bounds = measures.conditioned(evaluation.elbo, rates.rate(good, n))
+    cost = rates.exact((2 * run.config.sampler_steps - 1) * n / good, n)
+    seconds = run.seconds("baseline", "evaluate/baseline")
+    run.add("rejection", sampled(np.array([good, good, outer]), bounds, cost, n, seconds))
 
 
 def smc_samples(lab: Lab, setup: genneg.OracleProblem, run: Run) -> dict[str, Any]:
-    """Twisted SMC with the first round's classifier as twist, and the oracle at the end."""
-    config = run.config
-    guided = rows.steered("round-1/classifier")(run)
+    """Run twisted SMC with the first round's classifier as twist, and the oracle at the end."""
+    config, model = run.config, rows.steered("round-1/classifier")(run)
     run.progress("smc", 0, 1, {})
     keys = jax.random.split(run.key(Purpose.SMC), config.smc.populations)
-    found = measures.populations(lab.mesh, setup, config.smc.particles, guided, keys)
-    result = measures.pooled(found, setup, jax.random.fold_in(run.key(Purpose.SMC), 1))
+    drawn = measures.populations(lab.mesh, setup, config.smc.particles, model, keys)
+    result = measures.pooled(drawn, setup, jax.random.fold_in(run.key(Purpose.SMC), 1))
     run.progress("smc", 1, 1, {"alpha": float(jnp.exp(result["log_alpha"]))})
     return result
 
 
 def add_smc(run: Run) -> None:
-    """The samples of SMC: exact as their number grows."""
+    """Add the samples of SMC, which become exact as their number grows."""
     result, config = run["smc"], run.config
-    steps = config.smc.length(config.sampler_steps)
-    n, good, outer = (int(count) for count in tally(config, result["samples"]))
-    elbo, gain = measures.conditioned(run["evaluate/baseline"].elbo, measures.alpha_of(result))
-    made = ("baseline", "round-1/draws", "round-1/classifier", "smc")
-    run.add("smc", {
-        "infraction_rate": rates.rate(n - good, n),
-        "elbo": elbo,
-        "elbo_gain": gain,
-        "outer_density": outer_density(outer, good),
-        "evaluations_per_accepted": rates.exact(4 * steps * n / float(result["effective"]), n),
-        "oracle_calls": rates.exact(oracle_calls(run, made) + n),
-        "seconds": rates.exact(run.seconds(*made)),
-    })  # fmt: skip
+    counts, steps = tally(config, result["samples"]), config.smc.length(config.sampler_steps)
+    bounds = measures.conditioned(run["evaluate/baseline"].elbo, measures.alpha_of(result))
+    phases, n = ("baseline", "round-1/draws", "round-1/classifier", "smc"), int(counts[0])
+    cost = rates.exact(4 * steps * n / float(result["effective"]), n)
+    run.add("smc", sampled(counts, bounds, cost, oracle_calls(run, phases) + n, run.seconds(*phases)))
 
 
 def tally(config: CheckerboardConfig, points: np.ndarray) -> np.ndarray:
@@ -267,69 +261,38 @@ def outer_density(outer: int, good: int) -> Estimate:
 
 
 def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
-    """The paper's Figures 2 and 3 and the calibration, of the first seed's samples and all seeds' numbers."""
+    """Draw the paper's Figures 2 and 3 and the calibration: samples of the first seed, numbers of all seeds."""
     first, config = members[0], members[0].config
-    panels = {"data": np.asarray(board(config, Purpose.DATA, config.points))}
-    panels |= {name: np.asarray(found.points) for name, found in named(first, "evaluate/")}
-    panels["smc"] = first["smc"]["samples"]
-    few = {name: points[:3000] for name, points in panels.items()}
+    points = {"data": np.asarray(board(config, Purpose.DATA, config.points))}
+    evaluated = [phase for phase in first.results if phase.startswith("evaluate/")]
+    points |= {phase.removeprefix("evaluate/"): np.asarray(first[phase].points) for phase in evaluated}
+    points["smc"] = first["smc"]["samples"]
     judge = problem(config).oracle
-    judged = {name: (points, label(judge, points)) for name, points in few.items()}
-    figures.samples(folder / "samples.png", judged, config.half_width, config.cells)
+    panels = {name: (x[:3000], label(judge, x[:3000])) for name, x in points.items()}
+    figures.samples(folder / "samples.png", panels, config.half_width, config.cells)
 
     metrics = {row.name: row.metrics for row in table}
     names = ["baseline", *(f"round-{i}" for i in range(1, config.rounds + 1))]
     quantities = {"infraction rate": "infraction_rate", "ELBO (nats)": "elbo", "ELBO gain (nats)": "elbo_gain"}
     students = {i: f"distilled-{i}" for i in (1, config.rounds) if f"distilled-{i}" in metrics}
-    figures.by_round(
-        folder / "rounds.png",
-        {title: [metrics[name][metric][:3] for name in names] for title, metric in quantities.items()},
-        {
-            title: {i: metrics[name][metric].value for i, name in students.items()}
-            for title, metric in quantities.items()
-        },
-        {"ELBO (nats)": metrics["data"]["elbo"].value},
-        logarithmic=("infraction rate",),
-    )
-    reports = dict(named(first, "calibration/"))
-    figures.calibration(folder / "calibration.png", reports, {name: alpha(first, name) for name in reports})
-
-
-def named(run: Run, prefix: str) -> list[tuple[str, Any]]:
-    """(name, result) of the phases whose names begin so."""
-    return [(phase.removeprefix(prefix), result) for phase, result in run.results.items() if phase.startswith(prefix)]
-
-
-def alpha(run: Run, classifier: str) -> float:
-    """The share of good samples that a classifier was made for."""
-    return run[f"{'round-1' if classifier == 'replay' else classifier}/split"][1].alpha
+    curves, stars = {}, {}
+    for title, metric in quantities.items():
+        curves[title] = [metrics[name][metric][:3] for name in names]
+        stars[title] = {i: metrics[name][metric].value for i, name in students.items()}
+    best = {"ELBO (nats)": metrics["data"]["elbo"].value}
+    figures.by_round(folder / "rounds.png", curves, stars, best, logarithmic=("infraction rate",))
+    figures.calibration(folder / "calibration.png", measures.calibrations(first))
 
 
 def notes(members: Sequence[Run], table: Sequence[Row]) -> str:
-    """The text below the table: each classifier's mean C against alpha, and the ideal gain against the gain seen."""
-    first, metrics = members[0], {row.name: row.metrics for row in table}
-    head = [
-        "classifier",
-        "alpha",
-        "largest gap of mean C to alpha",
-        "mean calibration error",
-        "ideal gain",
-        "gain seen",
-    ]
-    before, body = 0.0, []
-    for name, report in named(first, "calibration/"):
-        share, gain = alpha(first, name), metrics[name]["elbo_gain"].value
-        seen = gain - (0.0 if name == "replay" else before)
-        before = gain
-        deviation = float(np.abs(np.asarray(report.mean) - share).max())
-        error = float(np.mean(report.error))
-        body.append([name, *(f"{v:.4f}" for v in (share, deviation, error)), f"{-np.log(share):+.4f}", f"{seen:+.4f}"])
-    title = "Calibration on held-out samples of the model that each classifier was made for, over noise levels:"
-    return f"{NOTES}\n\n{title}\n\n{markdown(head, body)}"
+    """The text below the table, with the calibration of every classifier of the first seed."""
+    gains = {row.name: row.metrics["elbo_gain"].value for row in table if "elbo_gain" in row.metrics}
+    title = "Calibration on held-out samples of the model that each classifier was trained for, over noise levels:"
+    return f"{NOTES}\n\n{title}\n\n{measures.calibration_table(members[0], gains)}"
 
 
 def row_names(config: CheckerboardConfig) -> list[str]:
-    """Names of the rows of a run, in their order."""
+    """The names of a run's rows, in their order."""
     rounds = []
     for number in range(1, config.rounds + 1):
         rounds += ["round-1-unweighted"] * (number == 1) + [f"round-{number}"]

@@ -1,7 +1,7 @@
 """Gen-neG on a checkerboard (2307.16463, section 6.1, Figures 2 and 3).
 
-A diffusion model learns 1,000 points of a checkerboard, an oracle tells which of its samples miss the filled cells, and
-rounds of classifiers steer it away from those. One run prints every row, beside what the paper reports. Here are its
+A diffusion model learns 1,000 points of a checkerboard.  An oracle says which of its samples miss the filled cells, and
+rounds of classifiers steer it away from them.  One run prints every row beside the paper's numbers.  This file has the
 options, networks and trainings; `checkerboard` has the rows.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Array
 from experiments.genneg import programs as plan
 from experiments.genneg.measures import Smc
 from experiments.genneg.rows import Draws
-from experiments.lab.config import Between, Config, SameProgram, Training, Validated
+from experiments.lab.config import Between, Config, SameProgram, Training, Validated, replaced
 from experiments.lab.phases import Run
 from experiments.lab.programs import KEY, Program, abstract, planned, trained
 from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, training
@@ -58,9 +58,9 @@ class CheckerboardConfig(Config):
     rounds: Annotated[int, Between(1, 20)] = 3
     """Rounds of Gen-neG."""
     mode: Literal["stack", "distill"] = "stack"
-    """What a round's classifier becomes: one more in the stack, or distilled into the model at once."""
+    """Add a round's classifier to the stack, or distil it into the model at once."""
     seeds: Annotated[int, Between(1, 100)] = 1
-    """Independent runs, side by side; with more than one, intervals are over the runs (Student)."""
+    """Independent runs, side by side; for several runs, intervals are over them (Student)."""
 
     network: Network = Network()
     """The denoiser's."""
@@ -79,20 +79,20 @@ class CheckerboardConfig(Config):
     student: Training = Training(5000, batch=1000)
     """Of a distilled or refitted model."""
     stored: Annotated[int, Between(1, 1_000_000_000)] = 2**18
-    """Answers of the teacher that a student learns from."""
+    """Answers of the teacher from which a student learns."""
 
     guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
+    """Factor on the classifiers' guidance in evaluations; models that others learn from, and `smc`, have 1."""
     sampler_steps: Annotated[int, Between(2, 10_000)] = 18
     """Heun steps, for synthetic data and evaluation alike."""
     smc: Smc = Smc(100)
     """Of the row `smc`."""
     samples: Annotated[int, Between(100, 1_000_000_000)] = 100_000
-    """Samples that a model's infraction rate is measured on."""
+    """Samples of a model for its infraction rate."""
     elbo_points: Annotated[int, Between(10, 100_000_000)] = 50_000
     """Fresh points of the board that the ELBO is averaged over."""
     elbo_levels: Annotated[int, Between(1, 10_000)] = 32
-    """Stratified noise levels a point."""
+    """Stratified noise levels of a point."""
 
     @property
     def batch(self) -> int:
@@ -140,13 +140,12 @@ def denoiser_network(config: CheckerboardConfig) -> ResidualMLP:
 def student_network(config: CheckerboardConfig) -> ResidualMLP:
     """EDM's F of a distilled model: as large as the baseline's, with the sharper features of the classifiers.
 
-    The baseline would overfit 1,000 points with them; a student has as many answers as it wants.
+    With them the baseline would overfit its 1,000 points; a student may ask its teacher for any number of answers.
     """
     return ResidualMLP(2, config.network.width, config.network.depth, fourier=64, high=24.0, data_std=DATA_STD)
 
 
 def classifier_network(config: CheckerboardConfig) -> MLPClassifier:
-    """The network of every classifier."""
     return MLPClassifier(config.classifier_network.width, config.classifier_network.depth, data_std=DATA_STD)
 
 
@@ -171,7 +170,7 @@ def problem(config: CheckerboardConfig, student: bool = False) -> genneg.OracleP
     )
 
 
-# How it is trained.
+# Trainings.
 
 
 def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array]], training.Task]:
@@ -183,7 +182,7 @@ def base_task(config: CheckerboardConfig) -> Callable[[tuple[Array, Array, Array
 def points_task(
     setup: genneg.OracleProblem, levels: int, batch: int
 ) -> Callable[[tuple[Array, Array, Array]], training.Task]:
-    """Denoising of points; the context is the points, held-out points, and keys for these."""
+    """Denoising of points; the context is the points, held-out points, and the keys of their noise."""
     loss = losses.denoising(setup.process, setup.model, setup.weight)
 
     def task(context: tuple[Array, Array, Array]) -> training.Task:
@@ -213,25 +212,21 @@ def base_training(run: Run) -> training.Training:
 
 
 def classifier_training(config: CheckerboardConfig) -> genneg.ClassifierTraining:
-    """How classifiers are trained."""
     settings = config.classifier.settings(0.998, 500, 200)
     return genneg.ClassifierTraining(settings, config.classifier.batch // 2, config.weighting, config.select)
 
 
 def student_training(config: CheckerboardConfig) -> genneg.StudentTraining:
-    """How students are trained."""
     return genneg.StudentTraining(config.student.settings(0.998, 500, 200), config.student.batch)
 
 
 def programs(config: CheckerboardConfig) -> dict[str, Program]:
-    """The programs that take the time."""
+    """The programs that take most of the time."""
     setup, new = problem(config), partial(initialised, classifier_network(config))
 
     def baseline(batch: int) -> training.Training:
         # A step takes all points: another batch is another number of points.
-        sized = dataclasses.replace(
-            config, points=batch, baseline=dataclasses.replace(config.baseline, batch=batch)
-        )  # fmt: skip
+        sized = replaced(config, {"points": batch, "baseline.batch": batch})
         return abstract(lambda: base_training(planned(sized)))
 
     samples = np.zeros((config.draws.budget // 5, 2), np.float32)

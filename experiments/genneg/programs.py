@@ -11,30 +11,30 @@ from gendiff.types import Params, PRNGKey
 
 
 def classifier(
-    what: str, unit: str, problem: OracleProblem, how: ClassifierTraining, new: Callable[[PRNGKey], Params],
+    what: str, unit: str, problem: OracleProblem, settings: ClassifierTraining, new: Callable[[PRNGKey], Params],
     samples: Any, conditions: Any = None,
 ) -> Program:  # fmt: skip
-    """The training of a classifier.
+    """Describe the training of a classifier.
 
     Args:
       new: key -> fresh parameters.
-      samples: of one class, as `Synthetic` holds them, on the host.
-      conditions: shapes of the conditions that the samples have rows of.
+      samples: of one class, on the host (see `Synthetic`).
+      conditions: shapes of the conditions, of which a sample has a row.
     """
-    judged = Synthetic(samples, samples, 1, 1)
+    pool = Synthetic(samples, samples, 1, 1)
 
-    def asked(batch: int) -> training.Training:
-        settings = how._replace(half=batch // 2)
+    def job(batch: int) -> training.Training:
+        sized = settings._replace(half=batch // 2)
         make = lambda key, conditions: genneg.classifier_training(
-            problem, judged, judged, new(key), settings, key, conditions=conditions
+            problem, pool, pool, new(key), sized, key, conditions=conditions
         )
         return abstract(make, KEY, conditions)
 
-    return trained(what, unit, 2 * how.half, asked, pool=True)
+    return trained(what, unit, 2 * settings.half, job, pool=True)
 
 
 def stack(theta: Params, phi: Params, classifiers: int) -> Guided:
-    """The shapes of a model with so many classifiers."""
+    """The shapes of a model with a number of classifiers."""
     return Guided(theta, many({"net": phi, "shift": NUMBER}, classifiers))
 
 
@@ -42,6 +42,6 @@ def guided(
     what: str, problem: OracleProblem, n: int, model: Guided, conditions: Callable[[int], Any] = lambda n: None,
     setup: Lower | None = None,
 ) -> Program:  # fmt: skip
-    """The sampler of a guided model; `conditions`: number of samples -> shapes of theirs."""
+    """Describe the sampler of a guided model; `conditions`: number of samples -> shapes of their conditions."""
     call = lambda n: ((problem, n), Request(model, KEY, NUMBER, conditions(n)))
     return sampler(what, n, problem.steps, problem.chunk, genneg.drawn, call, setup)

@@ -1,6 +1,6 @@
-"""The rows of Gen-neG (2307.16463): what its tables compare, for any model and oracle.
+"""The rows of Gen-neG (2307.16463): the models that its tables compare, for any network and oracle.
 
-Each function asks the lab for a phase of all runs.  An experiment chooses the models and their settings, and measures
+Every function asks the lab for a phase of all runs.  An experiment chooses the models and their settings, and measures
 them (`measures`).
 """
 
@@ -14,14 +14,13 @@ import numpy as np
 
 from experiments.lab.config import Between
 from experiments.lab.phases import Lab, Run
+from gendiff import training
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Guided, OracleProblem, Points, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 Model = Callable[[Run], Guided]
-"""The model of each run."""
 Key = Callable[[Run], PRNGKey]
-"""A random key of each run."""
 
 
 def key(purpose: int) -> Key:
@@ -59,11 +58,16 @@ def steered(*phases: str) -> Model:
     return lambda run: reduce(genneg.append, [run[phase] for phase in phases], baseline(run))
 
 
+def model_after(number: int, run: Run) -> Guided:
+    """The model of a run after a round; the baseline after round 0."""
+    return run[f"round-{number}"] if number else baseline(run)
+
+
 # Rounds.
 
 
 def draws(
-    lab: Lab, phase: str, problem: OracleProblem, model: Model, key: Key, wanted: Draws, conditions: Any = None
+    lab: Lab, phase: str, problem: OracleProblem, model: Model, key: Key, size: Draws, conditions: Any = None
 ) -> str:
     """Draw from a model and ask the oracle, for `<phase>/draws`; return that name."""
     name = f"{phase}/draws"
@@ -71,15 +75,15 @@ def draws(
     def compute(members: list[Run]) -> list[Synthetic]:
         requests = [Request(model(run), key(run), conditions=conditions) for run in members]
         report = lambda k, done, of, metrics: members[k].progress(f"{phase} draws", done, of, metrics)
-        size = wanted.per_class, wanted.budget, wanted.batch
-        return genneg.collect_all(problem, requests, *size, mesh=lab.mesh, report=report)
+        numbers = size.per_class, size.budget, size.batch
+        return genneg.collect_all(problem, requests, *numbers, mesh=lab.mesh, report=report)
 
     lab.together(name, compute, Synthetic)
     return name
 
 
 class Fit(NamedTuple):
-    """A classifier that a run fits."""
+    """The samples, start and key of a classifier's training."""
 
     train: Synthetic
     held_out: Synthetic
@@ -89,77 +93,56 @@ class Fit(NamedTuple):
 
 
 def classifier(
-    lab: Lab,
-    phase: str,
-    problem: OracleProblem,
-    settings: genneg.ClassifierTraining,
-    fit: Callable[[Run], Fit],
-    conditions: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
-    """Fit a classifier to judged samples."""
+    lab: Lab, phase: str, problem: OracleProblem, settings: genneg.ClassifierTraining, fit: Callable[[Run], Fit],
+    conditions: Any = None, mesh: jax.sharding.Mesh | None = None,
+) -> None:  # fmt: skip
+    """Fit a classifier to samples with the oracle's verdicts."""
     fits: dict[Run, Fit] = {}
 
-    def asked(run: Run) -> Any:
-        fits[run] = found = fit(run)
-        train, held_out, start, key, density = found
+    def job(run: Run) -> training.Training:
+        train, held_out, start, key, density = fits[run] = fit(run)
         return genneg.classifier_training(problem, train, held_out, start, settings, key, density, conditions)
 
-    result = lambda run, state: genneg.fitted(state, fits[run].train, settings)
-    lab.train(phase, asked, result, mesh)
+    lab.train(phase, job, lambda run, state: genneg.fitted(state, fits[run].train, settings), mesh)
 
 
 def rounds(
     lab: Lab, problem: OracleProblem, settings: genneg.Rounds, start: Callable[[PRNGKey], Params], key: Key
 ) -> Iterator[int]:
-    """Algorithm 1 for all runs (see `genneg.run`, which is the same for one): the numbers of the rounds, as they end.
+    """Run Algorithm 1 for all runs, as `genneg.run` does for one, and yield the number of every round at its end.
 
     A run has `round-<i>/draws`, `round-<i>/split`, `round-<i>/classifier`, and `round-<i>`, the model after it.
     """
-    how, student = settings.classifier, settings.student
-    wanted = Draws(settings.per_class, settings.budget, settings.batch)
     for number in range(1, settings.rounds + 1):
-        name = f"round-{number}"
-        keys = {run: jax.random.split(jax.random.fold_in(key(run), number), 5) for run in lab.runs}
-        before = partial(model_after, number - 1)
-        drawn = draws(lab, name, problem, before, lambda run: keys[run][0], wanted)  # noqa: B023 (used at once)
-        lab.each(lambda run: run.results.update({f"{name}/split": genneg.split(run[drawn], how, keys[run][1])}))  # noqa: B023
-        fit = lambda run: Fit(*run[f"{name}/split"], start(keys[run][2]), keys[run][3])  # noqa: B023
-        classifier(lab, f"{name}/classifier", problem, how, fit)
-        stack = lambda run: genneg.append(before(run), run[f"{name}/classifier"])  # noqa: B023
-        if settings.mode == "stack":
-            lab.each(lambda run: run.results.update({name: stack(run)}))  # noqa: B023
-        else:
-            assert student is not None
-            teach = partial(_lesson, lab, problem, settings, name, before, stack, keys)
-            distilled(lab, f"{name}/student", problem, teach, student)
-            lab.each(lambda run: run.results.update({name: Guided(run[f"{name}/student"])}))  # noqa: B023
+        _round(lab, problem, settings, start, key, number)
         yield number
 
 
-def model_after(number: int, run: Run) -> Guided:
-    """The model of a run after a round; after none, the baseline."""
-    return run[f"round-{number}"] if number else baseline(run)
+def _round(
+    lab: Lab, problem: OracleProblem, settings: genneg.Rounds, start: Callable[[PRNGKey], Params], key: Key, number: int
+) -> None:
+    name, before, size = f"round-{number}", partial(model_after, number - 1), (settings.per_class, settings.budget)
+    keys = {run: jax.random.split(jax.random.fold_in(key(run), number), 5) for run in lab.runs}
+    drawn = draws(lab, name, problem, before, lambda run: keys[run][0], Draws(*size, settings.batch))
+    split = lambda run: genneg.split(run[drawn], settings.classifier, keys[run][1])
+    lab.each(lambda run: run.results.update({f"{name}/split": split(run)}))
+    fit = lambda run: Fit(*run[f"{name}/split"], start(keys[run][2]), keys[run][3])
+    classifier(lab, f"{name}/classifier", problem, settings.classifier, fit)
+    after: Model = lambda run: genneg.append(before(run), run[f"{name}/classifier"])
 
+    def lesson(run: Run) -> genneg.Lesson:
+        pool_key, mixture_key, distill_key = jax.random.split(keys[run][4], 3)
+        teacher = after(run)
+        good = genneg.accepted(problem, teacher, pool_key, *size, settings.batch, lab.mesh)
+        points = genneg.mixture(good, run[drawn].negatives, settings.stored, mixture_key)
+        return genneg.Lesson(teacher, Points(points), before(run).theta, distill_key)
 
-def _lesson(
-    lab: Lab,
-    problem: OracleProblem,
-    settings: genneg.Rounds,
-    name: str,
-    before: Model,
-    stack: Model,
-    keys: Any,
-    run: Run,
-) -> genneg.Lesson:
-    """What the student of a round learns from."""
-    pool_key, mixture_key, distill_key = jax.random.split(keys[run][4], 3)
-    teacher = stack(run)
-    good = genneg.accepted(
-        problem, teacher, pool_key, settings.per_class, settings.budget, settings.batch, lab.mesh
-    )  # fmt: skip
-    points = genneg.mixture(good, run[f"{name}/draws"].negatives, settings.stored, mixture_key)
-    return genneg.Lesson(teacher, Points(points), before(run).theta, distill_key)
+    model = after
+    if settings.mode == "distill":
+        assert settings.student is not None
+        distilled(lab, f"{name}/student", problem, lesson, settings.student)
+        model = student(f"{name}/student")
+    lab.each(lambda run: run.results.update({name: model(run)}))
 
 
 def replay(run: Run, problem: OracleProblem, numbers: Sequence[int], start: Params, key: PRNGKey) -> Fit:
@@ -175,31 +158,22 @@ def replay(run: Run, problem: OracleProblem, numbers: Sequence[int], start: Para
 
 
 def distilled(
-    lab: Lab,
-    phase: str,
-    problem: OracleProblem,
-    lesson: Callable[[Run], genneg.Lesson],
-    settings: genneg.StudentTraining,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
+    lab: Lab, phase: str, problem: OracleProblem, lesson: Callable[[Run], genneg.Lesson],
+    settings: genneg.StudentTraining, mesh: jax.sharding.Mesh | None = None,
+) -> None:  # fmt: skip
     """Distil a guided model into one network."""
 
     def compute(members: list[Run]) -> list[Params]:
-        asked = genneg.distill_trainings(problem, [lesson(run) for run in members], settings, lab.mesh)
-        return lab.trained(phase, members, asked, mesh=mesh)
+        jobs = genneg.distill_trainings(problem, [lesson(run) for run in members], settings, lab.mesh)
+        return [state.best for state in lab.trained(phase, members, jobs, mesh)]
 
     lab.together(phase, compute)
 
 
 def refitted(
-    lab: Lab,
-    phase: str,
-    problem: OracleProblem,
-    points: Callable[[Run], Points],
-    settings: genneg.StudentTraining,
-    key: Key,
-    mesh: jax.sharding.Mesh | None = None,
-) -> None:
+    lab: Lab, phase: str, problem: OracleProblem, points: Callable[[Run], Points], settings: genneg.StudentTraining,
+    key: Key, mesh: jax.sharding.Mesh | None = None,
+) -> None:  # fmt: skip
     """Train the baseline on with accepted samples."""
-    asked = lambda run: genneg.refit_training(problem, points(run), run["baseline"], settings, key(run))
-    lab.train(phase, asked, mesh=mesh)
+    job = lambda run: genneg.refit_training(problem, points(run), run["baseline"], settings, key(run))
+    lab.train(phase, job, mesh=mesh)

@@ -1,8 +1,8 @@
 """Gen-neG on scenes of traffic (2307.16463, section 6.2, Table 1 and Figure 1).
 
-Twelve vehicles are placed jointly on a map, no two overlapping, none off the road. A diffusion model learns scenes of a
-traffic simulator, an oracle tells what is wrong with each of its samples, and classifiers steer it away from that: by
-scene, by vehicle, or by pair of vehicles. Here are its options, scenes and networks; `traffic` has the rows.
+A sample places twelve vehicles on a map, no two overlapping, none off the road.  A diffusion model learns scenes of a
+traffic simulator, and an oracle says which constraints its samples break.  Classifiers steer it away from them, by
+scene, by vehicle, or by pair of vehicles.  This file has the options, scenes and networks; `traffic` has the rows.
 """
 
 import dataclasses
@@ -54,24 +54,24 @@ class TrafficConfig(Config):
     """The scenes, the model, the rounds and the evaluation."""
 
     source: Literal["simulated", "embedded", "tfds"] = "simulated"
-    """Scenes that SUMO simulates (`pip install 'gendiff[traffic]'`), the 240 that come with the package, or the data
-    set of TFDS, of the preset's name, that `python -m gendiff.data.traffic_tfds FOLDER` made."""
+    """Scenes that SUMO simulates (`pip install 'gendiff[traffic]'`), the 240 scenes of the package, or the data set of
+    TFDS with the preset's name, which `python -m gendiff.data.traffic_tfds FOLDER` writes."""
     data: Path | None = None
-    """Folder of simulated scenes, made if it is not there (`python -m gendiff.data.traffic`); default: one for each
+    """Folder of simulated scenes, simulated if it is missing (`python -m gendiff.data.traffic`); default: one for each
     data seed in $XDG_CACHE_HOME/gendiff. With --source tfds TFDS's folder; default: ~/tensorflow_datasets."""
     stream: bool = False
     """Feed the baseline's training from the host, batch by batch, through Grain, in place of scenes on every device."""
     scenes: Annotated[int, Between(1000, 10_000_000)] = 8000
-    """Scenes in all; of ten maps eight are for training, one for validation and one for tests."""
+    """Number of scenes; of ten maps eight are for training, one for validation and one for tests."""
     of_map: Annotated[int, Between(1, 1000)] = 16
-    """Scenes of one map at most: those of one are alike."""
+    """Scenes of one map at most, because scenes of a map are alike."""
     data_seed: Annotated[int, Between(0, 2**31 - 1)] = 0
-    """Seed of the simulated maps and their traffic. Defaults were chosen on those of seeds 0 to 2: report others."""
+    """Seed of the simulated maps and their traffic. Report other seeds than 0 to 2, which chose the defaults."""
     vehicles: Annotated[int, Between(1, 12)] = 12
     """Vehicles of a scene at most, the nearest to its centre."""
     recorded: Path | None = None
-    """Folder of recorded scenes in CommonRoad's XML, on whose maps three models are evaluated too; default: the folder
-    `commonroad` in $GENDIFF_DATA, if there is one."""
+    """Folder of recorded scenes in CommonRoad's XML: three models are evaluated on their maps too. Default: the folder
+    `commonroad` in $GENDIFF_DATA, if it exists."""
 
     chain: Literal["ddpm", "edm"] = "ddpm"
     """The process: the paper's, or EDM with Heun's steps."""
@@ -86,10 +86,10 @@ class TrafficConfig(Config):
     baseline: Validated = Validated(6000, rate=3e-3, patience=2000)
     """Of the baseline, until the loss on validation maps does not improve."""
     time_power: Annotated[float, Between(0.5, 5.0)] = 2.0
-    """Training draws t = T u^power, with u uniform: 1 is the paper's; 2 spends half of the batch below T / 4, where
-    infractions are decided (EDM has its own)."""
+    """Training draws t = T u^power, with u uniform: 1 is the paper's; 2 draws half of the batch below T / 4, where
+    infractions are decided (EDM has its own times)."""
     fewer: Annotated[float, Between(0.0, 1.0)] = 0.1
-    """Share of training scenes of which only some vehicles, one to all, are kept, for scenes with fewer than twelve."""
+    """Share of training scenes that lose some of their vehicles, so that the model learns scenes with fewer."""
     quarters: bool = False
     """Turn each training scene of the baseline by a random number of quarter turns, with its map."""
 
@@ -98,26 +98,26 @@ class TrafficConfig(Config):
     classifier_network: Network = Network(layers=2)
     """A classifier's."""
     from_denoiser: bool = True
-    """Begin a classifier with the map encoder and the first layers of the baseline, where width and heads agree."""
+    """Start a classifier from the map encoder and first layers of the baseline, where width and heads agree."""
     classifier: Validated = Validated()
     """Of a classifier; half of a batch are positives."""
     least_signal: Annotated[float, Between(0.0, 1.0)] = 0.95
     """alpha / sqrt(alpha^2 + sigma^2) below which classifiers do not guide; 0: at all noise levels, as in the paper."""
     guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """Factor on the classifiers' guidance where a model is evaluated; 1 in what later models learn, and for `smc`."""
+    """Factor on the classifiers' guidance in evaluations; models that others learn from, and `smc`, have 1."""
     stronger: Annotated[float, Between(0.0, 100.0), SameProgram()] = 2.0
-    """Another such factor, of the row `by-pair-stronger` alone."""
+    """A further factor, of the row `by-pair-stronger` alone."""
     student: Training = Training(4000)
     """Of a distilled or refitted model."""
     stored: Annotated[int, Between(1, 1_000_000_000)] = 2**16
-    """Answers of the teacher that a student learns from."""
+    """Answers of the teacher from which a student learns."""
 
     samples: Annotated[int, Between(16, 1_000_000_000)] = 2048
-    """Scenes on test maps that each model's rates are measured on."""
+    """Scenes of a model on test maps, for its rates."""
     elbo_scenes: Annotated[int, Between(16, 10_000_000)] = 512
     """Test scenes that the r-ELBO is averaged over."""
     elbo_levels: Annotated[int, Between(1, 1000)] = 16
-    """Stratified noise levels a scene."""
+    """Stratified noise levels of a scene."""
     smc: Smc = Smc(particles=8, populations=256)
     """Of the row `smc`: one population, and one scene, for each map."""
 
@@ -164,11 +164,11 @@ class Purpose:
 
 
 LABELS = {"scene": lambda holds: holds.all(-1), "agent": oracle.by_agent, "pair": lambda holds: holds}
-"""Head -> what it is taught, of the constraints that a scene keeps."""
+"""Head -> its labels, from the constraints that a scene keeps."""
 
 
 def load(config: TrafficConfig) -> Sets:
-    """The scenes; simulated first where they are not there yet.
+    """Read the scenes, or simulate missing ones.
 
     Raises:
       ConfigError: a source is missing, the folder holds other scenes, a split has too few, or no classifier guides.
@@ -195,7 +195,6 @@ def load(config: TrafficConfig) -> Sets:
 
 
 def splits_of(config: TrafficConfig) -> dict[str, data.Scenes]:
-    """The scenes of each split."""
     if config.source == "embedded":
         return scenes.embedded()
     if config.source == "tfds":
@@ -209,17 +208,15 @@ def splits_of(config: TrafficConfig) -> dict[str, data.Scenes]:
 
 
 def denoiser_network(config: TrafficConfig) -> SceneNetwork:
-    """The baseline's, and every student's."""
+    """The network of the baseline and of every student."""
     return SceneNetwork(UNITS, "denoise", **dataclasses.asdict(config.network))
 
 
 def classifier_network(config: TrafficConfig, head: Head) -> SceneNetwork:
-    """The network of a classifier."""
     return SceneNetwork(UNITS, head, **dataclasses.asdict(config.classifier_network))
 
 
 def chain(config: TrafficConfig) -> Process:
-    """The process of a configuration."""
     if config.chain == "edm":
         return process.edm()
     times = process.power_times(config.steps, config.time_power)
@@ -232,13 +229,13 @@ def last_guided(config: TrafficConfig) -> int:
     return max(1, int(np.flatnonzero(guides)[-1]))
 
 
-@jax.ensure_compile_time_eval()  # its numbers are known also where a training is only traced
+@jax.ensure_compile_time_eval()  # so that its numbers are concrete while a training is traced
 def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False) -> genneg.OracleProblem:
     """Scenes, with networks, sampler and oracle.
 
     Args:
       head: of the classifiers.
-      timeless: they are trained at the sampler's least noise and told that this is all there is.
+      timeless: they are trained at the sampler's least noise, and are always told that noise.
     """
     steps, net, classifier = chain(config), denoiser_network(config), classifier_network(config, head)
     edm = config.chain == "edm"
@@ -273,12 +270,12 @@ def problem(config: TrafficConfig, head: Head = "agent", timeless: bool = False)
 
 @static.by_value
 def present_alone(model: Model) -> Model:
-    """The model with zeros for vehicles that are absent."""
+    """The model with zeros for absent vehicles."""
     return lambda bound, x, t: jnp.where(bound["place"].present[:, None], model(bound, x, t), 0.0)
 
 
 def teaching(config: TrafficConfig) -> genneg.OracleProblem:
-    """The problem of distillation: a quarter of the times are of all noise levels, where students stay as good."""
+    """The problem of distillation: a quarter of its times cover all noise levels, so that students stay good there."""
     setup = problem(config)
     if config.chain == "edm":
         return setup
@@ -302,7 +299,7 @@ def minus_loss(steps: Process, weight: Weight, levels: int, model: Denoiser, key
 
 
 def calls(config: TrafficConfig, classifiers: int, head: Head, steps: int | None = None) -> float:
-    """Evaluations of a network of the denoiser's size for a sample; `classifiers` are those of one in a guided step."""
+    """Evaluations of a network of the denoiser's size for a sample; `classifiers` counts those of a guided step."""
     size = classifier_network(config, head).size / denoiser_network(config).size
     share = genneg.guided_share(problem(config)._replace(steps=steps or config.sampler_steps))
     own = steps or (2 * config.sampler_steps - 1 if config.chain == "edm" else config.sampler_steps)

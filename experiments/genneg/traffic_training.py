@@ -1,6 +1,5 @@
 """Gen-neG on scenes of traffic: how its networks are trained, and the programs for `tpu.plan`."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
@@ -10,14 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.genneg import programs as plan
-from experiments.genneg.traffic_problem import (
-    Purpose,
-    TrafficConfig,
-    classifier_network,
-    denoiser_network,
-    problem,
-)
-from experiments.lab.config import ConfigError
+from experiments.genneg.traffic_problem import Purpose, TrafficConfig, classifier_network, denoiser_network, problem
+from experiments.lab.config import ConfigError, replaced
 from experiments.lab.phases import Run
 from experiments.lab.programs import KEY, Lower, Program, abstract, first, many, of, placed, planned, trained
 from gendiff import distributed, nets, training
@@ -35,16 +28,16 @@ def base_training(run: Run) -> training.Training:
     count = len(sets.x["validation"])
     held_out = data.take(examples["validation"], scenes.evenly(min(512, count), count))
     keys = jax.random.split(run.key(Purpose.VALIDATION), len(held_out[1]))
-    begun = nets.fresh(denoiser_network(config), run.key(Purpose.START), data.take(sets.places["test"], 0))
+    theta = nets.fresh(denoiser_network(config), run.key(Purpose.START), data.take(sets.places["test"], 0))
     task = genneg.base_task(problem(config), config.baseline.batch, scenes.changed(config.fewer, config.quarters))
     settings = config.baseline.settings(0.999, 250, 500)
     context = (None if config.stream else examples["train"], held_out, keys)
     batches = streamed(examples["train"], config) if config.stream else None
-    return training.Training(run.key(Purpose.BASELINE), begun, task, context, settings, data=batches)
+    return training.Training(run.key(Purpose.BASELINE), theta, task, context, settings, data=batches)
 
 
 def streamed(examples: Any, config: TrafficConfig) -> Any:
-    """Batches of training scenes from the host, each process's rows of them.
+    """Batches of training scenes from the host; a process reads only its own rows.
 
     Raises:
       ConfigError: Grain is not installed, or the processes do not divide the batch.
@@ -59,27 +52,25 @@ def streamed(examples: Any, config: TrafficConfig) -> Any:
 
 
 def student_training(config: TrafficConfig) -> genneg.StudentTraining:
-    """How students are trained."""
     return genneg.StudentTraining(config.student.settings(0.998, 250, 100), config.student.batch)
 
 
 def classifier_training(
     config: TrafficConfig, weighting: Literal["importance", "none"] = "importance"
 ) -> genneg.ClassifierTraining:
-    """How classifiers are trained."""
     settings = config.classifier.settings(0.998, 250, 100)
     return genneg.ClassifierTraining(settings, config.classifier.batch // 2, weighting, validation=256)
 
 
-# For the plan.
+# For `tpu.plan`.
 
 
 def programs(config: TrafficConfig) -> dict[str, Program]:
-    """The programs that take the time."""
+    """The programs that take most of the time."""
     setup, sets, n = problem(config), sets_of(config), 3 * config.draws.per_class
 
     def baseline(batch: int) -> training.Training:
-        sized = dataclasses.replace(config, baseline=dataclasses.replace(config.baseline, batch=batch))
+        sized = replaced(config, {"baseline.batch": batch})
         return abstract(lambda sets: base_training(planned(sized, sets)), sets)
 
     place = first(sets.conditions)
@@ -89,13 +80,16 @@ def programs(config: TrafficConfig) -> dict[str, Program]:
         "row": np.zeros(n, np.int32),
         "labels": np.zeros((n, data.VEHICLES), bool),
     }
-    conditions, how = lambda n: many(place, n), classifier_training(config)
+    conditions = lambda n: many(place, n)
+    settings = classifier_training(config)
     model = plan.stack(baseline(config.baseline.batch).params, jax.eval_shape(new, KEY), 2)
-    what, before = "ancestral, guided by 2 classifiers", maps(setup, model, conditions)
+    title, encoding = "ancestral, guided by 2 classifiers", maps(setup, model, conditions)
     return {
         "base": trained("baseline", "scenes", config.baseline.batch, baseline, pool=True),
-        "classifier": plan.classifier("a classifier by vehicle", "scenes", setup, how, new, samples, sets.conditions),
-        "sampler": plan.guided(what, setup, config.draws.batch, model, conditions, before),
+        "classifier": plan.classifier(
+            "a classifier by vehicle", "scenes", setup, settings, new, samples, sets.conditions
+        ),
+        "sampler": plan.guided(title, setup, config.draws.batch, model, conditions, encoding),
     }
 
 
@@ -109,7 +103,7 @@ def sets_of(config: TrafficConfig) -> Sets:
 
 
 def maps(setup: genneg.OracleProblem, model: genneg.Guided, conditions: Callable[[int], Place]) -> Lower:
-    """The maps of a batch, which a sampler encodes before its loop."""
+    """Lower the encoding of a batch's maps, which a sampler does before its loop."""
 
     def of_place(model: genneg.Guided, place: Place) -> Any:
         bound = genneg.bound(setup, model, place)

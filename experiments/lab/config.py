@@ -2,8 +2,8 @@
 
     --preset smoke --seed 3 --baseline.steps 500 --classifier.rate 1e-3
 
-An experiment's options are the fields of its `Config`; a field that is a dataclass itself, such as `Training`, is a
-group.  `Annotated[int, Between(1, 20)]` gives an option its range.
+An experiment's options are the fields of its `Config`.  A field that is a dataclass, such as `Training`, is a group.
+`Annotated[int, Between(1, 20)]` gives an option its range.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from gendiff import training
 from gendiff.data import files
 
 C = TypeVar("C", bound="Config")
+T = TypeVar("T")
 
 
 class Between(NamedTuple):
-    """The range of an option, both ends allowed: `Annotated[int, Between(1, 20)]`; of a tuple, that of its numbers."""
+    """The inclusive range of an option, or of every number of a tuple."""
 
     low: float
     high: float
@@ -30,25 +31,25 @@ class Between(NamedTuple):
     """The fewest numbers of a tuple."""
 
     def check(self, option: str, value: Any) -> None:
-        """Raise ConfigError for a number outside (NaN is), or for too few numbers."""
-        several = isinstance(value, tuple | list)
-        if several and len(value) < self.least:
-            raise ConfigError(f"{option} must have {self.least} or more numbers, got {len(value)}")
-        for number in value if several else [value]:
+        """Raise ConfigError for a number outside, also NaN, or for too few numbers."""
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if len(numbers) < self.least:
+            raise ConfigError(f"{option} must have {self.least} or more numbers, got {len(numbers)}")
+        for number in numbers:
             if not self.low <= number <= self.high:
                 raise ConfigError(f"{option} must be {self.low} to {self.high}, got {number}")
 
 
 class Distinct(NamedTuple):
-    """Marks an option that is a list of one value or more, none twice: `Annotated[tuple[int, ...], Distinct()]`."""
+    """Mark an option as a list of one or more different values: `Annotated[tuple[int, ...], Distinct()]`."""
 
 
 class ConfigError(Exception):
-    """An option out of its range, or a folder of another configuration (no ValueError: tyro would frame it)."""
+    """An option out of its range, or a folder of another configuration (no ValueError, because tyro would frame it)."""
 
 
 class SameProgram(NamedTuple):
-    """Marks an option that is an argument of compiled programs: runs that differ in it alone share them."""
+    """Mark an option as an argument of compiled programs: runs that differ in it alone share their programs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +57,12 @@ class Config:
     """Options of every experiment."""
 
     preset: str = "default"
-    """smoke (under a minute), default (minutes on two CPU cores) or paper (the paper's sizes, for accelerators). The
-    options below change single fields of the preset."""
+    """smoke (under a minute), default (minutes on two CPU cores) or paper (the paper's sizes, for accelerators). Other
+    options change single fields of the preset."""
     seed: Annotated[int, Between(0, 2**31 - 1), SameProgram()] = 0
-    """Seed of the first run; further runs use the next numbers."""
+    """Seed of the first run; further runs take the next numbers."""
     output: Annotated[Path | None, SameProgram()] = None
-    """Folder of the results; a run that was stopped goes on from there. Default:
-    results/<experiment>/<preset>-<seed>."""
+    """Folder of the results, from which a stopped run continues. Default: results/<experiment>/<preset>-<seed>."""
 
     def __post_init__(self) -> None:
         for name, marks, value in options(self):
@@ -78,17 +78,17 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a network is trained."""
+    """The training of a network."""
 
     steps: Annotated[int, Between(1, 100_000_000)] = 1000
     """Training steps, at most."""
     batch: Annotated[int, Between(1, 1_000_000)] = 64
-    """Examples of a step."""
+    """Examples in a step."""
     rate: Annotated[float, Between(1e-7, 1.0)] = 1e-3
     """Learning rate."""
 
     def settings(self, decay: float, every: int, warmup: int, **others: Any) -> training.Settings:
-        """The settings of `training.train`; `every` and `warmup` are the most that few steps allow."""
+        """The settings of `training.train`, with `every` and `warmup` reduced where the steps are few."""
         return training.Settings(
             self.steps, self.rate, decay, min(every, self.steps), warmup=min(warmup, self.steps // 5), **others,
         )  # fmt: skip
@@ -96,31 +96,30 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Validated(Training):
-    """How a network is trained that is validated on held-out examples."""
+    """The training of a network, validated on held-out examples."""
 
     patience: Annotated[int | None, Between(10, 100_000_000)] = None
-    """Stop if the validation loss has not improved for so many steps; default: never."""
+    """Steps without a better validation loss after which training stops; default: it never stops early."""
 
     def settings(self, decay: float, every: int, warmup: int, **others: Any) -> training.Settings:
-        """The settings of `training.train`."""
         return super().settings(decay, every, warmup, patience=self.patience, **others)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled(Training):
-    """How a network is trained whose schedule is an option."""
+    """The training of a network whose schedule is an option."""
 
     schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rate falls."""
+    """Schedule of the learning rate."""
 
     def settings(self, decay: float, every: int = 0, warmup: int = 0, **others: Any) -> training.Settings:
-        """The settings of `training.train`; by default a fiftieth of the steps, or 100, is between checkpoints."""
-        every = every or max(100, self.steps // 50)  # large models and long runs must not write all the time
+        """The settings of `training.train`; by default a checkpoint every 100 steps or every fiftieth of the steps."""
+        every = every or max(100, self.steps // 50)  # so that long runs of large models do not write all the time
         return super().settings(decay, every, warmup, schedule=self.schedule, **others)
 
 
 def options(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple, Any]]:
-    """(name, marks of its annotation, value) of every option; a group's have its name and a dot before theirs."""
+    """(name, marks of its annotation, value) of every option; an option of a group is `group.option`."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):
         hint, value, name = hints[field.name], getattr(config, field.name), prefix + field.name
@@ -130,18 +129,26 @@ def options(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple, Any]]:
             yield name, get_args(hint)[1:] if get_origin(hint) is Annotated else (), value
 
 
+def replaced(config: T, changes: Mapping[str, Any]) -> T:
+    """The configuration with other values; an option of a group is `group.option`, and lists become tuples."""
+    values: dict[str, Any] = {}
+    for name, value in changes.items():
+        group, dot, option = name.partition(".")
+        if dot:
+            values[group] = replaced(values.get(group, getattr(config, group)), {option: value})
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+
+
 def of_program(config: Config) -> tuple:
-    """What two configurations have in common if their runs share all compiled programs."""
+    """A key of the compiled programs: configurations with equal keys share them all."""
     marked = lambda marks: any(isinstance(mark, SameProgram) for mark in marks)
     return type(config), tuple((name, value) for name, marks, value in options(config) if not marked(marks))
 
 
 def check_local(option: str, path: Path) -> None:
-    """Refuse addresses such as gs://bucket, as `files.local` does.
-
-    Raises:
-      ConfigError: it is one.
-    """
+    """Raise ConfigError for an address such as gs://bucket, as `files.local` does."""
     try:
         files.local(option, path)
     except ValueError as error:
@@ -149,11 +156,7 @@ def check_local(option: str, path: Path) -> None:
 
 
 def check_distinct(option: str, values: Sequence[Any]) -> None:
-    """Refuse an empty list, and one with a value twice, because its results would count twice.
-
-    Raises:
-      ConfigError: it is one of them.
-    """
+    """Raise ConfigError for an empty list, or a value that occurs twice and whose results would count twice."""
     if not values:
         raise ConfigError(f"{option} must have 1 or more values, got none")
     for i, value in enumerate(values):
@@ -162,25 +165,17 @@ def check_distinct(option: str, values: Sequence[Any]) -> None:
 
 
 def check_words(words: Sequence[str]) -> None:
-    """Refuse an empty value of an option, which would be the current folder where a path is meant.
-
-    Raises:
-      ConfigError: a word of the command line has one.
-    """
+    """Raise ConfigError for an empty value of an option, because an empty path means the current folder."""
     option = "the command line"
     for word in words:
         if word.startswith("--"):
             option = word.partition("=")[0]
         if word in ("", f"{option}="):
-            raise ConfigError(f"{option} must have a value, got an empty one: leave it out")
+            raise ConfigError(f"{option} must have a value, got an empty value: leave it out")
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder that `--output` names.
-
-    Raises:
-      ConfigError: it cannot be made.
-    """
+    """Make the folder of `--output`; raise ConfigError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -188,17 +183,21 @@ def make_folder(path: Path) -> None:
 
 
 def parse(config: type[C], presets: Mapping[str, C], arguments: Sequence[str]) -> C:
-    """The configuration of a command line: a preset, and every field as an option."""
+    """The configuration of a command line: a preset, changed by options.
+
+    Raises:
+      ConfigError: a value is empty, no such preset exists, or an option is out of range.
+    """
     check_words(arguments)
     preset = preset_of(arguments)
     if preset not in presets:
-        raise ConfigError(f"--preset: expected one of {', '.join(presets)}, given {preset}")
+        raise ConfigError(f"--preset must be one of {', '.join(presets)}, got {preset}")
     module = sys.modules[config.__module__]
     return tyro.cli(config, default=presets[preset], args=list(arguments), description=module.__doc__)
 
 
 def preset_of(arguments: Sequence[str]) -> str:
     """The name of the preset in a command line."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="default")
-    return first.parse_known_args(arguments)[0].preset
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="default")
+    return parser.parse_known_args(arguments)[0].preset

@@ -1,10 +1,11 @@
-"""What an experiment's module says of itself, and the experiments there are.
+"""The description of an experiment, which its module holds as `EXPERIMENT`, and the list of all experiments.
 
-Every module ends with `EXPERIMENT = Experiment(..)`.  The command line, the sweep and the pages of results ask it.
+The command line, the sweep and the pages of results read it.
 """
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,45 +20,45 @@ NAMES = ("genneg.checkerboard", "genneg.traffic", "censoring.mnist", "relative_r
 
 
 class Paper(NamedTuple):
-    """The table or figure of a paper that an experiment makes anew."""
+    """The table or figure of a paper that an experiment reproduces."""
 
     title: str
     arxiv: str
     part: str
-    """Section and tables, as in "section 6.2, Table 1"."""
+    """Section and tables, such as "section 6.2, Table 1"."""
     rows: Mapping[str, Mapping[str, float]] = {}
     """Row -> metric -> the paper's number, in our units."""
 
 
 class Experiment(NamedTuple):
-    """An experiment: its configuration, what it runs and what its table has."""
+    """An experiment: its configuration, its phases and its table."""
 
     name: str
-    """Its module below `experiments`; names its results too."""
+    """Its module below `experiments`, which also names its results."""
     config: type[Config]
     presets: Mapping[str, Any]
     """smoke, default and paper, each a `config`."""
     table: Callable[[Lab], None]
-    """Makes the phases of all runs, and adds the rows to each of them."""
+    """Computes the phases of all runs, and adds the rows to every run."""
     columns: tuple[Column, ...] = ()
     rows: Callable[[Any], list[str]] = lambda config: []
-    """Configuration -> the names of its rows, in their order."""
+    """Configuration -> the names of its rows, in order."""
     paper: Paper | None = None
     extras: tuple[str, ...] = ()
-    """Extras of the package that it needs."""
+    """The extras of the package that it needs."""
     notes: Callable[[Sequence[Run], Sequence[Row]], str] = lambda members, rows: ""
     """The runs of a configuration and its rows -> the text below its table."""
     figures: Callable[[Path, Sequence[Run], Sequence[Row]], None] = lambda folder, members, rows: None
     """Draws into a folder."""
     programs: Callable[[Any], Mapping[str, Program]] = lambda config: {}
-    """Configuration -> the programs that take its time, for `tpu.plan`."""
+    """Configuration -> the programs that take most of its time, for `tpu.plan`."""
     load: Callable[[Any], Any] = lambda config: None
-    """Configuration -> what all its runs read, such as a data set (`run.data`), before any folder is made."""
+    """Configuration -> the data of all its runs (`run.data`), read before a folder is made."""
     seeds: str | None = None
-    """The option that makes several seeds in one run, from `--seed` on; None if a run has one seed."""
+    """The option with the number of seeds of a run, from `--seed` on; None if a run has one seed."""
 
     def run(self, config: Any) -> Results:
-        """Compute what the folder does not hold yet, and write the table and the figures.
+        """Compute the phases that the folder lacks, and write the table and the figures.
 
         Raises:
           ConfigError: the folder is of another configuration.
@@ -68,52 +69,40 @@ class Experiment(NamedTuple):
         return outcome
 
     def run_all(self, configs: Sequence[Any]) -> list[Results | BaseException]:
-        """Run configurations that share their programs (`config.of_program`); one that fails leaves the others."""
-        try:
-            data = self.load(configs[0])
-        except Exception as error:
-            return [command.go_on(error)] * len(configs)
-        opened = [self._opened(config) for config in configs]
-        members = [run for found in opened if isinstance(found, list) for run in found]
+        """Run configurations that share their programs (`config.of_program`); if one fails, the others continue."""
+        data = command.attempt(lambda: self.load(configs[0]))
+        if isinstance(data, Exception):
+            return [data] * len(configs)
+        open_runs = lambda config: phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
+        opened = [command.attempt(partial(open_runs, config)) for config in configs]
+        members = [run for outcome in opened if isinstance(outcome, list) for run in outcome]
         for run in members:
             run.data = data
-        try:
-            if members:
-                self.table(Lab(members))
-        except Exception as error:
-            for run in members:
-                run.error = run.error or command.go_on(error)
-        return [self._finished(found) if isinstance(found, list) else found for found in opened]
+        error = command.attempt(lambda: self.table(Lab(members))) if members else None
+        for run in members:
+            run.error = run.error or error
+        finish = lambda members: command.attempt(partial(self._finished, members))
+        return [finish(outcome) if isinstance(outcome, list) else outcome for outcome in opened]
 
-    def _opened(self, config: Any) -> list[Run] | BaseException:
-        try:
-            return phases.opened(self.name, config, getattr(config, self.seeds) if self.seeds else 1)
-        except Exception as error:
-            return command.go_on(error)
-
-    def _finished(self, members: list[Run]) -> Results | BaseException:
+    def _finished(self, members: list[Run]) -> Results:
+        for run in members:
+            run.progress.close()
+            if run.error is not None:
+                raise run.error
         first = members[0]
-        try:
-            for run in members:
-                run.progress.close()
-                if run.error is not None:
-                    raise run.error
-            rows = first.rows if len(members) == 1 else over_seeds([run.rows for run in members])
-            self.figures(first.folder.path, members, rows)
-            return first.folder.finish(rows, self.columns, self.notes(members, rows))
-        except Exception as error:
-            return command.go_on(error)
+        rows = first.rows if len(members) == 1 else over_seeds([run.rows for run in members])
+        self.figures(first.folder.path, members, rows)
+        return first.folder.finish(rows, self.columns, self.notes(members, rows))
 
     def main(self) -> None:
-        """Run the command line."""
         command.main(self.config, self.presets, self.run)
 
 
 def find(name: str) -> Experiment:
-    """Import the experiment of this name; a name that is not in `NAMES` is never imported.
+    """Import the experiment of this name.
 
     Raises:
-      ConfigError: there is no such experiment.
+      ConfigError: `NAMES` lacks the name, which is then never imported.
       ImportError: a package is missing.
     """
     if name not in NAMES:

@@ -13,12 +13,13 @@ import matplotlib.pyplot as plt
 from experiments.lab.folder import writing
 from gendiff import distributed
 from gendiff.data import files
+from gendiff.metrics.calibration import Calibration
 
 GOOD, BAD, LINE = "#3b6ea5", "#d1342f", "#444444"
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Writes a whole PNG or leaves the old one; the first process does."""
+    """Replace the PNG at once, so that a failure keeps the old one; only the first process writes."""
 
     def store() -> None:
         with writing(path):
@@ -30,21 +31,27 @@ def _save(figure: Any, path: Path) -> None:
         plt.close(figure)
 
 
+def _grid(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure with at most four panels in a line, whose unused panels are empty, and the panels."""
+    columns = min(4, max(1, count))
+    lines = -(-max(1, count) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, list(axes.flat)
+
+
 def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], limit: float, cells: int) -> None:
-    """Points (n, 2) of each model with those marked that the oracle rejects (2307.16463, Fig. 2).
+    """Draw points (n, 2) of each model, and mark the points that the oracle rejects (2307.16463, Fig. 2).
 
     Args:
       panels: title -> (points, good).
       limit: half-width of the board.
       cells: along a side; the filled ones are shaded.
     """
-    columns = min(4, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 3.4 * lines), squeeze=False)
+    figure, axes = _grid(len(panels), 3.2, 3.4)
     side = 2 * limit / cells
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, (title, (points, good)) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (title, (points, good)) in zip(axes, panels.items(), strict=False):
         for i in range(cells):
             for j in range(i % 2, cells, 2):
                 axis.add_patch(plt.Rectangle((i * side - limit, j * side - limit), side, side, color="#e9edf2", lw=0))
@@ -57,13 +64,10 @@ def samples(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]], lim
 
 
 def by_round(
-    path: Path,
-    curves: Mapping[str, Sequence[tuple[float, float, float]]],
-    stars: Mapping[str, Mapping[int, float]],
-    lines: Mapping[str, float],
-    logarithmic: Sequence[str] = (),
-) -> None:
-    """Each quantity against the round, with intervals (2307.16463, Fig. 3).
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float, float]]], stars: Mapping[str, Mapping[int, float]],
+    lines: Mapping[str, float], logarithmic: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Draw each quantity against the round, with intervals (2307.16463, Fig. 3).
 
     Args:
       curves: quantity -> (value, low, high) after rounds 0, 1 ..
@@ -89,18 +93,17 @@ def by_round(
     _save(figure, path)
 
 
-def calibration(path: Path, reports: Mapping[str, Any], alphas: Mapping[str, float]) -> None:
-    """Mean C against the noise level beside alpha, and reliability, for each classifier.
+def calibration(path: Path, reports: Mapping[str, tuple[Calibration, float]]) -> None:
+    """Draw each classifier's mean C against the noise level beside alpha, and its reliability.
 
     Args:
-      reports: title -> `gendiff.metrics.calibration.Calibration`.
-      alphas: title -> share of good samples that the classifier was made for.
+      reports: title -> (calibration, share alpha of good samples that the classifier was trained for).
     """
     figure, axes = plt.subplots(2, len(reports), figsize=(3.4 * len(reports), 6.4), squeeze=False)
-    for (above, below), (title, report) in zip(axes.T, reports.items(), strict=True):
+    for (above, below), (title, (report, alpha)) in zip(axes.T, reports.items(), strict=True):
         times = np.asarray(report.times)
         above.semilogx(times, report.mean, "o-", ms=3, color=GOOD, label="mean C")
-        above.axhline(alphas[title], color=LINE, ls=":", label=f"alpha = {alphas[title]:.4f}")
+        above.axhline(alpha, color=LINE, ls=":", label=f"alpha = {alpha:.4f}")
         above.set(xlabel="noise level", title=title)
         above.legend(fontsize=8)
         below.plot([0, 1], [0, 1], color=LINE, ls=":")
@@ -113,29 +116,24 @@ def calibration(path: Path, reports: Mapping[str, Any], alphas: Mapping[str, flo
     _save(figure, path)
 
 
-def image_sheets(
-    path: Path, sheets: Mapping[str, tuple[np.ndarray, np.ndarray]], across: int = 10, down: int = 6
-) -> None:
-    """Sample sheets of images (n, h, w, 1) in [-1, 1], each malign one in a red frame.
+def image_sheets(path: Path, sheets: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw sheets of images (n, h, w, 1) in [-1, 1], with red frames around malign images.
 
     Args:
       sheets: title -> (images, benign).
     """
-    columns = min(4, len(sheets))
-    lines = -(-len(sheets) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.5 * lines), squeeze=False)
-    for axis in axes.flat:
+    figure, axes = _grid(len(sheets), 3.6, 2.5)
+    for axis, (title, (images, benign)) in zip(axes, sheets.items(), strict=False):
         axis.axis("off")
-    for axis, (title, (images, benign)) in zip(axes.flat, sheets.items(), strict=False):
-        axis.imshow(_sheet(images[: across * down], benign[: across * down], across, down), interpolation="nearest")
+        axis.imshow(_sheet(images[:60], benign[:60], 10, 6), interpolation="nearest")
         axis.set_title(f"{title}: {(~benign).sum()} of {len(benign)} malign", fontsize=8)
     _save(figure, path)
 
 
-def error_sheet(path: Path, images: np.ndarray, wrong: np.ndarray, across: int = 15) -> None:
-    """A sheet of images (n, h, w, 1) in [-1, 1], each wrong one in a red frame; nothing without images."""
+def error_sheet(path: Path, images: np.ndarray, wrong: np.ndarray) -> None:
+    """Draw images (n, h, w, 1) in [-1, 1], with red frames around wrong ones; without images draw nothing."""
     if len(images):
-        shown = np.kron(_sheet(images, ~wrong, across, -(-len(images) // across)), np.ones((3, 3, 1)))
+        shown = np.kron(_sheet(images, ~wrong, 15, -(-len(images) // 15)), np.ones((3, 3, 1)))
         with writing(path):
             distributed.first(lambda: files.store(path, lambda file: plt.imsave(file, shown, format="png")))
 
@@ -152,7 +150,7 @@ def _sheet(images: np.ndarray, benign: np.ndarray, across: int, down: int) -> np
 
 
 def trade_off(path: Path, curve: Mapping[float, tuple[Any, Any]], others: Mapping[str, tuple[Any, Any]]) -> None:
-    """Malign rate against recall along omega, and for other ways.
+    """Draw the malign rate against recall along omega, and for other methods.
 
     Args:
       curve: omega -> (recall, malign rate), as estimates.
@@ -178,11 +176,11 @@ def _cross(axis: Any, x: Any, y: Any, color: str, marker: str, label: str | None
 
 
 def by_labels(path: Path, curves: Mapping[str, Sequence[tuple[int, Any]]]) -> None:
-    """Malign rate against the number of labels, with intervals."""
+    """Draw the malign rate against the number of labels, with intervals."""
     figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
     for color, (name, points) in zip((LINE, GOOD), curves.items(), strict=False):
-        x, y = [n for n, _ in points], [each.value for _, each in points]
-        low, high = [each.value - each.low for _, each in points], [each.high - each.value for _, each in points]
+        x, y = [n for n, _ in points], [rate.value for _, rate in points]
+        low, high = [rate.value - rate.low for _, rate in points], [rate.high - rate.value for _, rate in points]
         axis.errorbar(x, y, (np.maximum(low, 0), np.maximum(high, 0)), marker="o", color=color, capsize=2, label=name)
     axis.set(xlabel="labels", ylabel="malign rate", xscale="log")
     axis.set_xticks(x, [str(n) for n in x])
@@ -192,7 +190,7 @@ def by_labels(path: Path, curves: Mapping[str, Sequence[tuple[int, Any]]]) -> No
 
 
 def _maze(axis: Any, walls: np.ndarray) -> None:
-    """The walls of a maze; cell (0, 0) has its middle at the origin, x goes down and y to the right as in its text."""
+    """Draw a maze's walls; cell (0, 0) is centred at the origin, x goes down and y to the right as in its text."""
     for i, j in np.argwhere(walls):
         axis.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, color="#c9ced6", lw=0))
     rows, columns = walls.shape
@@ -203,11 +201,9 @@ def _maze(axis: Any, walls: np.ndarray) -> None:
 def heat_maps(
     path: Path, heats: Sequence[tuple[np.ndarray, np.ndarray]], walls: np.ndarray, goals: Sequence[tuple[float, float]]
 ) -> None:
-    """Mean reward by place, one panel a goal, which a cross marks (2306.01804, Fig. 3)."""
-    columns = min(4, len(heats))
-    lines = -(-len(heats) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.6 * columns, 2.4 * lines), squeeze=False)
-    for number, (axis, (mean, count), goal) in enumerate(zip(axes.flat, heats, goals, strict=False), 1):
+    """Draw the mean reward by place, a panel for each goal, which a cross marks (2306.01804, Fig. 3)."""
+    figure, axes = _grid(len(heats), 2.6, 2.4)
+    for number, (axis, (mean, count), goal) in enumerate(zip(axes, heats, goals, strict=False), 1):
         _maze(axis, walls)
         rows, width = walls.shape
         shown = np.ma.masked_where(count == 0, mean)
@@ -218,11 +214,9 @@ def heat_maps(
 
 
 def histograms(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Rewards of the base model's paths and of the expert's, one panel a goal."""
-    columns = min(4, max(1, len(panels)))
-    lines = -(-max(1, len(panels)) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(2.8 * columns, 2.1 * lines), squeeze=False)
-    for axis, (title, (base, expert)) in zip(axes.flat, panels.items(), strict=False):
+    """Draw the rewards of the base model's paths and of the expert's, a panel for each goal."""
+    figure, axes = _grid(len(panels), 2.8, 2.1)
+    for axis, (title, (base, expert)) in zip(axes, panels.items(), strict=False):
         low, high = np.quantile(np.concatenate([base, expert]), [0.01, 0.99])
         bins = np.linspace(low, high, 40)
         axis.hist(base, bins, color=LINE, alpha=0.5, label="base", density=True)
@@ -230,39 +224,32 @@ def histograms(path: Path, panels: Mapping[str, tuple[np.ndarray, np.ndarray]]) 
         axis.set_title(title, fontsize=9)
         axis.set(yticks=[])
         axis.tick_params(labelsize=6)
-    axes.flat[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     _save(figure, path)
 
 
 def plans(
-    path: Path,
-    rows: Mapping[str, Sequence[np.ndarray]],
-    walls: np.ndarray,
-    goals: Sequence[tuple[float, float]],
-    most: int = 40,
+    path: Path, rows: Mapping[str, Sequence[np.ndarray]], walls: np.ndarray, goals: Sequence[tuple[float, float]]
 ) -> None:
-    """Paths (n, horizon, 2) of each model (a row) for each goal (a column), with a dot at each end."""
+    """Draw 40 paths (n, horizon, 2) of each model (a row) for each goal (a column), with dots at their ends."""
     figure, axes = plt.subplots(len(rows), len(goals), figsize=(1.9 * len(goals), 1.8 * len(rows)), squeeze=False)
-    for line, (name, each) in zip(axes, rows.items(), strict=True):
-        for axis, paths, goal in zip(line, each, goals, strict=True):
+    for line, (name, by_goal) in zip(axes, rows.items(), strict=True):
+        for axis, paths, goal in zip(line, by_goal, goals, strict=True):
             _maze(axis, walls)
-            for points in paths[:most]:
+            for points in paths[:40]:
                 axis.plot(points[:, 1], points[:, 0], color=GOOD, lw=0.4, alpha=0.5)
-            axis.scatter(paths[:most, -1, 1], paths[:most, -1, 0], s=5, color=LINE, zorder=3, lw=0)
+            axis.scatter(paths[:40, -1, 1], paths[:40, -1, 0], s=5, color=LINE, zorder=3, lw=0)
             axis.plot(goal[1], goal[0], "x", color=BAD, ms=7, mew=1.5, zorder=4)
         line[0].set_ylabel(name, fontsize=8)
     _save(figure, path)
 
 
 def denoising(
-    path: Path,
-    rows: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    times: Sequence[int],
-    walls: np.ndarray,
+    path: Path, rows: Mapping[str, tuple[np.ndarray, np.ndarray]], times: Sequence[int], walls: np.ndarray,
     goal: tuple[float, float],
-) -> None:
-    """A path (times, horizon, 2) on its way from noise to data, coloured by the reward (times, horizon) of its windows
-    within each panel (2306.01804, Fig. 1)."""
+) -> None:  # fmt: skip
+    """Draw a path (times, horizon, 2) from noise to data, coloured by the reward (times, horizon) of its windows within
+    each panel (2306.01804, Fig. 1)."""
     figure, axes = plt.subplots(len(rows), len(times), figsize=(1.9 * len(times), 1.9 * len(rows)), squeeze=False)
     for line, (name, (points, rewards)) in zip(axes, rows.items(), strict=True):
         for axis, t, place, reward in zip(line, times, points, rewards, strict=True):
@@ -277,7 +264,7 @@ def denoising(
 def traffic_scenes(
     path: Path, rows: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]], half: float
 ) -> None:
-    """Scenes of each model (a row), with vehicles that break a constraint marked (2307.16463, Fig. 1).
+    """Draw scenes of each model (a row), and mark vehicles that break a constraint (2307.16463, Fig. 1).
 
     Args:
       rows: title -> (signed distance (c, c), vehicles (k, 7) in metres, present (k,), broken (k,)) of each scene.
@@ -304,16 +291,16 @@ def traffic_scenes(
 
 
 def infraction_maps(path: Path, panels: Mapping[str, tuple[np.ndarray, int]], half: float) -> None:
-    """Vehicles that break a constraint per scene and 5 m square, where they stand (2307.16463, Fig. 1 g and h).
+    """Draw the number of vehicles per scene and 5 m square that break a constraint (2307.16463, Fig. 1 g and h).
 
     Args:
-      panels: title -> (centres (n, 2) of vehicles that break one, number of scenes).
+      panels: title -> (centres (n, 2) of these vehicles, number of scenes).
       half: half the width of a map, in metres.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.4), squeeze=False)
     edges = np.linspace(-half, half, 21)
     counts = [np.histogram2d(at[:, 1], at[:, 0], (edges, edges))[0] / n for at, n in panels.values()]
-    most = max(float(np.max(each)) for each in counts) or 1.0
+    most = max(float(np.max(count)) for count in counts) or 1.0
     for axis, title, count in zip(axes[0], panels, counts, strict=True):
         shown = axis.imshow(count, extent=(-half, half, -half, half), origin="lower", vmin=0, vmax=most, cmap="magma")
         axis.set_title(f"{title}\n{count.sum():.2f} vehicles a scene", fontsize=9)

@@ -1,4 +1,4 @@
-"""The folder of one run: its configuration, results, figures and log, each written whole or not at all."""
+"""The folder of one run: its configuration, results, figures and log; a failed write keeps the old file."""
 
 import contextlib
 import dataclasses
@@ -13,14 +13,18 @@ import jax
 
 from experiments.lab import lock, origin
 from experiments.lab.config import Config, ConfigError, make_folder
-from experiments.lab.table import Column, Results, Row, table
+from experiments.lab.table import Column, Results, Row, plain, table
 from gendiff import distributed
 from gendiff.checkpoint import Archive
 from gendiff.data import files
 
 
 class Folder:
-    """The folder of one run: opened, checked against the configuration, and written to without half-written files."""
+    """The folder of one run, locked while it runs.
+
+    Raises:
+      ConfigError: the folder is of another configuration, or another process uses it.
+    """
 
     def __init__(self, experiment: str, config: Config) -> None:
         self.experiment, self.config = experiment, config
@@ -38,7 +42,7 @@ class Folder:
                 f"--output must be a folder that no other run uses, got {self.path}: wait for it, or name another "
                 f"folder ({holder})"
             ) from None
-        self._is_ours()  # again, because another run may have come between
+        self._is_ours()  # again, because another run may have written before the lock
         text = json.dumps(_header(self.experiment) | fields(self.config), indent=2) + "\n"
         (self.path / "checkpoints").mkdir(exist_ok=True)
         for name in CONFIGS:
@@ -48,7 +52,7 @@ class Folder:
     def _is_ours(self) -> None:
         own = (lock.NAME, "checkpoints") if not any(self.path.glob("checkpoints/*")) else (lock.NAME,)
         if not self.check(self.path, self.experiment, self.config) and any(
-            each.name not in own and not each.name.endswith(".tmp") for each in self.path.iterdir()
+            path.name not in own and not path.name.endswith(".tmp") for path in self.path.iterdir()
         ):
             raise ConfigError(
                 f"--output must be an empty folder or one of this experiment, got {self.path}, where neither "
@@ -57,15 +61,15 @@ class Folder:
 
     @staticmethod
     def check(path: Path, experiment: str, config: Config) -> bool:
-        """Whether the folder holds a run of this experiment with this configuration; False where it holds none.
+        """Return True if the folder holds a run of this experiment with this configuration, False if it holds none.
 
-        The configuration stands beside the checkpoints, in config.json, and in results.json.  The first of them that
-        can be read counts, so that a damaged config.json does not part a run from its checkpoints.
+        The configuration is stored beside the checkpoints, in config.json, and in results.json.  The first readable
+        copy counts, because a damaged config.json must not part a run from its checkpoints.
 
         Raises:
-          ConfigError: it holds another one, or one of another format.
+          ConfigError: it holds another configuration, or another format.
         """
-        held = next((found for name in CONFIGS if (found := _stored(path / name)) is not None), None)
+        held = next((stored for name in CONFIGS if (stored := _stored(path / name)) is not None), None)
         if held is None and (results := _stored(path / "results.json")) and isinstance(results.get("config"), dict):
             held = {"experiment": results.get("experiment"), "format": results.get("format"), **results["config"]}
         if held is None:
@@ -78,12 +82,12 @@ class Folder:
             )
         before, now = flat(held | {"output": None}), flat(_header(experiment) | fields(config))
         if names := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
-            changes = "; ".join(f"{name}: expected {before.get(name)}, given {now.get(name)}" for name in names)
+            changes = "; ".join(f"{name} must be {before.get(name)}, got {now.get(name)}" for name in names)
             raise ConfigError(f"--output: {path} holds another configuration ({changes}): name another folder")
         return True
 
     def _check_there(self) -> None:
-        """Raise OSError if the folder is no longer the one that the run began in."""
+        """Raise OSError if the folder was removed or replaced since the run began."""
         if lock.lost(self.path) or not (self.path / "config.json").exists():
             raise OSError(
                 f"{self.path} must stay as it is during the run, but it was removed or replaced: empty the folder and "
@@ -91,33 +95,33 @@ class Folder:
             )
 
     def write(self, name: str, text: str) -> None:
-        """Writes a whole file or leaves the old one; the first process does."""
+        """Replace a file at once, so that a failure keeps the old one; only the first process writes."""
 
-        def first() -> None:
+        def replace() -> None:
             self._check_there()
             write(self.path / name, text)
 
-        distributed.first(first)
+        distributed.first(replace)
 
     def log(self, **values: Any) -> None:
-        """Appends one line to metrics.jsonl; the first process does."""
+        """Append a line to metrics.jsonl; only the first process writes."""
         distributed.first(lambda: self.append(**values))
 
     def append(self, **values: Any) -> None:
-        """`log` of one process alone."""
+        """`log` without the other processes."""
         self._check_there()
         lock.touch(self.path)
         path = self.path / "metrics.jsonl"
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         with writing(path), os.fdopen(files.descriptor(path, flags), "ab+") as file:
-            # A line that a full disk cut off must not swallow this one.
+            # Start a new line if a full disk cut off the last one.
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
             start = b"" if file.read(1) in (b"", b"\n") else b"\n"
             file.write(start + json.dumps(_jsonable(values)).encode() + b"\n")
 
     def finish(self, rows: list[Row], columns: Sequence[Column], notes: str = "") -> Results:
-        """Writes results.json and table.md, and returns them."""
+        """Write results.json and table.md, unlock the folder, and return the results."""
         text = f"{table(rows, columns)}\n\n{notes}".strip()
         document = _header(self.experiment) | {
             "commit": origin.commit(),
@@ -125,14 +129,7 @@ class Folder:
             "versions": origin.versions(),
             "processes": jax.process_count(),
             "config": dataclasses.asdict(self.config),
-            "rows": [
-                {
-                    "name": row.name,
-                    "metrics": {name: estimate._asdict() for name, estimate in row.metrics.items()},
-                    "paper": row.paper,
-                }
-                for row in rows
-            ],
+            "rows": [row._asdict() | {"metrics": plain(row.metrics)} for row in rows],
         }
         self.write("results.json", json.dumps(_jsonable(document), indent=2, allow_nan=False) + "\n")
         self.write("table.md", f"# {self.experiment}, preset {self.config.preset}\n\n{text}\n")
@@ -142,15 +139,15 @@ class Folder:
 
 
 FORMAT = 2
-"""Of config.json, results.json and the names of phases."""
+"""The format of config.json, results.json and the names of phases."""
 READERS = {1: "gendiff 0.1.0"}
-"""Format -> who reads it."""
+"""Format -> the version that reads it."""
 CONFIGS = ("checkpoints/config.json", "config.json")
-"""The configuration beside its checkpoints, from which the one of the folder is written again if it is lost."""
+"""Two copies of the configuration: a lost one is written again."""
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file, or a damaged one."""
+    """The JSON object in a file; None if the file is missing or damaged."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -159,14 +156,14 @@ def _stored(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
+    """Replace a file at once, so that a failure keeps the old one."""
     with writing(path):
         files.store_text(path, text)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What fails in it is told of the file."""
+    """Add the file name to every OSError raised inside."""
     try:
         yield
     except OSError as error:
@@ -179,23 +176,23 @@ def _header(experiment: str) -> dict[str, Any]:
 
 
 def fields(config: Config) -> dict[str, Any]:
-    """A configuration as JSON holds it, without its folder."""
+    """A configuration as JSON, without its folder."""
     return _jsonable(dataclasses.asdict(config) | {"output": None})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one dict, with dotted names."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return result
 
 
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(name): _jsonable(each) for name, each in value.items()}
+        return {str(name): _jsonable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(each) for each in value]
+        return [_jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

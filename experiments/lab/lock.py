@@ -17,22 +17,22 @@ except ImportError:  # Windows
 
 NAME = ".lock"
 STALE = 600
-"""Seconds after which a lock of another host counts as left behind: some servers keep those of a lost client."""
+"""Seconds after which a silent lock of another host counts as lost, because some servers keep a lost client's lock."""
 _descriptors: dict[Path, int] = {}
-"""The locks of this process, which it may take again."""
+"""The locks that this process holds."""
 
 
 class Taken(Exception):
-    """Another process has the lock; the text says which."""
+    """Another process has the lock; the text names it."""
 
 
 def take(folder: Path) -> None:
-    """Lock a folder until `release` or the end of the process, which may be `kill -9`: the kernel unlocks it.
+    """Lock a folder until `release` or the end of the process, even by `kill -9`, because the kernel holds the lock.
 
-    Where the file system has no locks, a warning says so.
+    Without locks in the file system, print a warning.
 
     Raises:
-      Taken: another process has it.
+      Taken: another process has the lock.
       OSError: the lock file cannot be made.
     """
     path = folder.resolve() / NAME
@@ -41,7 +41,7 @@ def take(folder: Path) -> None:
     release(folder)
     try:
         descriptor = files.descriptor(path, os.O_RDWR | os.O_CREAT)
-    except OSError as error:  # a link would lead to a file of somebody else
+    except OSError as error:  # such as a link, which may lead to another user's file
         raise OSError(f"{path} must be a regular file of the run ({error.strerror}): remove it") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +61,7 @@ def take(folder: Path) -> None:
 
 
 def _has(path: Path) -> bool:
-    """Whether this process holds the lock, on the file that has this name now."""
+    """Return True if this process holds the lock on the file that has this name now."""
     try:
         return path in _descriptors and os.path.samestat(os.fstat(_descriptors[path]), path.stat())
     except OSError:
@@ -69,7 +69,7 @@ def _has(path: Path) -> bool:
 
 
 def lost(folder: Path) -> bool:
-    """Whether this process took the lock, and the folder has been removed or replaced since."""
+    """Return True if this process took the lock, and the folder was removed or replaced since."""
     path = folder.resolve() / NAME
     return path in _descriptors and not _has(path)
 
@@ -81,7 +81,7 @@ def _holder() -> str:
 
 
 def touch(folder: Path) -> None:
-    """Say that the holder of the lock is alive."""
+    """Refresh the lock, so that other hosts see that its holder is alive."""
     descriptor = _descriptors.get(folder.resolve() / NAME)
     if descriptor is not None:
         with contextlib.suppress(OSError):  # some file systems have no such times
@@ -89,7 +89,7 @@ def touch(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Unlock the folder; without a lock, do nothing."""
+    """Unlock the folder, if this process locked it."""
     descriptor = _descriptors.pop(folder.resolve() / NAME, None)
     if descriptor is not None:
         os.close(descriptor)

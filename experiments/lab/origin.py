@@ -1,4 +1,4 @@
-"""Where numbers come from: the commit of the code, and the device."""
+"""The origin of numbers: the commit of the code, the device and the versions."""
 
 import os
 import platform
@@ -9,28 +9,27 @@ import jax
 
 
 def commit() -> str:
-    """The commit of the code, with "+changes" where the working tree differs from it."""
-    try:
-        return _git("rev-parse", "HEAD").strip() + ("+changes" if _git("status", "--porcelain").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """The commit of the code, with "+changes" if the working tree differs from it."""
+    head = _git("rev-parse", "HEAD").strip()
+    return head + ("+changes" if _git("status", "--porcelain").strip() else "") if head else "unknown"
 
 
 def code() -> str:
-    """The commit, and what the working tree changes in it: two that run the same code have the same."""
-    try:
-        return commit() + _git("diff", "HEAD")
-    except (OSError, subprocess.CalledProcessError):
-        return commit()
+    """The commit and the changes of the working tree, which are equal for equal code."""
+    return commit() + _git("diff", "HEAD")
 
 
 def _git(*words: str) -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+    """The output of a git command; empty without git or a repository."""
+    try:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def device() -> str:
-    """What ran: the accelerator's or processor's name, and how many."""
+    """The name and number of the accelerators, or of the processor's cores."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return f"{len(jax.devices())} x {first.device_kind}"
@@ -46,5 +45,4 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and JAX."""
     return {"python": platform.python_version(), "jax": jax.__version__}

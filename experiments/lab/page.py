@@ -1,4 +1,4 @@
-"""Pages of results in Markdown: ours beside the papers' numbers, where it was run, and what is missing."""
+"""Pages of results in Markdown: our numbers beside the papers', their origin, and missing results."""
 
 import html
 import os
@@ -11,22 +11,22 @@ from pathlib import Path
 from experiments.lab import results
 from experiments.lab.experiment import NAMES, Experiment
 from experiments.lab.reproduce import today
-from experiments.lab.results import Measured, Run, Table, cleaned, difference, expected, joined_rows, joined_runs, known
-from experiments.lab.table import cell, markdown, theirs
+from experiments.lab.results import Run, Table, cleaned, difference, expected, joined_rows, joined_runs, known
+from experiments.lab.table import Row, cell, markdown, theirs
 
 INTERVALS = (
-    "Intervals are 95 %: over seeds where there are several (Student's), else the run's own, which its notes explain. "
+    "Intervals are 95 %: over several seeds Student's, else the run's own, which its notes explain. "
     "-: not reported; ?: not finite."
 )
 WRITER = "python -m experiments.tables"
 
 
 def page(runs: Sequence[Run], warnings: Sequence[str], base: Path, join_commits: bool = False) -> str:
-    """Everything that there is to say about the runs; figures are linked relative to `base`."""
+    """The page of all runs; links to figures are relative to `base`."""
     others = sorted({run.experiment for run in runs if run.rows is not None} - set(NAMES))
     head = ["table", "of the paper", "finished runs", "configurations", "unfinished"]
     body = [_summary(name, [run for run in runs if run.experiment == name], join_commits) for name in [*NAMES, *others]]
-    again = f"What reproduces a row: {code(f'{WRITER} --row EXPERIMENT ROW')}"
+    again = f"To reproduce a row: {code(f'{WRITER} --row EXPERIMENT ROW')}"
     parts = ["# gendiff: results", f"Ours beside the papers' numbers. {INTERVALS} {again}", markdown(head, body)]
     for name in [*NAMES, *others]:
         parts += [f"## {escaped(name)}", of_paper(name), *sections(name, runs, base, join_commits)]
@@ -35,16 +35,19 @@ def page(runs: Sequence[Run], warnings: Sequence[str], base: Path, join_commits:
 
 
 def documents(folder: Path, runs: Sequence[Run]) -> dict[Path, str]:
-    """Pages of committed results: path -> text, for every experiment that has a folder in `folder`.
+    """Pages of committed results: path -> text, for every experiment with a `findings.md` in its folder of `folder`.
 
-    `findings.md` of that folder has the title and the text, which the page includes below its tables.
+    The first line of `findings.md` is the page's title; the page includes the rest below its tables.
+
+    Raises:
+      ValueError: packages of an experiment are not installed.
     """
     pages = {}
     for name in NAMES:
         findings = folder / name / "findings.md"
         if findings.exists():
             if not known(name).presets:
-                raise ValueError(f"--docs needs the packages of {name}: install those that the warning names")
+                raise ValueError(f"--docs needs the packages of {name}: install the packages that the warning names")
             title = findings.read_text(encoding="utf-8").splitlines()[0]
             written = f"<!-- {WRITER} --docs writes this page: change {name}/findings.md, or the results beside it. -->"
             again = f"The commit and every option of a row: {code(f'{WRITER} docs/results --row {name} ROW')}."
@@ -64,7 +67,6 @@ def _summary(name: str, own: Sequence[Run], join_commits: bool) -> list[str]:
 
 
 def of_paper(name: str) -> str:
-    """The paper of an experiment."""
     paper = known(name).paper
     if paper is None:
         return "Its packages are not installed." if name in NAMES else "Of no paper."
@@ -72,35 +74,34 @@ def of_paper(name: str) -> str:
 
 
 def sections(name: str, runs: Sequence[Run], base: Path, join_commits: bool = False, level: int = 3) -> Iterator[str]:
-    """An experiment's tables, or the paper's numbers alone where there are none."""
+    """An experiment's tables; without results, the paper's numbers."""
     tables = joined_runs([run for run in runs if run.experiment == name], join_commits)
     for table in tables:
         yield from _section(table, base, level)
     if tables:
         return
-    yield f"No results are here. Run {code(f'python -m experiments.{name}')}."
+    yield f"No results. Run {code(f'python -m experiments.{name}')}."
     paper = known(name).paper
     if paper and paper.rows:
-        rows = {row: (Measured({}, dict(numbers)), 0) for row, numbers in paper.rows.items()}
-        given = results.columns(name, [row for row, _ in rows.values()])
-        body = [[code(row), *(theirs(own, column) for column in given)] for row, (own, _) in rows.items()]
+        rows = [Row(row, {}, dict(numbers)) for row, numbers in paper.rows.items()]
+        columns = results.columns(name, rows)
+        body = [[code(row.name), *(theirs(row, column) for column in columns)] for row in rows]
         yield "The paper's numbers:"
-        yield markdown(["row", *(column.title for column in given)], body)
+        yield markdown(["row", *(column.title for column in columns)], body)
 
 
 def _section(table: Table, base: Path, level: int) -> Iterator[str]:
     first, count = table.first, len(table.seeds)
-    listed = ", ".join(map(str, table.seeds))
-    what = f"{results.describe(first)}; {'seed' if count == 1 else f'{count} seeds:'} {listed}"
-    yield f"{'#' * level} {escaped(what)}"
+    seeds = f"{'seed' if count == 1 else f'{count} seeds:'} {', '.join(map(str, table.seeds))}"
+    yield f"{'#' * level} {escaped(f'{results.describe(first)}; {seeds}')}"
     yield comparison(table)
     head = ["folder", "seed", "commit", "device", "seconds", "ended"]
     yield markdown(head, [_where(run, base) for run in table.runs])
     if table.repeated:
         folders = cleaned(", ".join(str(run.folder) for run in table.repeated))
-        yield escaped(f"The same configuration and seeds again, in no number above: {folders}")
+        yield escaped(f"Repeated configurations and seeds, which no number above includes: {folders}")
     if difference(first).config is not None:
-        yield "Today's code runs it again by:"
+        yield "Command for today's code:"
         yield _verbatim("\n".join(shlex.join(["python", *today(run)]) for run in table.runs))
     if pictures := sorted(path for path in first.folder.glob("*.png") if not path.name.startswith(".")):
         if len(table.runs) > 1:
@@ -119,22 +120,22 @@ def _where(run: Run, base: Path) -> list[str]:
 
 
 def comparison(table: Table) -> str:
-    """Our rows, the paper's number beside each metric that it has, and the rows that are missing."""
+    """Our rows beside the paper's numbers, and missing rows."""
     name = table.first.experiment
     paper = known(name).paper
     rows = joined_rows(table)
     for row in expected(table):
-        rows.setdefault(row, (Measured({}, dict(paper.rows.get(row, {}) if paper else {})), 0))
-    given = results.columns(name, [measured for measured, _ in rows.values()])
+        rows.setdefault(row, (Row(row, {}, dict(paper.rows.get(row, {}) if paper else {})), 0))
+    columns = results.columns(name, [measured for measured, _ in rows.values()])
     reported = {metric for measured, _ in rows.values() for metric in measured.paper}
     head, body = ["row"], []
-    for column in given:
+    for column in columns:
         head += [escaped(column.title)] + ["the paper's"] * (column.metric in reported)
     for row, (measured, count) in rows.items():
         cells = [code(row)]
         if count < len(table.runs):
             cells = [escaped(f"{row} ({f'{count} of {len(table.runs)} runs' if count else 'missing'})")]
-        for column in given:
+        for column in columns:
             cells.append(cell(measured.metrics.get(column.metric), column))
             cells += [theirs(measured, column)] * (column.metric in reported)
         body.append(cells)
@@ -147,12 +148,12 @@ def _notes(path: Path) -> str:
         text = "\n".join(map(cleaned, path.read_text(encoding="utf-8", errors="replace").splitlines()))
     except OSError:
         return ""
-    found = re.search(r"^\|.*\n(?:\|.*\n)*([\s\S]*)", text, re.MULTILINE)
-    return found[1].strip() if found else ""
+    below = re.search(r"^\|.*\n(?:\|.*\n)*([\s\S]*)", text, re.MULTILINE)
+    return below[1].strip() if below else ""
 
 
 def missing(runs: Sequence[Run], warnings: Sequence[str], join_commits: bool = False) -> Iterator[str]:
-    """What was not run, not finished, not measured or not read."""
+    """Missing results: presets without a finished run, rows, unfinished runs, and warnings."""
     for experiment in map(known, NAMES):
         own = [run for run in runs if run.experiment == experiment.name and run.rows is not None]
         if not own:
@@ -161,23 +162,23 @@ def missing(runs: Sequence[Run], warnings: Sequence[str], join_commits: bool = F
         for preset in experiment.presets if own else ():
             same = [run for run in own if run.preset == preset]
             if not same or all(difference(run).changed for run in same):
-                how = "run only with other options" if same else "never finished"
-                yield f"{code(experiment.name)}: preset {preset} {how}. {code(of_preset(experiment, preset))}"
+                state = "run only with other options" if same else "never finished"
+                yield f"{code(experiment.name)}: preset {preset} {state}. {code(of_preset(experiment, preset))}"
     for run in (run for table in joined_runs(runs, join_commits) for run in table.runs):
         if lacking := [name for name in expected(Table([run], [])) if name not in (run.rows or {})]:
-            what = f": rows missing of {run.experiment}: "
-            yield code(cleaned(str(run.folder))) + escaped(what) + code(", ".join(lacking))
+            rows = f": rows missing of {run.experiment}: "
+            yield code(cleaned(str(run.folder))) + escaped(rows) + code(", ".join(lacking))
     for run in runs:
         if run.rows is None:
             last = run.reports[-1] if run.reports else None
             state = f"last report {last.text}, at {results.moment(last.time)}" if last else "no report yet"
-            what = f" ({run.experiment}, preset {run.preset}, seed {run.config['seed']}) is unfinished: {state}."
-            yield code(cleaned(str(run.folder))) + escaped(what)
+            run_state = f" ({run.experiment}, preset {run.preset}, seed {run.config['seed']}) is unfinished: {state}."
+            yield code(cleaned(str(run.folder))) + escaped(run_state)
     yield from map(escaped, warnings)
 
 
 def of_preset(experiment: Experiment, preset: str) -> str:
-    """The command for a preset: the papers' tables are means over five seeds."""
+    """The command for a preset; five seeds for `paper`, because the papers report means."""
     if preset == "paper" and experiment.seeds is None:
         return f"python -m experiments.sweep {experiment.name} --preset paper --seeds 0:5"
     return f"python -m experiments.{experiment.name} --preset {preset}"
@@ -187,17 +188,17 @@ def of_preset(experiment: Experiment, preset: str) -> str:
 
 
 def code(text: str) -> str:
-    """Text as it is typed."""
+    """Text as code."""
     return escaped(text) if set(text) & set("`|\\") else f"`{text}`"
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown, and the HTML in it, take for what it is."""
+    """Text without the special characters of Markdown and HTML."""
     return re.sub(r"[\\`*|#~]|\](?=[(\[:])|\b_|_\b", r"\\\g<0>", html.escape(text, quote=False))
 
 
 def _verbatim(text: str) -> str:
-    """Text of a file, indented, because nothing in it can end that."""
+    """Text of a file as an indented block, which no text can end."""
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 

@@ -6,8 +6,8 @@ An experiment asks for every phase by name, and for all runs at once:
     lab.train("baseline", training)    one program for all runs
     lab.together("draws", compute)     any other work for all runs
 
-A run keeps its results in its folder and under the phase's name (`run["baseline"]`), so that a killed experiment goes
-on after the last phase that ended, and a training after its last checkpoint.  A run that fails leaves the others.
+A run stores a phase's result in its folder and as `run["baseline"]`.  A killed experiment continues after its last
+finished phase, and a training after its last checkpoint.  If a run fails, the other runs continue.
 """
 
 import time
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, config: Any, seed: int, folder: Folder, archive: Archive, progress: Progress) -> None:
         self.config, self.seed, self.folder, self.archive, self.progress = config, seed, folder, archive, progress
         self.data: Any = None
-        """What the experiment loaded, the same for all runs."""
+        """The data that the experiment loaded, the same for all runs."""
         self.results: dict[str, Any] = {}
         """Phase -> its result."""
         self.rows: list[Row] = []
@@ -43,11 +43,10 @@ class Run:
         self.error: BaseException | None = None
 
     def __getitem__(self, phase: str) -> Any:
-        """The result of a phase."""
         return self.results[phase]
 
     def key(self, purpose: int) -> Array:
-        """The random key of a purpose, the same in every run of this seed."""
+        """The random key of a purpose; equal seeds have equal keys."""
         return jax.random.fold_in(jax.random.key(self.seed), purpose)
 
     def add(self, name: str, metrics: dict[str, Estimate], paper: dict[str, float] | None = None) -> None:
@@ -55,17 +54,18 @@ class Run:
         self.rows.append(Row(name, metrics, paper or {}))
 
     def seconds(self, *phases: str) -> float:
-        """Wall-clock time of phases; of phases that several runs had together, the time of all."""
+        """Wall-clock time of phases; a phase of several runs counts the time of all."""
         return sum(self.archive.seconds[phase] for phase in phases)
 
-    def host(self, phase: str, steps: int, mesh: jax.sharding.Mesh | None = None) -> training.Host:
-        """The place of a training: its mesh, checkpoints and reports."""
-        report = lambda step, metrics: self.progress(phase, step, steps, metrics)
-        return training.Host(mesh, self.archive.steps(phase), report)
+    def hosted(self, phase: str, job: training.Training, mesh: jax.sharding.Mesh | None) -> training.Training:
+        """The training with this run's checkpoints and reports, on a mesh."""
+        report = lambda step, metrics: self.progress(phase, step, job.settings.steps, metrics)
+        host = training.Host(mesh, self.archive.steps(phase), report, job.host.fully_sharded)
+        return job._replace(host=host)
 
 
 class Lab:
-    """The runs of an experiment that have not failed, and the devices that they sample on."""
+    """The runs of an experiment that have not failed, and their mesh for sampling."""
 
     def __init__(self, members: Sequence[Run]) -> None:
         self.runs = list(members)
@@ -73,16 +73,16 @@ class Lab:
 
     @property
     def config(self) -> Any:
-        """The configuration of the runs: what differs between them is no part of their programs."""
+        """The configuration of the first run; the others differ only in options that are arguments of programs."""
         return self.runs[0].config
 
     @property
     def data(self) -> Any:
-        """What the experiment loaded for the runs."""
+        """The data that the experiment loaded for all runs."""
         return self.runs[0].data
 
     def once(self, phase: str, compute: Callable[[Run], Any], kind: Callable[..., Any] = dict) -> None:
-        """Compute a phase run by run, unless a run has its result.
+        """Compute a phase run by run, or read its stored result.
 
         Args:
           compute: gives a dict, or a NamedTuple of type `kind`, of arrays and numbers.
@@ -90,41 +90,42 @@ class Lab:
         self.each(lambda run: run.results.update({phase: run.archive.once(phase, lambda: compute(run), kind)}))
 
     def unchanged(self, phase: str, checksums: Callable[[Run], dict[str, Any]]) -> None:
-        """Refuse to go on with other data than a run began with; `checksums` gives name -> number."""
+        """Fail a run whose data differ from those that it began with; `checksums` gives name -> number."""
         self.once(phase, checksums)
 
         def check(run: Run) -> None:
             for name, value in checksums(run).items():
                 if name not in run[phase] or int(run[phase][name]) != int(value):
-                    raise ConfigError(
-                        f"--output must be of the same {phase}, got another {name} set than it began with"
-                    )
+                    raise ConfigError(f"--output must be of the same {phase}, got another {name} set than before")
 
         self.each(check)
 
     def each(self, work: Callable[[Run], Any]) -> None:
-        """Do work that is kept nowhere, run by run."""
+        """Do work run by run, without storing a result."""
         for run in list(self.runs):
             self._guard(run, work)
 
     def together(
         self, phase: str, compute: Callable[[list[Run]], Sequence[Any]], kind: Callable[..., Any] = dict
     ) -> None:
-        """Compute a phase of those runs that lack its result, together; `compute` gives a result for each of them.
+        """Compute a phase of all runs without a stored result, together.
 
-        If one of them fails, the others are computed one by one.
+        If that fails, compute it run by run.
+
+        Args:
+          compute: runs -> a result for each run, a dict or a NamedTuple of type `kind`.
         """
         distributed.stop_if_preempted("every phase that was finished")
         waiting: list[Run] = []
 
-        def look(run: Run) -> None:
+        def read(run: Run) -> None:
             stored = run.archive.held(phase, kind)
             if stored is None:
                 waiting.append(run)
             else:
                 run.results[phase] = stored
 
-        self.each(look)
+        self.each(read)
         groups = [waiting] if waiting else []
         while groups:
             group = groups.pop(0)
@@ -146,45 +147,33 @@ class Lab:
                 self._guard(run, partial(_keep, phase, result, seconds, kind))
 
     def train(
-        self,
-        phase: str,
-        asked: Callable[[Run], training.Training],
+        self, phase: str, job: Callable[[Run], training.Training],
         result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
-        mesh: jax.sharding.Mesh | None = None,
-        shared: bool = False,
-    ) -> None:
+        mesh: jax.sharding.Mesh | None = None, shared: bool = False,
+    ) -> None:  # fmt: skip
         """Train a phase of all runs, in one program where they agree.
 
         Args:
-          asked: run -> the training.  Of its host, `fully_sharded` counts; the rest is chosen here.
-          result: what is kept of the last state; default: the best parameters.
-          mesh: of a run that trains alone.
-          shared: the training is the same for all runs: the first one does it.
+          job: run -> the training.  Only `fully_sharded` of its host counts.
+          result: (run, last state) -> the phase's result; default: the best parameters.
+          mesh: for a run that trains alone.
+          shared: all runs have the same training, so train once.
         """
 
         def compute(members: list[Run]) -> list[Any]:
-            if not shared:
-                return self.trained(phase, members, [asked(run) for run in members], result, mesh)
-            (state,) = self.trained(phase, members[:1], [asked(members[0])], lambda run, state: state, mesh)
-            return [result(run, state) for run in members]
+            trained = members[:1] if shared else members
+            states = self.trained(phase, trained, [job(run) for run in trained], mesh)
+            states = states * len(members) if shared else states
+            return [result(run, state) for run, state in zip(members, states, strict=True)]
 
         self.together(phase, compute)
 
     def trained(
-        self,
-        phase: str,
-        members: Sequence[Run],
-        asked: Sequence[training.Training],
-        result: Callable[[Run, training.State], Any] = lambda run, state: state.best,
+        self, phase: str, members: Sequence[Run], jobs: Sequence[training.Training],
         mesh: jax.sharding.Mesh | None = None,
-    ) -> list[Any]:
-        """Run the training of each member and return what is kept of it, for a phase that does more than train."""
-        hosts = [run.host(phase, wanted.settings.steps, mesh) for run, wanted in zip(members, asked, strict=True)]
-        hosts = [
-            new._replace(fully_sharded=wanted.host.fully_sharded) for new, wanted in zip(hosts, asked, strict=True)
-        ]
-        states = runs.train([wanted._replace(host=host) for wanted, host in zip(asked, hosts, strict=True)])
-        return [result(run, state) for run, state in zip(members, states, strict=True)]
+    ) -> list[training.State]:  # fmt: skip
+        """Train every member and return the last states, for a phase that does more than train."""
+        return runs.train([run.hosted(phase, job, mesh) for run, job in zip(members, jobs, strict=True)])
 
     def _guard(self, run: Run, work: Callable[[Run], Any]) -> None:
         try:
@@ -193,7 +182,7 @@ class Lab:
             self._failed(run, error)
 
     def _failed(self, run: Run, error: Exception) -> None:
-        """Go on without a run."""
+        """Continue without a run; raise the error if it was the last."""
         run.error = command.go_on(error)
         self.runs.remove(run)
         if not self.runs:
@@ -205,15 +194,13 @@ def _keep(phase: str, result: Any, seconds: float, kind: Callable[..., Any], run
 
 
 def opened(experiment: str, config: Config, seeds: int = 1) -> list[Run]:
-    """The runs of a configuration in its folder, one a seed.
+    """The runs of a configuration in its folder, one for each seed.
 
     Raises:
       ConfigError: the folder is of another configuration, or another process uses it.
     """
     folder = Folder(experiment, config)
-    members = []
-    for seed in range(config.seed, config.seed + seeds):
-        progress = Progress(folder, f"seed {seed}: " if seeds > 1 else "")
-        archive = Archive(folder.path / "checkpoints" / f"seed-{seed}")
-        members.append(Run(config, seed, folder, archive, progress))
-    return members
+    place = folder.path / "checkpoints"
+    progress = lambda seed: Progress(folder, f"seed {seed}: " if seeds > 1 else "")
+    numbers = range(config.seed, config.seed + seeds)
+    return [Run(config, seed, folder, Archive(place / f"seed-{seed}"), progress(seed)) for seed in numbers]

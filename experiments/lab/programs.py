@@ -1,7 +1,7 @@
-"""The compiled programs of an experiment, described by shapes: what `tpu.plan` compiles for slices of TPUs.
+"""The programs of an experiment, described by shapes, which `tpu.plan` compiles for slices of TPUs.
 
-`Experiment.programs(config)` names them, and builds them from the experiment's own trainings and samplers.  Nothing is
-executed, and no array is larger than a pool on the host.
+`Experiment.programs(config)` builds them from the experiment's own trainings and samplers.  Nothing is executed, and
+the largest array is a pool on the host.
 """
 
 from collections.abc import Callable
@@ -24,28 +24,27 @@ class Program(NamedTuple):
     """One compiled program of an experiment."""
 
     kind: Literal["training", "sharded", "replicas", "sampling"]
-    """Decides which collectives it may have."""
+    """Decides its permitted collectives."""
     what: str
     batch: int
-    """Examples, runs or samples of one call, which the devices share."""
+    """Examples, runs or samples of a call, which the devices share."""
     unit: str
     steps: int
-    """Of the loop whose body the compiler's costs are of: training steps, or the sampler's."""
+    """Iterations of the loop whose body the compiler's costs describe: training steps, or sampler steps."""
     lower: Lower
     divides: bool = True
-    """Whether devices share the batch only if they divide it, as in trainings; samplers and replicas pad."""
+    """Devices share the batch only if they divide it, as in trainings; samplers and replicas pad."""
     chunk: int | None = None
-    """Samples at a time and device, of samplers."""
+    """Of samplers: samples at a time on a device."""
     setup: Lower | None = None
     """The work of a sampler before its loop."""
     costs: Lower | None = None
-    """One step of a training on a given batch.  Its costs count for the training's, because XLA counts a whole pool as
-    read of which a step draws some rows."""
+    """One training step on a batch.  Its costs stand for the training's, because XLA counts the entire pool as read
+    although a step draws only some rows."""
     mesh: Callable[[list[jax.Device]], jax.sharding.Mesh] | None = None
     """Devices -> the experiment's mesh; default: `distributed.training_mesh`."""
 
     def on(self, places: list[jax.Device], batch: int) -> jax.sharding.Mesh:
-        """The mesh of these devices."""
         if self.mesh is not None:
             return self.mesh(places)
         return distributed.training_mesh(batch if self.divides else None, places)
@@ -55,7 +54,6 @@ class Program(NamedTuple):
 
 
 def of(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """A shape."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
@@ -64,12 +62,11 @@ NUMBER, WHOLE = of(()), of((), jnp.int32)
 
 
 def placed(tree: Tree, sharding: Any) -> Tree:
-    """Shapes with a sharding."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def many(tree: Tree, n: int) -> Tree:
-    """n of a tree of shapes, stacked on axis 0."""
+    """A tree of shapes, stacked n times on axis 0."""
     return jax.tree.map(lambda a: of((n, *a.shape), a.dtype), tree)
 
 
@@ -80,18 +77,18 @@ def first(tree: Tree) -> Tree:
 
 def abstract(make: Callable[..., training.Training], *arguments: Tree) -> training.Training:
     """The training of `make(*arguments)` with shapes for its arrays; arguments may be shapes."""
-    found: list[training.Training] = []
+    trainings: list[training.Training] = []
 
     def arrays(*arguments: Tree) -> tuple:
-        found.append(make(*arguments))
-        return found[0].key, found[0].params, found[0].context
+        trainings.append(make(*arguments))
+        return trainings[0].key, trainings[0].params, trainings[0].context
 
     key, params, context = jax.eval_shape(arrays, *arguments)
-    return found[0]._replace(key=key, params=params, context=context)
+    return trainings[0]._replace(key=key, params=params, context=context)
 
 
 def planned(config: Any, data: Any = None) -> Run:
-    """A run that keeps nothing, to ask for its trainings in `abstract`; its data may be shapes."""
+    """A run without a folder, whose trainings `abstract` describes; its data may be shapes."""
     nowhere: Any = None
     run = Run(config, config.seed, nowhere, nowhere, nowhere)
     run.data = data
@@ -102,34 +99,34 @@ def planned(config: Any, data: Any = None) -> Run:
 
 
 def trained(
-    what: str, unit: str, batch: int, asked: Callable[[int], training.Training], pool: bool = False
+    what: str, unit: str, batch: int, job: Callable[[int], training.Training], pool: bool = False
 ) -> Program:  # fmt: skip
-    """A training of one run.
+    """Describe a training of one run.
 
     Args:
-      asked: batch -> the training, of shapes.
-      pool: a step draws its batch from much more than a batch.
+      job: batch -> the training, of shapes.
+      pool: a step draws its batch from a much larger pool.
     """
-    asked = cache(asked)
-    settings, host = asked(batch).settings, asked(batch).host
+    job = cache(job)
+    settings, host = job(batch).settings, job(batch).host
     place = lambda mesh: Placement(mesh, fully_sharded=host.fully_sharded)
     return Program(
         "sharded" if host.fully_sharded else "training", what, batch, unit, settings.steps,
-        lambda mesh, batch: steps(asked(batch), place(mesh)),
-        costs=(lambda mesh, batch: step(asked(batch), place(mesh))) if pool else None,
+        lambda mesh, batch: steps(job(batch), place(mesh)),
+        costs=(lambda mesh, batch: step(job(batch), place(mesh))) if pool else None,
     )  # fmt: skip
 
 
-def side_by_side(what: str, asked: training.Training) -> Program:
-    """A training of K runs, of shapes, on the mesh of `training.train`."""
-    flags = tuple(jax.tree.leaves(jax.tree.broadcast(asked.own, asked.context)))
+def side_by_side(what: str, job: training.Training) -> Program:
+    """Describe a training of K runs, of shapes, on the mesh of `training.train`."""
+    flags = tuple(jax.tree.leaves(jax.tree.broadcast(job.own, job.context)))
     place = lambda mesh: Placement(mesh, True, flags)
-    runs = asked.key.shape[0]
+    runs = job.key.shape[0]
     return Program(
-        "replicas", what, runs, "runs", asked.settings.steps,
-        lambda mesh, batch: steps(padded(asked, mesh), place(mesh)), divides=False,
-        costs=lambda mesh, batch: step(padded(asked, mesh), place(mesh)),
-        mesh=lambda places: devices.runs_mesh(places, runs, training.shareable(asked)),
+        "replicas", what, runs, "runs", job.settings.steps,
+        lambda mesh, batch: steps(padded(job, mesh), place(mesh)), divides=False,
+        costs=lambda mesh, batch: step(padded(job, mesh), place(mesh)),
+        mesh=lambda places: devices.runs_mesh(places, runs, training.shareable(job)),
     )  # fmt: skip
 
 
@@ -137,11 +134,11 @@ def sampler(
     what: str, n: int, steps: int, chunk: int, program: Any, call: Callable[[int], tuple[tuple, tuple]],
     setup: Lower | None = None,
 ) -> Program:  # fmt: skip
-    """A sampler.
+    """Describe a sampler.
 
     Args:
-      program: the jitted function, of static arguments, a mesh, and arrays.
-      call: number of samples -> its static arguments, and the shapes of its arrays.
+      program: the jitted function of static arguments, a mesh, and arrays.
+      call: number of samples -> the static arguments, and the shapes of the arrays.
     """
 
     def lower(mesh: jax.sharding.Mesh, n: int) -> Any:
@@ -154,34 +151,34 @@ def sampler(
 # Trainings, whose arrays are shapes.
 
 
-def padded(asked: training.Training, mesh: jax.sharding.Mesh) -> training.Training:
-    """The training of K runs with those that fill up the mesh."""
-    count = devices.padded_runs(mesh, asked.key.shape[0])
+def padded(job: training.Training, mesh: jax.sharding.Mesh) -> training.Training:
+    """The training of K runs, padded to fill the mesh."""
+    count = devices.padded_runs(mesh, job.key.shape[0])
     longer = lambda tree: jax.tree.map(lambda a: of((count, *a.shape[1:]), a.dtype), tree)
-    flags = jax.tree.broadcast(asked.own, asked.context)
-    context = jax.tree.map(lambda own, a: longer(a) if own else a, flags, asked.context)
-    return asked._replace(key=longer(asked.key), params=longer(asked.params), context=context)
+    flags = jax.tree.broadcast(job.own, job.context)
+    context = jax.tree.map(lambda own, a: longer(a) if own else a, flags, job.context)
+    return job._replace(key=longer(job.key), params=longer(job.params), context=context)
 
 
-def steps(asked: training.Training, placement: Placement) -> Any:
-    """Lower the steps as `training.train` calls them: a loop over one step."""
-    state, context = _arguments(asked, placement)
-    count = placed(many(WHOLE, asked.key.shape[0]) if placement.runs else WHOLE, _rows(placement))
-    return programs.steps_at_once.lower(asked.task, asked.settings, placement, state, context, count)
+def steps(job: training.Training, placement: Placement) -> Any:
+    """Lower the loop of steps that `training.train` calls."""
+    state, context = _arguments(job, placement)
+    count = placed(many(WHOLE, job.key.shape[0]) if placement.runs else WHOLE, _rows(placement))
+    return programs.steps_at_once.lower(job.task, job.settings, placement, state, context, count)
 
 
-def step(asked: training.Training, placement: Placement) -> Any:
-    """Lower one step on a given batch, of K runs on one for each."""
-    state, context = _arguments(asked, placement)
-    draw = lambda key, context: _drawn(asked.task(context), key)
+def step(job: training.Training, placement: Placement) -> Any:
+    """Lower one step on a batch; K runs have a batch for each run."""
+    state, context = _arguments(job, placement)
+    draw = lambda key, context: _drawn(job.task(context), key)
     if placement.runs:
-        own, shared = placement.divide(asked.context)
-        of_run = placement.join(jax.tree.structure(asked.context), first(own), shared)
-        batch = many(jax.eval_shape(draw, KEY, of_run), asked.key.shape[0])
+        own, shared = placement.divide(job.context)
+        of_run = placement.join(jax.tree.structure(job.context), first(own), shared)
+        batch = many(jax.eval_shape(draw, KEY, of_run), job.key.shape[0])
         batch = placed(batch, devices.over_replicas(placement.mesh))
     else:
-        batch = placed(jax.eval_shape(draw, KEY, asked.context), distributed.split(placement.mesh))
-    return programs.step_on_batch.lower(asked.task, asked.settings, placement, state, context, batch)
+        batch = placed(jax.eval_shape(draw, KEY, job.context), distributed.split(placement.mesh))
+    return programs.step_on_batch.lower(job.task, job.settings, placement, state, context, batch)
 
 
 def _drawn(task: training.Task, key: Any) -> Any:
@@ -194,12 +191,12 @@ def _rows(placement: Placement) -> jax.sharding.Sharding:
     return devices.over_replicas(mesh) if placement.runs else distributed.replicated(mesh)
 
 
-def _arguments(asked: training.Training, placement: Placement) -> tuple[Tree, Tree]:
+def _arguments(job: training.Training, placement: Placement) -> tuple[Tree, Tree]:
     """State and context on the devices."""
-    state = jax.eval_shape(partial(programs.begin, asked.settings), asked.key, asked.params)
+    state = jax.eval_shape(partial(programs.begin, job.settings), job.key, job.params)
     places = placement.of_state(state)
     state = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), state, places)
-    own, shared = placement.divide(asked.context)
+    own, shared = placement.divide(job.context)
     own = placed(own, _rows(placement))
     shared = placed(shared, distributed.replicated(placement.mesh))
-    return state, placement.join(jax.tree.structure(asked.context), own, shared)
+    return state, placement.join(jax.tree.structure(job.context), own, shared)

@@ -1,4 +1,4 @@
-"""Progress: one bar a phase, and every report in metrics.jsonl."""
+"""Progress: a bar for each phase, and every report in metrics.jsonl."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,13 +10,13 @@ from gendiff import distributed
 
 
 class Progress:
-    """One bar a phase, with rate and remaining time; every report also goes to metrics.jsonl.
+    """A bar for each phase, with rate and remaining time; metrics.jsonl has every report.
 
-    A report is also a place where a run can stop after a notice of preemption: all processes make the same ones.
+    A run can stop at a report after a notice of preemption, because all processes make the same reports.
     """
 
     bars = True
-    """Whether bars are drawn, of all runs of this process."""
+    """Draw bars, for all runs of this process."""
 
     def __init__(self, folder: Folder, prefix: str = "") -> None:
         self.folder, self.prefix, self.phase = folder, prefix, ""
@@ -27,7 +27,7 @@ class Progress:
         distributed.first(lambda: self._show(phase, done, of, metrics))
 
     def alone(self, phase: str, of: int) -> Callable[[int], None]:
-        """Reports of what one process does while the others wait (`distributed.first`): it cannot ask them anything."""
+        """Reports of work that one process does while the others wait (`distributed.first`), without a collective."""
 
         def report(done: int) -> None:
             distributed.stop_if_noticed("every part that was finished")
@@ -50,7 +50,6 @@ class Progress:
             self.close()
 
     def close(self) -> None:
-        """Ends the current bar."""
         if self.bar is not None:
             self.bar.close()
         self.bar, self.phase = None, ""

@@ -11,7 +11,7 @@ from experiments.lab.table import cell, theirs
 
 
 def reproduce(runs: Sequence[Run], experiment: str, row: str, join_commits: bool = False) -> str:
-    """The shell's lines that reproduce a row, for every configuration that has it.
+    """The shell commands that reproduce a row, for every configuration that has it.
 
     Raises:
       ValueError: no finished run has it.
@@ -19,12 +19,12 @@ def reproduce(runs: Sequence[Run], experiment: str, row: str, join_commits: bool
     tables = joined_runs(runs, join_commits)
     own = [table for table in tables if table.first.experiment == experiment]
     if not own:
-        found = ", ".join(sorted({table.first.experiment for table in tables})) or "none"
-        raise ValueError(f"--row must name an experiment with results ({found}), got {experiment}")
+        names = ", ".join(sorted({table.first.experiment for table in tables})) or "none"
+        raise ValueError(f"--row must name an experiment with results ({names}), got {experiment}")
     having = [table for table in own if row in joined_rows(table)]
     if not having:
-        found = ", ".join(dict.fromkeys(name for table in own for name in joined_rows(table))) or "none"
-        raise ValueError(f"--row must name a row of {experiment} ({found}), got {row}")
+        names = ", ".join(dict.fromkeys(name for table in own for name in joined_rows(table))) or "none"
+        raise ValueError(f"--row must name a row of {experiment} ({names}), got {row}")
     return "\n\n".join(_reproduced(table, row) for table in having)
 
 
@@ -45,17 +45,17 @@ def _reproduced(table: Table, row: str) -> str:
 
 
 def commands(run: Run) -> list[str]:
-    """The shell's lines that run it again in a clone of the repository, with the code of its commit."""
+    """The shell commands that repeat a run in a clone of the repository, with the code of its commit."""
     commit, _, changes = run.commit.partition("+")
     lines = ["# warning: the code had changes that are in no commit; numbers may differ"] if changes else []
     known_commit = re.fullmatch("[0-9a-f]{7,64}", commit)
     lines.append(f"git checkout {commit}" if known_commit else "# warning: the commit is not known")
     experiment = known(run.experiment)
-    wanted = ",".join([*experiment.extras, *_accelerator(run.device)])
-    package = f"'.[{wanted}]'" if wanted else "."
+    extras = ",".join([*experiment.extras, *_accelerator(run.device)])
+    package = f"'.[{extras}]'" if extras else "."
     lines.append(f"python3 -m venv .venv && .venv/bin/pip install -q -e {package}")
     if not experiment.presets:
-        lines.append("# warning: not known which extras of the package this experiment needs")
+        lines.append("# warning: the extras of the package that this experiment needs are not known")
     return [*lines, shlex.join([".venv/bin/python", *command(run)])]
 
 
@@ -67,7 +67,7 @@ def command(run: Run) -> list[str]:
 
 
 def today(run: Run) -> list[str]:
-    """The experiment's command line for today's code: the options that differ from the preset."""
+    """The experiment's command line for today's code, with the options that differ from the preset."""
     return [*_start(run), *arguments(results.difference(run).changed)]
 
 
@@ -76,7 +76,7 @@ def _start(run: Run) -> list[str]:
 
 
 def arguments(fields: Mapping[str, Any]) -> list[str]:
-    """Options, also of groups (`group.option`), as the words of a command line."""
+    """The words of a command line for options, also of groups (`group.option`)."""
     words: list[str] = []
     for name, value in fields.items():
         group, dot, option = name.replace("_", "-").rpartition(".")
@@ -88,7 +88,7 @@ def arguments(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _accelerator(device: str) -> tuple[str, ...]:
-    """The extra for the device that ran: accelerators are told as "8 x NAME"."""
+    """The extra for the device of a run; accelerators are written as "8 x NAME"."""
     if not re.match(r"\d+ x ", device):
         return ()
     return ("tpu",) if "tpu" in device.lower() else ("cuda",)

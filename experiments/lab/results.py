@@ -1,10 +1,9 @@
-"""Results folders, read strictly, and runs of one configuration joined over their seeds.
+"""Results folders, and runs of one configuration joined over their seeds.
 
-A file that cannot be read is named and left out; nothing is taken from a part of it.
+A warning names a file that cannot be read; nothing is taken from a part of it.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -15,17 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.lab.config import Config
+from experiments.lab.config import Config, replaced
 from experiments.lab.experiment import NAMES, Experiment, find
 from experiments.lab.folder import FORMAT, fields, flat
-from experiments.lab.table import Column
+from experiments.lab.table import Column, Row
 from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
 
 
 @cache
 def known(name: str) -> Experiment:
-    """The experiment of a name; an empty one for other names, and where a package is missing, with a warning."""
+    """The experiment of a name; an empty one for unknown names and, with a warning, if a package is missing."""
     nothing = Experiment(name, Config, {}, lambda lab: None)
     if name not in NAMES:
         return nothing
@@ -36,14 +35,7 @@ def known(name: str) -> Experiment:
         return nothing
 
 
-# Runs, as their folders tell of them.
-
-
-class Measured(NamedTuple):
-    """A row of results.json."""
-
-    metrics: dict[str, Estimate]
-    paper: dict[str, float]
+# Runs.
 
 
 class Report(NamedTuple):
@@ -54,15 +46,15 @@ class Report(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A folder's run."""
+    """The run of a folder."""
 
     folder: Path
     experiment: str
     config: dict[str, Any]
     """Option -> value, without the folder; options of a group are `group.option`."""
     format: int
-    """Of the file: another one than `folder.FORMAT` has other options than today's."""
-    rows: dict[str, Measured] | None = None
+    """The file's format; formats other than `folder.FORMAT` have other options."""
+    rows: dict[str, Row] | None = None
     """None: unfinished."""
     commit: str = "unknown"
     device: str = "unknown"
@@ -74,26 +66,26 @@ class Run(NamedTuple):
 
     @property
     def seconds(self) -> float | None:
-        """From the first to the last report, with the time in which it was stopped."""
+        """From the first to the last report, including time in which the run was stopped."""
         return self.reports[-1].time - self.reports[0].time if self.reports else None
 
     @property
     def seeds(self) -> range:
-        """The seeds that the run has in it."""
+        """The seeds of the run."""
         count, seed = self.config.get(known(self.experiment).seeds or "", 1), self.config["seed"]
         return range(seed, seed + (count if type(count) is int and 0 < count < 1000 else 1))
 
 
 PRUNED = {"checkpoints", "data", "labels"}
-"""Large folders of a run, in which there are no runs."""
+"""Large folders of a run, which contain no runs."""
 
 
 def collect(roots: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
-    """Read every run below the roots, once; `warn` is told what cannot be read."""
+    """Read every run below the roots once; call `warn` with a text for every file that cannot be read."""
     folders: dict[Path, Path] = {}
     for root in roots:
         if not root.is_dir():
-            warn(f"{root}: no such folder")
+            warn(f"{root} must be a folder, but it does not exist")
         for place, below, names in os.walk(root, onerror=lambda error: warn(f"{error.filename}: {error.strerror}")):
             below[:] = sorted(name for name in below if name not in PRUNED and not name.startswith("."))
             if {"config.json", "results.json"} & set(names):
@@ -102,11 +94,11 @@ def collect(roots: Iterable[Path], warn: Callable[[str], None]) -> list[Run]:
 
 
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError)
-"""What reading a file of any content can raise."""
+"""The errors of reading a file with any content."""
 
 
 def read(folder: Path, warn: Callable[[str], None]) -> Run | None:
-    """Read results.json, or config.json of an unfinished run; None if the file is damaged or something else's."""
+    """Read results.json, or config.json of an unfinished run; None if the file is damaged or not a run's."""
     path = folder / "results.json"
     path = path if path.exists() else folder / "config.json"
     try:
@@ -121,7 +113,7 @@ def read(folder: Path, warn: Callable[[str], None]) -> Run | None:
             raise ValueError("experiment, preset, seed or format is of another type")
         run = Run(folder, held["experiment"], options, number)
         if path.name == "results.json":
-            rows = dict(map(_row, held["rows"]))
+            rows = {row.name: row for row in map(_row, held["rows"])}
             run = run._replace(rows=rows, commit=str(held["commit"]), device=str(held["device"]))
         return run._replace(reports=tuple(_reports(folder / "metrics.jsonl")))
     except FileNotFoundError:
@@ -132,9 +124,9 @@ def read(folder: Path, warn: Callable[[str], None]) -> Run | None:
         return None
 
 
-def _row(row: Mapping[str, Any]) -> tuple[str, Measured]:
+def _row(row: Mapping[str, Any]) -> Row:
     metrics = {name: _estimate(estimate) for name, estimate in row["metrics"].items()}
-    return str(row["name"]), Measured(metrics, {name: float(value) for name, value in row["paper"].items()})
+    return Row(str(row["name"]), metrics, {name: float(value) for name, value in row["paper"].items()})
 
 
 def _estimate(fields: Mapping[str, Any]) -> Estimate:
@@ -144,7 +136,7 @@ def _estimate(fields: Mapping[str, Any]) -> Estimate:
 
 
 def cleaned(value: Any) -> Any:
-    """The same without control characters, which a terminal or a shell would obey."""
+    """JSON without control characters, which a terminal or a shell would obey."""
     if isinstance(value, str):
         return "".join(letter if letter.isprintable() else " " for letter in value)
     if isinstance(value, dict):
@@ -153,15 +145,15 @@ def cleaned(value: Any) -> Any:
 
 
 def _reports(path: Path) -> Iterator[Report]:
-    """The whole reports of metrics.jsonl; none if there is no such file."""
+    """The complete reports of metrics.jsonl; none without such a file."""
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(*DAMAGED):  # a line that was cut off, or of another kind
+        with contextlib.suppress(*DAMAGED):  # such as a line that was cut off
             held = cleaned(json.loads(line))
             yield Report(float(held["time"]), f"{held['phase']}, {held['done']} of {held['of']}")
 
 
 def moment(time: float) -> str:
-    """A time as people write it."""
+    """A time as text, in UTC."""
     try:
         return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
     except DAMAGED:
@@ -172,12 +164,12 @@ def moment(time: float) -> str:
 
 
 class Difference(NamedTuple):
-    """A run's configuration beside today's preset of its name."""
+    """A run's configuration compared with today's preset of the same name."""
 
     config: Config | None
-    """As today's class; None if there is no such preset, or options have changed."""
+    """The configuration in today's class; None if the preset is unknown or options have changed."""
     changed: dict[str, Any]
-    """Options whose value is not the preset's; all of them if the preset is not known, none of another format."""
+    """Options that differ from the preset: all if the preset is unknown, none if the format is another."""
 
 
 def difference(run: Run) -> Difference:
@@ -191,24 +183,13 @@ def difference(run: Run) -> Difference:
     usual = flat(fields(preset))
     changed = {name: value for name, value in options.items() if name not in usual or usual[name] != value}
     try:
-        return Difference(_replaced(preset, changed), changed)
-    except Exception:  # a class may say anything of options that are gone or of another type
+        return Difference(replaced(preset, changed), changed)
+    except Exception:  # a class may raise anything for options that are gone or of another type
         return Difference(None, changed)
 
 
-def _replaced(config: Any, changed: Mapping[str, Any]) -> Any:
-    values: dict[str, Any] = {}
-    for name, value in changed.items():
-        group, dot, option = name.partition(".")
-        if dot:
-            values[group] = _replaced(values.get(group, getattr(config, group)), {option: value})
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(config, **values)
-
-
 def describe(run: Run) -> str:
-    """A configuration in words: its preset, and what differs from it."""
+    """A configuration as text: its preset and the options that differ from it."""
     changed = [(name, value if isinstance(value, list) else [value]) for name, value in difference(run).changed.items()]
     fields = ", ".join(f"{name} = {' '.join(map(str, values))}" for name, values in changed)
     fields = fields if run.format == FORMAT else f"options of format {run.format}"
@@ -219,11 +200,11 @@ def describe(run: Run) -> str:
 
 
 class Table(NamedTuple):
-    """Runs of one configuration, with seeds that have nothing in common."""
+    """Runs of one configuration, no two with a seed in common."""
 
     runs: list[Run]
     repeated: list[Run]
-    """Further runs of seeds that are in `runs` already; nothing is taken from them."""
+    """Further runs of seeds that `runs` has already; they count for no number."""
 
     @property
     def first(self) -> Run:
@@ -235,7 +216,7 @@ class Table(NamedTuple):
 
 
 def joined_runs(runs: Iterable[Run], join_commits: bool = False) -> list[Table]:
-    """Group finished runs by configuration; commit and device count as part of it unless `join_commits`."""
+    """Group finished runs by configuration, commit and device; with `join_commits`, by configuration alone."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if run.rows is not None:
@@ -266,10 +247,9 @@ def _table(group: list[Run]) -> Table:
 
 
 def joined(estimates: Sequence[Estimate], share: bool = False) -> Estimate:
-    """Mean over seeds with Student's interval, of a share within [0, 1]; a single seed keeps its own.
+    """Mean over seeds with Student's interval, clipped to [0, 1] for a share; a single seed keeps its own interval.
 
-    Seeds that agree to the last digit, such as rates of 0, say nothing of their spread: then it is the mean of their
-    own intervals.
+    If all seeds have the same value, such as a rate of 0, they show no spread; the interval is then the mean of theirs.
     """
     if len(estimates) > 1 and not all(math.isfinite(estimate.value) for estimate in estimates):
         return Estimate(math.nan, math.nan, math.nan, sum(estimate.n for estimate in estimates))
@@ -281,9 +261,9 @@ def joined(estimates: Sequence[Estimate], share: bool = False) -> Estimate:
     return rates.over_trials(estimates, least=len(estimates) + 1)
 
 
-def joined_rows(table: Table) -> dict[str, tuple[Measured, int]]:
-    """Row -> what was measured over seeds, and the number of runs that have it."""
-    # Differences of shares are per cent too, and may be below 0.
+def joined_rows(table: Table) -> dict[str, tuple[Row, int]]:
+    """Row -> its metrics over seeds, and the number of runs that have it."""
+    # A difference of shares is in per cent too, but may be below 0.
     described = known(table.first.experiment).columns
     shares = {column.metric for column in described if column.percent and not column.metric.endswith("_gain")}
     rows = {}
@@ -294,19 +274,19 @@ def joined_rows(table: Table) -> dict[str, tuple[Measured, int]]:
             metric: joined([row.metrics[metric] for row in same if metric in row.metrics], metric in shares)
             for metric in metrics
         }
-        rows[name] = Measured(measured, same[0].paper), len(same)
+        rows[name] = same[0]._replace(metrics=measured), len(same)
     return rows
 
 
 def expected(table: Table) -> list[str]:
-    """The rows that a run of this configuration has; none if that is not known."""
+    """The rows of a run of this configuration; none if they are not known."""
     config = difference(table.first).config
     return [] if config is None else known(table.first.experiment).rows(config)
 
 
-def columns(experiment: str, rows: Iterable[Measured]) -> list[Column]:
-    """The experiment's columns that any row has, and then what else was measured."""
-    found = dict.fromkeys(metric for row in rows for metric in (*row.metrics, *row.paper))
-    titled = [column for column in known(experiment).columns if column.metric in found]
-    others = [metric for metric in found if metric not in {column.metric for column in titled}]
+def columns(experiment: str, rows: Iterable[Row]) -> list[Column]:
+    """The experiment's columns that any row has, and then other metrics."""
+    metrics = dict.fromkeys(metric for row in rows for metric in (*row.metrics, *row.paper))
+    titled = [column for column in known(experiment).columns if column.metric in metrics]
+    others = [metric for metric in metrics if metric not in {column.metric for column in titled}]
     return titled + [Column(metric, metric, digits=None) for metric in others]

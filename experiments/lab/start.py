@@ -1,4 +1,4 @@
-"""Settings of the process that must come before the first use of JAX: devices, compile cache."""
+"""Settings of the process before the first use of JAX: devices, compile cache."""
 
 import contextlib
 import glob
@@ -18,12 +18,12 @@ HOME = "set XDG_CACHE_HOME to a folder of yours"
 
 
 def start() -> None:
-    """Called first by every command line.  Each setting gives way to what the user has set in the environment.
+    """Prepare the process of a command line; the user's environment variables override every setting.
 
     Raises:
-      distributed.StartError: other processes of the run were told of, and did not come.
+      distributed.StartError: other processes of the run did not come, or JAX finds no device.
     """
-    # One virtual device a core lets the two cores sample independently: 1.2 times faster than threads inside each op.
+    # A virtual device for each core samples 1.2 times faster on two cores than threads inside each operation.
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", min(os.cpu_count() or 1, 4))
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -37,10 +37,10 @@ def start() -> None:
     distributed.start()
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the second where a platform is known and its plugin is missing
-        reason, asked = str(error).strip().partition("\n")[0], os.environ.get("JAX_PLATFORMS", "")
+    except (RuntimeError, AssertionError) as error:  # AssertionError: the plugin of a known platform is missing
+        reason, platforms = str(error).strip().partition("\n")[0], os.environ.get("JAX_PLATFORMS", "")
         reason = reason or "the platform is not installed"
-        raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={asked!r}: {reason}") from None
+        raise distributed.StartError(f"JAX finds no device with JAX_PLATFORMS={platforms!r}: {reason}") from None
     distributed.heed_notices()
 
 
@@ -53,14 +53,14 @@ def compile_quickly() -> None:
 
 
 def cache_home() -> Path:
-    """The folder of all caches of the user: $XDG_CACHE_HOME, or ~/.cache where it is unset, empty or relative.
+    """The folder of all caches of the user: $XDG_CACHE_HOME, or ~/.cache if it is unset, empty or relative.
 
     Raises:
       OSError: the user has no home.
     """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():
-        return named
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if folder.is_absolute():
+        return folder
     try:
         home = Path.home()
     except RuntimeError:
@@ -71,10 +71,12 @@ def cache_home() -> Path:
 
 
 def private(folder: Path) -> Path:
-    """The folder, made if it is missing, which nobody else can write to: who can write a cached program can run code.
+    """Make the folder if it is missing, and check that only the user can write to it.
+
+    Another user who can write a cached program could run code.
 
     Raises:
-      OSError: it cannot be made, or others can write to it or put another one in its place.
+      OSError: it cannot be made, or others can write to it or replace it.
     """
     try:
         for place in (*reversed(folder.parents), folder):  # `parents=True` would not give them this mode
@@ -83,33 +85,32 @@ def private(folder: Path) -> Path:
         raise OSError(f"{folder} cannot be made ({error.strerror})") from None
     if not hasattr(os, "getuid"):  # Windows
         return folder
-    whole = folder.resolve()
-    for place in (whole, *whole.parents):
+    path = folder.resolve()
+    for place in (path, *path.parents):
         held = place.stat()
-        # Groups of one user are common, hence umask 002: a group may write to the folders above.
-        open_to_others = held.st_mode & (0o022 if place == whole else 0o002)
-        if held.st_uid not in ({os.getuid()} if place == whole else {0, os.getuid()}):
-            raise OSError(f"{place} belongs to user {held.st_uid}, who can change what is in it: {HOME}")
-        if open_to_others and (place == whole or not held.st_mode & stat.S_ISVTX):
-            remedy = "delete it" if place == whole else f"delete {folder} and `chmod go-w {place}`"
+        # A group may write to the folders above, because umask 002 and groups of one user are common.
+        open_to_others = held.st_mode & (0o022 if place == path else 0o002)
+        if held.st_uid not in ({os.getuid()} if place == path else {0, os.getuid()}):
+            raise OSError(f"{place} belongs to user {held.st_uid}, who can change its files: {HOME}")
+        if open_to_others and (place == path or not held.st_mode & stat.S_ISVTX):
+            remedy = "delete it" if place == path else f"delete {folder} and `chmod go-w {place}`"
             mode = f"{stat.S_IMODE(held.st_mode):o}"
-            raise OSError(f"{place} has mode {mode}, so others can change what is in it: {remedy}, or {HOME}")
+            raise OSError(f"{place} has mode {mode}, so others can change its files: {remedy}, or {HOME}")
     return folder
 
 
 def remove_torn_entries() -> None:
-    """Remove the entries of the compile cache that a full disk or a kill cut off, where JAX warns of them: it reads
-    them again in every run, and never replaces them."""
+    """Remove entries of the compile cache of which JAX warns, because JAX never replaces an entry that was cut off."""
     show = warnings.showwarning
 
     def heal(message: Any, category: type[Warning], *more: Any, **named: Any) -> None:
-        found = re.match(r"Error (?:reading|writing) persistent compilation cache entry for '([^']+)'", str(message))
+        entry = re.match(r"Error (?:reading|writing) persistent compilation cache entry for '([^']+)'", str(message))
         folder = getattr(jax.config, "jax_compilation_cache_dir", None)
-        if not found or not folder:
+        if not entry or not folder:
             return show(message, category, *more, **named)
-        for entry in Path(folder).glob(f"{glob.escape(found[1])}-*"):
-            entry.unlink(missing_ok=True)
+        for path in Path(folder).glob(f"{glob.escape(entry[1])}-*"):
+            path.unlink(missing_ok=True)
         reason = str(message).split(": ", 1)[-1]
-        print(f"warning: removed the entries of {found[1]} from the compile cache {folder} ({reason})", file=sys.stderr)
+        print(f"warning: removed the entries of {entry[1]} from the compile cache {folder} ({reason})", file=sys.stderr)
 
     warnings.showwarning = heal

@@ -1,9 +1,9 @@
-"""The rows of a table, and how they are printed in Markdown."""
+"""The rows of a table, printed in Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tabulate import tabulate
 
@@ -17,21 +17,26 @@ class Row(NamedTuple):
     name: str
     metrics: dict[str, Estimate]
     paper: dict[str, float] = {}  # noqa: RUF012 (immutable use)
-    """What the paper reports for this row, in the same units; empty where it reports nothing."""
+    """The paper's numbers for this row, in the same units."""
+
+
+def plain(metrics: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Estimates as JSON."""
+    return {name: estimate._asdict() for name, estimate in metrics.items()}
 
 
 class Column(NamedTuple):
-    """How a metric is printed."""
+    """The format of a metric."""
 
     metric: str
     title: str
     percent: bool = False
     digits: int | None = 3
-    """After the point; None: four that count, for a metric that no experiment describes."""
+    """Digits after the point; None: four significant digits, for a metric that no experiment describes."""
 
 
 class Results(NamedTuple):
-    """What an experiment's `run` returns."""
+    """The results of a run."""
 
     rows: list[Row]
     folder: Path
@@ -39,25 +44,19 @@ class Results(NamedTuple):
 
 
 def table(rows: list[Row], columns: Sequence[Column]) -> str:
-    """The Markdown table: value [low, high] for each metric, and the paper's numbers where there are any."""
+    """The Markdown table: value [low, high] of every metric, and the paper's numbers."""
     papers = [column for column in columns if any(column.metric in row.paper for row in rows)]
     head = ["row", *[column.title for column in columns], *[f"paper: {column.title}" for column in papers]]
-    body = [
-        [row.name]
-        + [cell(row.metrics.get(column.metric), column) for column in columns]
-        + [theirs(row, column) for column in papers]
-        for row in rows
-    ]
-    return markdown(head, body)
+    ours = lambda row: [cell(row.metrics.get(column.metric), column) for column in columns]
+    return markdown(head, [[row.name, *ours(row), *(theirs(row, column) for column in papers)] for row in rows])
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of texts."""
     return tabulate(body, head, tablefmt="pipe", disable_numparse=True)
 
 
 def cell(estimate: Estimate | None, column: Column) -> str:
-    """value [low, high]; a count or a measured time has no interval, `-` was not measured."""
+    """value [low, high]; the value alone for a count or a time, `-` for None."""
     if estimate is None:
         return "-"
     text = number(estimate.value, column)
@@ -66,7 +65,7 @@ def cell(estimate: Estimate | None, column: Column) -> str:
     return f"{text} [{number(estimate.low, column)}, {number(estimate.high, column)}]"
 
 
-def theirs(row: Any, column: Column) -> str:
+def theirs(row: Row, column: Column) -> str:
     """The paper's number of a row, `-` if it reports none."""
     return number(row.paper[column.metric], column) if column.metric in row.paper else "-"
 
@@ -81,9 +80,6 @@ def number(value: float, column: Column) -> str:
 
 
 def over_seeds(tables: Sequence[Sequence[Row]]) -> list[Row]:
-    """One table from those of several seeds, which have the same rows."""
-    merged = []
-    for same in zip(*tables, strict=True):
-        names = same[0].metrics
-        merged.append(same[0]._replace(metrics={n: rates.over_seeds([row.metrics[n] for row in same]) for n in names}))
-    return merged
+    """The table over several seeds, whose tables have the same rows."""
+    metrics = lambda rows: {n: rates.over_seeds([row.metrics[n] for row in rows]) for n in rows[0].metrics}
+    return [rows[0]._replace(metrics=metrics(rows)) for rows in zip(*tables, strict=True)]

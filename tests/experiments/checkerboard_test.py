@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.genneg import checkerboard, checkerboard_problem
+from experiments.genneg import checkerboard, checkerboard_problem, measures
 from experiments.lab.phases import Lab, Run
 from gendiff.checkpoint import Archive
 from gendiff.methods import genneg
@@ -122,7 +122,8 @@ def test_guidance_scaled_by_two_is_that_of_two_equal_classifiers() -> None:
     def evaluation(guided: genneg.Guided, scale: float) -> checkerboard.Evaluation:
         at = replace(config, guidance_scale=scale)
         run = Run(at, 0, None, Archive(None), lambda *_: None)
-        return checkerboard.evaluations(Lab([run]), [run], "it", checkerboard.problem(at), lambda run: guided)[0]
+        subject = measures.Subject(Lab([run]), [run], "it", checkerboard.problem(at), lambda run: guided)
+        return checkerboard.evaluations(subject)[0]
 
     once, twice, both = evaluation(one, 1.0), evaluation(one, 2.0), evaluation(two, 1.0)
     np.testing.assert_allclose(evaluation(one, 0.0).elbo, evaluation(none, 1.0).elbo, rtol=1e-4, atol=1e-5)
@@ -152,7 +153,7 @@ def test_two_seeds_side_by_side_are_two_runs(whole: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "huge"], "--preset: expected one of smoke, default, paper, given huge"),
+        (["--preset", "huge"], "--preset must be one of smoke, default, paper, got huge"),
         (["--preset", "smoke", "--rounds", "0"], "--rounds must be 1 to 20, got 0"),
         (["--preset", "smoke", "--cells", "1"], "--cells must be 2 to 32, got 1"),
     ],

@@ -39,7 +39,7 @@ def test_options_override_the_preset() -> None:
 
 
 def test_unknown_preset_is_named() -> None:
-    with pytest.raises(ConfigError, match="--preset: expected one of smoke, default, given big"):
+    with pytest.raises(ConfigError, match="--preset must be one of smoke, default, got big"):
         config.parse(TinyConfig, PRESETS, ["--preset", "big"])
 
 
@@ -52,7 +52,7 @@ def test_option_out_of_range_is_named(size: str) -> None:
 def test_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     Folder("tiny", TinyConfig(output=tmp_path))
     Folder("tiny", TinyConfig(output=tmp_path))  # the same one goes on
-    with pytest.raises(ConfigError, match="size: expected 3, given 4"):
+    with pytest.raises(ConfigError, match="size must be 3, got 4"):
         Folder("tiny", TinyConfig(output=tmp_path, size=4))
 
 
@@ -79,7 +79,7 @@ def test_results_have_one_shape(tmp_path: Path) -> None:
 
 def test_a_folder_of_another_experiment_is_refused(tmp_path: Path) -> None:
     Folder("tiny", TinyConfig(output=tmp_path))
-    with pytest.raises(ConfigError, match="holds another configuration \\(experiment: expected tiny, given other\\)"):
+    with pytest.raises(ConfigError, match="holds another configuration \\(experiment must be tiny, got other\\)"):
         Folder("other", TinyConfig(output=tmp_path))
 
 
@@ -169,7 +169,7 @@ def test_a_lost_configuration_is_written_again(tmp_path, damage, names):
         names = ["config.json", "checkpoints/config.json"]
     for name in names:
         damage(folder.path / name)
-    with pytest.raises(ConfigError, match=r"holds another configuration \(size: expected 3, given 4\)"):
+    with pytest.raises(ConfigError, match=r"holds another configuration \(size must be 3, got 4\)"):
         Folder("tiny", dataclasses.replace(tiny, size=4))
     again = Folder("tiny", tiny)
     assert again.archive.once("phase", lambda: {"a": np.zeros(2)})["a"].tolist() == [1, 1]
@@ -298,9 +298,9 @@ LISTS = {"default": ListConfig()}
         (["--data", "gs:/bucket"], "--data must be a path of a file system, got gs:/bucket"),
         (["--data", "file:///x"], "--data must be a path of a file system, got file:/x"),
         (["--data", "gs:"], "--data must be a path of a file system, got gs:"),
-        (["--data", ""], "--data must have a value, got an empty one"),
-        (["--output="], "--output must have a value, got an empty one"),
-        (["--mazes", "a", ""], "--mazes must have a value, got an empty one"),
+        (["--data", ""], "--data must have a value, got an empty value"),
+        (["--output="], "--output must have a value, got an empty value"),
+        (["--mazes", "a", ""], "--mazes must have a value, got an empty value"),
     ],
 )
 def test_lists_and_paths_are_checked(words, message):

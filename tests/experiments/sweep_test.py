@@ -143,13 +143,13 @@ def test_results_that_are_removed_during_the_sweep_are_told(tmp_path):
 def test_an_empty_value_of_the_command_line_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep", "genneg.checkerboard", "--output", ""])
     with pytest.raises(ConfigError, match="--output must have a value"):
-        sweep.asked()
+        sweep.parsed()
 
 
 def test_a_folder_of_another_sweep_is_refused(tmp_path):
     sweep.sweep(TOY, planned(tmp_path, seeds="0:1"), tmp_path, 8)
     other = planned(tmp_path, seeds="0:1", others=["--steps", "4"])
-    with pytest.raises(ConfigError, match="holds another configuration \\(steps: expected 8, given 4\\)"):
+    with pytest.raises(ConfigError, match="holds another configuration \\(steps must be 8, got 4\\)"):
         sweep.sweep(TOY, other, tmp_path, 8)
 
 
@@ -164,7 +164,7 @@ def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
     ("call", "message"),
     [
         (lambda: ToyConfig(output=Path("gs://bucket/a")), "--output must be a path of a file system, got gs:/"),
-        (lambda: sweep.Options("toy", at_once=0), "--at-once: expected 1 or more, given 0"),
+        (lambda: sweep.Options("toy", at_once=0), "--at-once must be 1 or more, got 0"),
         (
             lambda: sweep.Options("toy", output=Path("s3://bucket/a")),
             "--output must be a path of a file system, got s3",
@@ -190,9 +190,9 @@ def test_a_run_of_several_seeds_is_a_run_of_one_in_a_sweep(tmp_path):
             lambda: planned(Path("x"), *(f"{n}={many(40)}" for n in ("rate", "steps"))),
             "at most 1,000 combinations, got 1,",
         ),
-        (lambda: sweep.grid(["rate"], ["rate"]), "--grid: expected FIELD=VALUE,VALUE.., given rate"),
-        (lambda: sweep.grid(["seed=1"], ["rate", "seed"]), "these fields once at most .rate., given seed"),
-        (lambda: sweep.grid(["rate=1", "rate=2"], ["rate"]), "these fields once at most .rate., given rate"),
+        (lambda: sweep.grid(["rate"], ["rate"]), "--grid must be FIELD=VALUE,VALUE.., got rate"),
+        (lambda: sweep.grid(["seed=1"], ["rate", "seed"]), "these fields once at most .rate., got seed"),
+        (lambda: sweep.grid(["rate=1", "rate=2"], ["rate"]), "these fields once at most .rate., got rate"),
         (lambda: find("os"), "experiment must be one of genneg.checkerboard, .*, got os"),
     ],
 )

@@ -143,7 +143,7 @@ def test_a_seed_counts_once(tmp_path: Path) -> None:
     (table,) = results.joined_runs(read(tmp_path)[0])
     assert table.seeds == [0, 1, 2, 3, 4, 5]
     assert [run.folder.name for run in table.repeated] == ["b"]
-    assert "in no number above" in written(tmp_path)
+    assert "which no number above includes" in written(tmp_path)
 
 
 def test_a_run_is_read_once(tmp_path: Path) -> None:

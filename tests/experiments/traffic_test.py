@@ -226,7 +226,7 @@ def test_other_scenes_are_refused(tmp_path, scenes):
 
     check(splits)
     changed = scenes._replace(vehicles=scenes.vehicles + 1)
-    with pytest.raises(ConfigError, match="must be of the same data, got another test set than it began with"):
+    with pytest.raises(ConfigError, match="must be of the same data, got another test set than before"):
         check(splits | {"test": changed})
 
 
@@ -266,9 +266,9 @@ def test_the_same_noise_for_every_model(scenes):
     lab = Lab([opened(config, None, None)])
     bounds = [
         measures.bounds(
-            lab, lab.runs, setup, traffic_problem.r_elbo(dataclasses.replace(config, elbo_levels=4)),
-            lambda run, guided=guided: guided, jnp.asarray(of_model.normalised(scenes)), lambda run: jax.random.key(3),
-            lambda run: 1.0, of_model.place(scenes),
+            measures.Subject(lab, lab.runs, "it", setup, lambda run, guided=guided: guided),
+            traffic_problem.r_elbo(dataclasses.replace(config, elbo_levels=4)),
+            jnp.asarray(of_model.normalised(scenes)), lambda run: jax.random.key(3), of_model.place(scenes),
         )[0]
         for guided in (Guided(theta), Guided(jax.tree.map(jnp.array, theta)))
     ]  # fmt: skip
