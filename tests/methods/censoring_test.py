@@ -297,7 +297,7 @@ def test_augmentation_keeps_originals_and_labels():
         np.testing.assert_array_equal(labels == 1, images[:, 0, 0, 0] >= 1)
     assert len(np.unique(sets.images[:, 5:, 0, 0, 0])) == 40  # each copy its own
     fewer = [*pairs, (pairs[0][0], pairs[0][1][:1])]
-    with pytest.raises(ValueError, match=r"as many labels each, got \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"equally many labels, got \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
         censoring.augmented(fewer, 4, jax.random.key(0), lambda key, image: image)
 
 

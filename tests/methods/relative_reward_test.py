@@ -291,7 +291,7 @@ def test_weighting_makes_the_error_that_of_another_difference():
         ({"process": process.ddpm(process.cosine_betas(50))}, "must have one process"),
         ({"shape": (3,), "denoiser": lambda x, t: x}, r"must have one shape, got \(2,\) and \(3,\)"),
         ({"denoiser": lambda x, t: x[:1]}, r"x_0 of expert must have shape \(2,\), got \(1,\)"),
-        ({"normaliser": (np.zeros(2), np.ones(2))}, "base and expert must have one normaliser.*principled"),
+        ({"normaliser": (np.zeros(2), np.ones(2))}, "base and expert must have one normaliser.*PRINCIPLED"),
     ],
 )
 def test_two_models_that_do_not_fit_are_named(changes, message):
