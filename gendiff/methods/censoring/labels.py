@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from gendiff import check
+from gendiff.static import by_value
 from gendiff.types import PRNGKey, Sample, Samples
 
 Rater: TypeAlias = Callable[[Samples], np.ndarray]
@@ -162,6 +163,7 @@ def _changed(change: Callable[[PRNGKey, Sample], Sample], keys: PRNGKey, images:
     return jax.vmap(jax.vmap(jax.vmap(change), (0, None)))(keys, images)
 
 
+@by_value
 def rotation(degrees: float, background: float = -1.0) -> Callable[[PRNGKey, Sample], Sample]:
     """Return (key, image (h, w, c)) -> the image, rotated bilinearly by a uniform angle in [-degrees, degrees]."""
     check.number("rotation: degrees", degrees, at_least=0)
