@@ -78,8 +78,8 @@ def test_parameter_counts_of_the_paper():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--window", "5"], "--window, --grid: expected divisors of the horizon 32, given 5"),
-        (["--horizon", "34"], "expected divisors of the horizon 34, given 4"),
+        (["--window", "5"], "--window and --grid must divide --horizon 32, got 5"),
+        (["--horizon", "34"], "must divide --horizon 34, got 4"),
     ],
 )
 def test_windows_must_divide_the_horizon(arguments, message):
