@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from experiments.lab import figures
 from experiments.lab.config import Between, Distinct, Scheduled
@@ -181,23 +180,15 @@ def places_of(run: Run, family: Family, paths: Any) -> np.ndarray:
 
 def steering(lab: Lab, family: Family) -> None:
     """Draw paths to all goals from held-out starts: of the base model, steered by its reward, and of the expert."""
-    config, name, models, rewards = lab.config, family.place.name, family.models(lab.config), family.rewards(lab.config)
+    config, name, rewards = lab.config, family.place.name, family.rewards(lab.config)
+    models, known = family.models(config), jnp.asarray(family.known(config))
     goals, phis = np.array(mazes.MAZES[name].goals), f"{name}/{family.name}/rewards"
 
-    def starts(run: Run, goal: int) -> Array:
-        key, held_out = family.place.key(run, PLANS, 10 + goal), family.windows(run, 0, True)
-        return windows.draw(key, held_out, config.plans, config.horizon)
-
-    def cases(row: str, run: Run) -> list[Steered]:
-        expert, steered = DRAWN[row]
-        return [
-            Steered(
-                at(family.thetas(run), (goal + 1) * expert), at(run[phis], goal * rewards.seeds),
-                run.config.guidance_scale * steered, jnp.asarray(models.known), starts(run, goal),
-                family.place.key(run, PLANS, 100 + goal),
-            )
-            for goal in range(GOALS)
-        ]  # fmt: skip
+    def case(run: Run, row: str, goal: int) -> Steered:
+        (expert, steered), key = DRAWN[row], partial(family.place.key, run, PLANS)
+        theta, phi = at(family.thetas(run), (goal + 1) * expert), at(run[phis], goal * rewards.seeds)
+        held = windows.draw(key(10 + goal), family.windows(run, 0, True), config.plans, config.horizon)
+        return Steered(theta, phi, run.config.guidance_scale * steered, known, held, key(100 + goal))
 
     def add(row: str, run: Run) -> None:
         places = run.results[f"{name}/{row}/places"] = places_of(run, family, run[f"{name}/plans/{row}"]["samples"])
@@ -207,17 +198,18 @@ def steering(lab: Lab, family: Family) -> None:
 
     def denoising(run: Run) -> dict[str, Any]:
         """Denoise a path to the first goal, from the farthest start, with the rewards of its windows, for a figure."""
-        held, key = starts(run, 0), family.place.key(run, PLANS, 2)
-        start = held[int(np.argmax(np.hypot(*(places_of(run, family, held[:, 0]) - goals[0]).T)))]
-        pair = at(family.thetas(run), 0), at(run[phis], 0)
-        path = lambda scale: rows.denoising_path(models, rewards, *pair, scale, start, key, 6)
+        first = case(run, "steered", 0)
+        start = first.held[int(np.argmax(np.hypot(*(places_of(run, family, first.held[:, 0]) - goals[0]).T)))]
+        first = first._replace(held=start, key=family.place.key(run, PLANS, 2))
+        path = lambda scale: rows.denoising_path(models, rewards, first._replace(scale=scale), 6)
         paths = {"unsteered": path(0.0), "steered": path(run.config.guidance_scale)}
         for states in paths.values():
             states["places"] = places_of(run, family, states.pop("windows")).reshape(6, -1, 2)
         return paths
 
     for row in DRAWN:
-        rows.steer(lab, f"{name}/plans/{row}", models, rewards.problem.network, partial(cases, row))
+        cases = lambda run, row=row: [case(run, row, goal) for goal in range(GOALS)]
+        rows.steer(lab, f"{name}/plans/{row}", models, rewards.problem.network, cases)
         lab.each(partial(add, row))
     lab.once(f"{name}/denoising", denoising)
 

@@ -36,7 +36,7 @@ def of_paths(
 
     def call(n: int) -> tuple[tuple, tuple]:
         arrays: Any = (first(diffusers.params), first(of_rewards.params), NUMBER, known, many(path, n), KEY)
-        return (models.process, models.model, rewards.problem.network, models.switches), Steered(*arrays)
+        return (models, rewards.problem.network), Steered(*arrays)
 
     what = "ancestral, steered by a reward"
     return {

@@ -16,26 +16,15 @@ from jaxtyping import Array
 from experiments.lab.phases import Lab, Run
 from experiments.lab.table import Column
 from gendiff import distributed, nets, potential, process, runs, sampling
-from gendiff.denoiser import Model
 from gendiff.losses import Aligned
 from gendiff.methods import relative_reward
-from gendiff.methods.relative_reward import PairProblem, PoolRequest, Switches
+from gendiff.methods.relative_reward import Models, PairProblem, PoolRequest
 from gendiff.metrics import discriminability, heat, rates
 from gendiff.metrics.heat import Heat
 from gendiff.metrics.rates import Estimate
 from gendiff.nets.window_mlp import WindowMLP
 from gendiff.process import Process
-from gendiff.types import Params, PRNGKey, Sample, Samples
-
-
-class Models(NamedTuple):
-    """A base model and its experts, which share a network."""
-
-    process: Process
-    model: Model
-    switches: Switches
-    known: np.ndarray
-    """(*shape), True for the coordinates that the models get as conditions."""
+from gendiff.types import Params, PRNGKey, Samples
 
 
 class Rewards(NamedTuple):
@@ -80,7 +69,7 @@ def pool(lab: Lab, phase: str, models: Models, request: Callable[[Run], PoolRequ
             for run in members:
                 run.progress(phase, done, len(requests[0].x0), {})
 
-        return relative_reward.pools(models.process, models.model, models.switches, requests, piece, lab.mesh, report)
+        return relative_reward.pools(models, requests, piece, lab.mesh, report)
 
     lab.together(phase, compute, Aligned)
 
@@ -137,12 +126,11 @@ def steer(
     lab: Lab, phase: str, models: Models, network: potential.Logit, cases: Callable[[Run], list[Steered]]
 ) -> None:
     """Draw the steered samples (cases, n, *shape) of a run, as `samples`; all cases have the same shapes."""
-    static = (models.process, models.model, network, models.switches)
 
     def compute(members: list[Run]) -> list[dict[str, np.ndarray]]:
         requests, drawn = [cases(run) for run in members], []
         for case in zip(*requests, strict=True):
-            results = runs.call(relative_reward.steered, static, lab.mesh, case)
+            results = runs.call(relative_reward.steered, (models, network), lab.mesh, case)
             drawn.append([distributed.gather(samples, len(case[0].held)) for samples in results])
             for run in members:
                 run.progress(phase, len(drawn), len(requests[0]), {})
@@ -151,17 +139,14 @@ def steer(
     lab.together(phase, compute)
 
 
-def denoising_path(
-    models: Models, rewards: Rewards, theta: Params, phi: Params, scale: float, start: Sample, key: PRNGKey, shown: int
-) -> dict[str, np.ndarray]:
-    """Return a steered path at `shown` of the sampler's times, from noise on, as windows with their rewards."""
-    p, network, known = models.process, rewards.network, jnp.asarray(models.known)
-    logit = rewards.problem.network
-    kernel = relative_reward.kernel(p, models.model, logit, models.switches, theta, phi, scale, known)
+def denoising_path(models: Models, rewards: Rewards, case: Steered, shown: int) -> dict[str, np.ndarray]:
+    """Return the steered path of a case, with a single `held`, as windows with their rewards at `shown` times."""
+    p, network, held = models.process, rewards.network, jnp.asarray(case.held)
+    kernel = relative_reward.kernel(models, rewards.problem.network, case.theta, case.phi, case.scale, case.known)
     grid = p.grid(p.steps or 100)
     chosen = jnp.linspace(0, len(grid) - 1, shown).astype(int)
-    states = jax.jit(lambda key: sampling.states(p, kernel(start), grid, key, start.shape))(key)[chosen]
-    of_state = lambda x, t: network.apply(phi, network.split(x), t, method="of_windows")
+    states = jax.jit(lambda key: sampling.states(p, kernel(held), grid, key, held.shape))(case.key)[chosen]
+    of_state = lambda x, t: network.apply(case.phi, network.split(x), t, method="of_windows")
     values = jax.jit(jax.vmap(of_state))(states, jnp.maximum(grid[chosen] - 1, 0))
     arrays = {"times": grid[chosen], "windows": jax.vmap(network.split)(states), "rewards": values}
     return {name: np.asarray(array) for name, array in arrays.items()}

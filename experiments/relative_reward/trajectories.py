@@ -13,12 +13,12 @@ from jaxtyping import Array
 from experiments.lab.config import Between, Config, ConfigError, Distinct, SameProgram, Scheduled
 from experiments.lab.phases import Lab, Run
 from experiments.relative_reward import rows
-from experiments.relative_reward.rows import Models, Rewards, at
+from experiments.relative_reward.rows import Rewards, at
 from gendiff import denoiser, nets, process, training
 from gendiff.data import windows
 from gendiff.data.windows import Normaliser, Windows
 from gendiff.methods import relative_reward
-from gendiff.methods.relative_reward import PUBLISHED, PairProblem, PoolRequest, Switches
+from gendiff.methods.relative_reward import PUBLISHED, Models, PairProblem, PoolRequest, Switches
 from gendiff.nets.temporal import TemporalUnet
 from gendiff.nets.window_mlp import WindowMLP
 from gendiff.process import Process
@@ -115,7 +115,7 @@ class Family(NamedTuple):
     def models(self, config: PathsConfig) -> Models:
         """Return the models for the rewards."""
         network = clamped(model(config)) if self.switches == PUBLISHED else model(config)
-        return Models(chain(config.diffusion_steps), network, self.switches, self.known(config))
+        return Models(chain(config.diffusion_steps), network, self.switches)
 
     def rewards(
         self, config: PathsConfig, window: int = 0, experts: Sequence[int] = (), seeds: int = 0, first: int = 0
@@ -219,13 +219,13 @@ def example(config: PathsConfig, place: Place) -> tuple[Array, Array]:
 
 def pools(lab: Lab, family: Family) -> None:
     """Compute noisy paths of the base set with the differences of all experts, as `pool` and `held-out-pool`."""
-    models, piece = family.models(lab.config), lab.config.pool // 8
+    models, piece, known = family.models(lab.config), lab.config.pool // 8, jnp.asarray(family.known(lab.config))
 
     def request(n: int, purpose: int, run: Run) -> PoolRequest:
         key, thetas = partial(family.place.key, run, purpose), family.thetas(run)
         source = family.windows(run, 0, held_out=purpose == HELD)
         x0 = windows.draw(key(0), source, n, run.config.horizon)
-        return PoolRequest(at(thetas, 0), at(thetas, slice(1, None)), jnp.asarray(models.known), key(1), x0)
+        return PoolRequest(at(thetas, 0), at(thetas, slice(1, None)), known, key(1), x0)
 
     for name, n, purpose in (("pool", lab.config.pool, POOL), ("held-out-pool", piece, HELD)):
         rows.pool(lab, f"{family.place.name}/{family.name}/{name}", models, partial(request, n, purpose), piece)

@@ -6,7 +6,7 @@ from scipy import stats
 
 from gendiff import denoiser, losses, process, sampling, training
 from gendiff.methods import relative_reward
-from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED, Diffusion, PoolRequest, Switches
+from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED, Diffusion, Models, PoolRequest, Switches
 
 FALSE_ALARM = 1e-4
 CHAIN = process.ddpm(process.cosine_betas(100))
@@ -207,8 +207,8 @@ def test_a_pool_is_its_examples_one_by_one():
     thetas, key = jnp.float32([0.3, -0.2, 0.9]), jax.random.key(5)
     x0 = jax.random.normal(jax.random.key(6), (7, 2))
     known = jnp.array([True, False])
-    switches = PRINCIPLED
-    pool = relative_reward.pools(CHAIN, model, switches, [PoolRequest(jnp.float32(0.0), thetas, known, key, x0)], 3)[0]
+    request = PoolRequest(jnp.float32(0.0), thetas, known, key, x0)
+    pool = relative_reward.pools(Models(CHAIN, model), [request], 3)[0]
     key = jax.random.key(5)  # the same again, on purpose
     assert pool.target.shape == (7, 3, 2)
     np.testing.assert_array_equal(pool.weight, np.tile([0.0, 1.0], (7, 1)))
@@ -227,9 +227,9 @@ def test_pools_of_several_runs_are_those_of_one():
     request = lambda k: PoolRequest(
         jnp.float32(0.1 * k), jnp.float32([0.3, -0.2]), None, jax.random.key(k), np.full((5, 2), 0.1 * k, np.float32)
     )
-    pools = relative_reward.pools(CHAIN, model, PRINCIPLED, [request(k) for k in range(3)], 4)
+    pools = relative_reward.pools(Models(CHAIN, model), [request(k) for k in range(3)], 4)
     for k, pool in enumerate(pools):
-        alone = relative_reward.pools(CHAIN, model, PRINCIPLED, [request(k)], 4)[0]
+        alone = relative_reward.pools(Models(CHAIN, model), [request(k)], 4)[0]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), pool, alone)
 
 
@@ -351,8 +351,9 @@ def test_data_that_make_no_examples_are_named(x0, message):
     model = lambda mean, x, t: mean + x
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
         relative_reward.pool_of_models(base, [expert], PRINCIPLED, jax.random.key(0), x0)
+    request = PoolRequest(0.0, jnp.zeros(2), None, jax.random.key(0), x0)
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
-        relative_reward.pools(CHAIN, model, PRINCIPLED, [PoolRequest(0.0, jnp.zeros(2), None, jax.random.key(0), x0)])
+        relative_reward.pools(Models(CHAIN, model), [request])
 
 
 def test_models_of_another_shape_are_named():
@@ -384,9 +385,7 @@ def test_models_of_another_shape_are_named():
         (lambda x, key: relative_reward.strength(CHAIN, PRINCIPLED, np.nan), "relative reward: scale must be"),
         (lambda x, key: relative_reward.steer(CHAIN, None, Switches(at="y")), "relative reward: at must be 'x' or"),
         (
-            lambda x, key: relative_reward.pools(
-                CHAIN, None, PRINCIPLED, [PoolRequest(0.0, None, None, key, x[None])], 0
-            ),
+            lambda x, key: relative_reward.pools(Models(CHAIN, None), [PoolRequest(0.0, None, None, key, x[None])], 0),
             "relative reward: piece must be >= 1",
         ),
         (

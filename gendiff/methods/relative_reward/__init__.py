@@ -41,6 +41,7 @@ from gendiff.methods.relative_reward.targets import (
     PRINCIPLED,
     PUBLISHED,
     Diffusion,
+    Models,
     PoolRequest,
     Switches,
     aligned,
@@ -59,10 +60,10 @@ from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Samples
 
 __all__ = [
-    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "PoolRequest", "Switches", "aligned", "along_paths",
-    "asymmetry", "base_mean", "by_time", "check_pair", "difference", "discriminator_task", "discriminator_training",
-    "examples", "factor", "kernel", "line_integral", "pool_of_models", "pooled", "pools", "quality", "reward_task",
-    "reward_training", "steer", "steered", "strength", "tenths", "told_apart",
+    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "Models", "PairProblem", "PoolRequest", "Switches", "aligned",
+    "along_paths", "asymmetry", "base_mean", "by_time", "check_pair", "difference", "discriminator_task",
+    "discriminator_training", "examples", "factor", "kernel", "line_integral", "pool_of_models", "pooled", "pools",
+    "quality", "reward_task", "reward_training", "steer", "steered", "strength", "tenths", "told_apart",
 ]  # fmt: skip
 
 

@@ -7,9 +7,9 @@ import jax
 from jaxtyping import Array, Bool
 
 from gendiff import check, distributed, guidance, potential, sampling
-from gendiff.denoiser import Denoiser, Model, denoise
+from gendiff.denoiser import Denoiser, denoise
 from gendiff.guidance import Guidance, Strength
-from gendiff.methods.relative_reward.targets import Switches, base_mean, factor
+from gendiff.methods.relative_reward.targets import Models, Switches, base_mean, factor
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
@@ -43,27 +43,19 @@ def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | 
 
 
 def kernel(
-    process: Process,
-    model: Model,
-    network: Logit,
-    switches: Switches,
-    theta: Params,
-    phi: Params,
-    scale: Scalar | float,
-    known: Bool[Array, "*shape"],
+    models: Models, network: Logit, theta: Params, phi: Params, scale: Scalar | float, known: Bool[Array, "*shape"]
 ) -> Callable[[Sample], sampling.Kernel]:
     """Return held -> the steered model's ancestral step, clipped to [-1, 1], which keeps the known coordinates."""
+    process, model, switches = models
     towards = steer(process, partial(network, phi), switches, scale)
     denoiser = guidance.chain(towards, guidance.clip(-1.0, 1.0))(partial(model, theta))
     return lambda held: sampling.pinned(sampling.ancestral(process, denoiser), held, known)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def steered(
-    process: Process,
-    model: Model,
+    models: Models,
     network: Logit,
-    switches: Switches,
     mesh: jax.sharding.Mesh | None,
     theta: Params,
     phi: Params,
@@ -73,6 +65,7 @@ def steered(
     key: PRNGKey,
 ) -> Samples:
     """Draw a sample of a discrete chain for every row of `held` (n, *shape), and keep its known coordinates."""
-    step, grid = kernel(process, model, network, switches, theta, phi, scale, known), process.grid(process.steps or 100)
+    process, step = models.process, kernel(models, network, theta, phi, scale, known)
+    grid = process.grid(process.steps or 100)
     draw = lambda pair: sampling.sample(process, step(pair[1]), grid, pair[0], pair[1].shape)
     return distributed.chunked(draw, (jax.random.split(key, len(held)), held), CHUNK, mesh, cut=False)

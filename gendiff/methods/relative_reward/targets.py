@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from gendiff.types import Params, PRNGKey, Sample, Samples, Time
 
 Experts: TypeAlias = Callable[[Sample, Time], Float[Array, "G *shape"]]
 """(x, t) -> x_0 of G experts, which share one evaluation of the base model."""
+Known: TypeAlias = Bool[Array, "*shape"] | None
+"""True for the coordinates that both models get as conditions; None: there are none."""
 
 
 class Switches(NamedTuple):
@@ -43,6 +45,15 @@ PUBLISHED = Switches("mean", "base_mean", False, True, "leaky_relu", "own")
 """The choices of the released code."""
 PRINCIPLED = Switches("noise", "x", True, False, "mish", "shared")
 """One normaliser, smooth activation, gradient at x_t, contiguous windows, conditions kept and masked."""
+
+
+class Models(NamedTuple):
+    """A base model and its experts, which share a process and a network.  Static."""
+
+    process: Process
+    model: Model
+    """(theta, x, t) -> x_0."""
+    switches: Switches = PRINCIPLED
 
 
 class Diffusion(NamedTuple):
@@ -106,18 +117,9 @@ def factor(process: Process, target: str, next_time: Callable[[Time], Time] | No
 
 
 def aligned(
-    process: Process,
-    base: Denoiser,
-    experts: Experts,
-    switches: Switches,
-    x: Sample,
-    t: Time,
-    known: Bool[Array, "*shape"] | None = None,
+    process: Process, base: Denoiser, experts: Experts, switches: Switches, x: Sample, t: Time, known: Known = None
 ) -> Aligned:
-    """Make the example of a noisy sample, with targets (G, *shape).
-
-    Args:
-      known: coordinates that both models get as conditions; `switches.masked` leaves them out.
+    """Make the example of a noisy sample, with targets (G, *shape); `switches.masked` leaves out known coordinates.
 
     Raises:
       ValueError: a model's x_0, or `known`, differs from x in shape, or a switch has no such value.
@@ -140,12 +142,12 @@ def base_mean(process: Process, x: Sample, x0: Sample, t: Time) -> Sample:
     return posterior(process, x, x0, t, t - 1)[0]
 
 
-def _with_known(x: Sample, x0: Sample, known: Bool[Array, "*shape"] | None) -> Sample:
+def _with_known(x: Sample, x0: Sample, known: Known) -> Sample:
     return x if known is None else jnp.where(known, x0, x)
 
 
 def examples(
-    process: Process, base: Denoiser, experts: Experts, switches: Switches, known: Bool[Array, "*shape"] | None = None
+    process: Process, base: Denoiser, experts: Experts, switches: Switches, known: Known = None
 ) -> Callable[[PRNGKey, Sample], Aligned]:
     """Return (key, x_0) -> an example at a random time (Algorithm 1); the data may be those of either model."""
 
@@ -165,13 +167,13 @@ def along_paths(
     switches: Switches,
     grid: Float[Array, " steps+1"],
     shape: tuple[int, ...],
-    known: Bool[Array, "*shape"] | None = None,
+    known: Known = None,
 ) -> Callable[[PRNGKey, Sample], Aligned]:
     """Return (key, clean) -> the examples at all steps of a sampler's path, on axis 0 (Algorithm 2, without data).
 
     Args:
       walker: the model that draws the path by ancestral sampling: `base` or an expert.
-      known: coordinates that the models get as conditions, with the values of `clean`; without it `clean` is unused.
+      known: coordinates with the values of `clean`, which nothing else uses.
     """
     kernel = sampling.ancestral(process, walker)
 
@@ -185,12 +187,7 @@ def along_paths(
 
 
 def pool_of_models(
-    base: Diffusion,
-    experts: Sequence[Diffusion],
-    switches: Switches,
-    key: PRNGKey,
-    x0: Samples,
-    known: Bool[Array, "*shape"] | None = None,
+    base: Diffusion, experts: Sequence[Diffusion], switches: Switches, key: PRNGKey, x0: Samples, known: Known = None
 ) -> Aligned:
     """Compute a pool from models of several networks, whose parameters become constants of the compiled program.
 
@@ -223,17 +220,14 @@ class PoolRequest(NamedTuple):
     """Parameters of the base model."""
     thetas: Params
     """Parameters of G experts, stacked on axis 0."""
-    known: Bool[Array, "*shape"] | None
-    """Coordinates that the models get as conditions."""
+    known: Known
     key: PRNGKey
     x0: Samples
     """(n, *shape) data."""
 
 
 def pools(
-    process: Process,
-    model: Model,
-    switches: Switches,
+    models: Models,
     requests: Sequence[PoolRequest],
     piece: int = 1024,
     mesh: jax.sharding.Mesh | None = None,
@@ -245,7 +239,6 @@ def pools(
     arrays agree in shape share a program.
 
     Args:
-      model: network of the base model and of the experts, with parameters first.
       requests: of runs, with data of one size.
       piece: examples of a call of the compiled program, which pools of any size share; >= 1.
       report: called with the number of finished examples.
@@ -256,7 +249,7 @@ def pools(
     parts: list[list[Aligned]] = []
     n = len(requests[0].x0)
     for of_runs in zip(*(_pieces(request, piece) for request in requests), strict=True):
-        pieces = runs.call(pooled, (process, model, switches), mesh, of_runs)
+        pieces = runs.call(pooled, (models,), mesh, of_runs)
         parts.append([distributed.gather(examples, piece) for examples in pieces])
         report(min(len(parts) * piece, n))
     join = lambda *arrays: np.concatenate(arrays)[:n]
@@ -273,19 +266,12 @@ def _pieces(request: PoolRequest, piece: int) -> list[PoolRequest]:
     return [request._replace(key=keys[indices], x0=x0[indices]) for indices in rows]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1))
 def pooled(
-    process: Process,
-    model: Model,
-    switches: Switches,
-    mesh: jax.sharding.Mesh | None,
-    theta: Params,
-    thetas: Params,
-    known: Bool[Array, "*shape"] | None,
-    keys: PRNGKey,
-    x0: Samples,
+    models: Models, mesh: Any, theta: Params, thetas: Params, known: Known, keys: PRNGKey, x0: Samples
 ) -> Aligned:
     """Compute a piece of a pool: the compiled program of `pools`."""
+    process, model, switches = models
     experts = lambda x, t: potential.over_members(lambda phi: model(phi, x, t), thetas)
     example = examples(process, partial(model, theta), experts, switches, known)
     return distributed.chunked(lambda pair: example(*pair), (keys, x0), 64, mesh, cut=False)
