@@ -195,11 +195,6 @@ def sevens(config: MnistConfig, split: Literal["train", "test"]) -> np.ndarray:
     return distributed.everywhere(lambda: mnist.read(7, split, config.data))
 
 
-def mixed(config: MnistConfig, share: float) -> Samples:
-    """Return training images with this share of crossed sevens."""
-    return mnist.scaled(mnist.mix(sevens(config, "train"), share, config.data_seed).images, config.size)
-
-
 def base_training(config: MnistConfig, start: Params, images: Samples, steps: int, purpose: int) -> training.Training:
     """Return the training of a base model on images."""
     group = dataclasses.replace(config.training, steps=steps)
@@ -216,7 +211,10 @@ def base_models(lab: Lab) -> None:
     mesh = distributed.training_mesh(config.training.batch, every_core=True)
 
     def train(phase: str, start: Params, share: float, steps: int, purpose: int) -> None:
-        job = lambda run: base_training(run.config, start, mixed(run.config, share), steps, purpose)
+        def job(run: Run) -> training.Training:
+            mix = mnist.mix(sevens(config, "train"), share, config.data_seed)
+            return base_training(config, start, mnist.scaled(mix.images, config.size), steps, purpose)
+
         lab.train(phase, job, mesh=mesh, shared=True)
 
     start = initialised(unet_of(config), config, jax.random.fold_in(jax.random.key(config.data_seed), BASE))

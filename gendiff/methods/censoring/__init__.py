@@ -140,9 +140,10 @@ def imitate(
 
         phase, start, sets = f"{name}-{number}/reward", new_reward(start_key), prepare(labelled, prepare_key)
         job = round_training(problem, settings, number, sets, start if state is None else state, fit_key)
-        host = training.Host(None, archive.steps(phase), partial(_report_steps, report, phase, steps))
-        train = partial(_trained, problem, job._replace(host=host), sets)
-        like = jax.eval_shape(partial(_begun, job.settings), fit_key, start)
+        job = job._replace(host=training.Host(None, archive.steps(phase), partial(_report, report, phase, steps)))
+        train = lambda job=job, sets=sets: packed(fitted(problem, training.train(*job), sets))
+        fresh = lambda key, start, settings=job.settings: packed(programs.begin(settings, key, start))
+        like = jax.eval_shape(fresh, fit_key, potential.stacked(start))
         state = unpacked(archive.once(phase, train, like=like), potential.stacked(start), job.settings)
         yield Round(number, state.last, labelled)
 
@@ -170,13 +171,5 @@ def round_training(
     return reward_training(problem, sets, begin, settings.training._replace(training=steps), key)
 
 
-def _trained(problem: LabelProblem, job: training.Training, sets: Sets) -> dict:
-    return packed(fitted(problem, training.train(*job), sets))
-
-
-def _begun(settings: training.Settings, key: PRNGKey, reward: Params) -> dict:
-    return packed(programs.begin(settings, key, potential.stacked(reward)))
-
-
-def _report_steps(report: Callable, phase: str, steps: int, step: int, metrics: dict[str, float]) -> None:
+def _report(report: Callable, phase: str, steps: int, step: int, metrics: dict[str, float]) -> None:
     report(phase, step, steps, metrics)

@@ -67,10 +67,10 @@ def mark_all(
     """
     for name, value in (("malign", malign), ("benign", benign), ("budget", budget)):
         check.number(f"censoring.mark: {name}", value, at_least=1, whole=True)
-    marks = [_Marks(budget) for _ in raters]
-    labelled: list[Labelled | None] = [None] * len(marks)
+    parts: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in raters]
+    labelled: list[Labelled | None] = [None] * len(parts)
     while waiting := [k for k, labels in enumerate(labelled) if labels is None]:
-        folded = [jax.random.fold_in(keys[k], len(marks[k].samples)) for k in waiting]
+        folded = [jax.random.fold_in(keys[k], len(parts[k])) for k in waiting]
         try:
             drawn = batches(waiting, folded)
         except StopIteration as error:  # of an ended stream; a generator would turn it into a RuntimeError
@@ -78,45 +78,38 @@ def mark_all(
                 "censoring.mark: batches must give samples, got none. Draw more, or mark fewer."
             ) from error
         for k, samples in zip(waiting, drawn, strict=True):
-            marks[k].add(samples, raters[k])
-            labelled[k] = marks[k].enough(malign, benign)
+            left = budget - sum(len(marks) for _, marks in parts[k])
+            parts[k].append(_marked(samples, raters[k], left))
+            samples, marks = map(np.concatenate, zip(*parts[k], strict=True))
+            labelled[k] = _enough(samples, marks, malign, benign, budget)
     return [labels for labels in labelled if labels is not None]
 
 
-class _Marks:
-    """The marked samples of one run."""
+def _marked(samples: Samples, rater: Rater, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mark a batch, at most `most` samples; refuse an empty one, because marking would never end."""
+    samples = np.asarray(samples)
+    rows = check.rows("censoring.mark: samples", samples)
+    check.number("censoring.mark: number of samples", rows, at_least=1, whole=True)
+    check.number("censoring.mark: samples", samples)
+    samples = samples[:most]
+    marks = check.shape("censoring.mark: marks", np.asarray(rater(samples), np.float64), (len(samples),))
+    if not np.all(np.isin(marks, (0.0, 1.0)) | np.isnan(marks)):
+        raise ValueError(f"censoring.mark: marks must be 1, 0 or NaN, got {np.unique(marks)}")
+    return samples, marks
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.samples: list[np.ndarray] = []
-        self.marks: list[np.ndarray] = []
 
-    def add(self, samples: Samples, rater: Rater) -> None:
-        """Mark a batch up to the budget; refuse an empty batch, because marking would never end."""
-        samples = np.asarray(samples)
-        rows = check.rows("censoring.mark: samples", samples)
-        check.number("censoring.mark: number of samples", rows, at_least=1, whole=True)
-        check.number("censoring.mark: samples", samples)
-        samples = samples[: self.budget - sum(map(len, self.samples))]
-        marks = check.shape("censoring.mark: marks", np.asarray(rater(samples), np.float64), (len(samples),))
-        if not np.all(np.isin(marks, (0.0, 1.0)) | np.isnan(marks)):
-            raise ValueError(f"censoring.mark: marks must be 1, 0 or NaN, got {np.unique(marks)}")
-        self.samples.append(samples)
-        self.marks.append(marks)
-
-    def enough(self, malign: int, benign: int) -> Labelled | None:
-        """Return the labels once both classes have enough; raise ValueError if the budget runs out before."""
-        samples, marks = np.concatenate(self.samples), np.concatenate(self.marks)
-        ends = np.flatnonzero((np.cumsum(marks == 0) >= malign) & (np.cumsum(marks == 1) >= benign))
-        if len(ends):
-            samples, marks = samples[: ends[0] + 1], marks[: ends[0] + 1]
-            return Labelled(samples[marks == 0][:malign], samples[marks == 1], len(samples))
-        if len(marks) >= self.budget:
-            raise ValueError(
-                f"censoring.mark: {malign} malign and {benign} benign samples must be within {self.budget}, got "
-                f"{np.sum(marks == 0)} and {np.sum(marks == 1)}: raise the budget, or mark fewer"
-            )
-        return None
+def _enough(samples: np.ndarray, marks: np.ndarray, malign: int, benign: int, budget: int) -> Labelled | None:
+    """Return the labels once both classes have enough; raise ValueError if the budget runs out before."""
+    ends = np.flatnonzero((np.cumsum(marks == 0) >= malign) & (np.cumsum(marks == 1) >= benign))
+    if len(ends):
+        samples, marks = samples[: ends[0] + 1], marks[: ends[0] + 1]
+        return Labelled(samples[marks == 0][:malign], samples[marks == 1], len(samples))
+    if len(marks) >= budget:
+        raise ValueError(
+            f"censoring.mark: {malign} malign and {benign} benign samples must be within {budget}, got "
+            f"{np.sum(marks == 0)} and {np.sum(marks == 1)}: raise the budget, or mark fewer"
+        )
+    return None
 
 
 def bootstrap(labelled: Labelled, members: int, benign: int, key: PRNGKey) -> list[Pair]:
