@@ -128,24 +128,13 @@ def problem(config: MnistConfig) -> censoring.LabelProblem:
 def clean_problem(config: MnistConfig) -> censoring.LabelProblem:
     """Return the problem with time-independent rewards, whose images keep their range, as in the reference."""
     net = resnet_of(config)
-    return problem(config)._replace(
-        clean=static.partial(clean_logit, net), in_batch=static.partial(clean_logit_in_batch, net)
-    )
+    return problem(config)._replace(clean=coloured(ResNet.apply, net), in_batch=coloured(resnet.in_batch, net))
 
 
-def clean_logit(net: ResNet, phi: Params, x0: Sample) -> Array:
-    """Return h of a clean grey image."""
-    return jnp.asarray(net.apply(phi, coloured(x0)))
-
-
-def clean_logit_in_batch(net: ResNet, phi: Params, x0: Sample) -> tuple[Array, Params]:
-    """Return h, and phi with the moments of the batch."""
-    return resnet.in_batch(net, phi, coloured(x0))
-
-
-def coloured(x0: Sample) -> Array:
-    """Repeat a grey image (h, w, 1) on three channels."""
-    return jnp.broadcast_to(x0, (*x0.shape[:-1], 3))
+@static.by_value
+def coloured(function: Callable, net: ResNet) -> Callable[[Params, Sample], Any]:
+    """Return (phi, x_0) -> function(net, phi, x_0), with the grey x_0 on three channels."""
+    return lambda phi, x0: function(net, phi, jnp.broadcast_to(x0, (*x0.shape[:-1], 3)))
 
 
 def unet_of(config: MnistConfig) -> UNet:

@@ -33,7 +33,7 @@ from gendiff.oracles import crossed_seven
 from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Samples
 
-SUBSETS = {
+SUBSETS: dict[Literal["random", "highest", "doubtful"], str] = {
     "random": "hand labels, random",
     "highest": "hand labels, highest scores",
     "doubtful": "hand labels, least certain",

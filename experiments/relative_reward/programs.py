@@ -29,10 +29,10 @@ def of_paths(
 
     path = of((config.horizon, d))
     targets = many(many(path, place.experts), config.pool)
-    pool: Any = Aligned(many(path, config.pool), of((config.pool,), jnp.int32), targets, many(path, config.pool))
+    examples: Any = many(path, config.pool), of((config.pool,), jnp.int32), targets, many(path, config.pool)
     begin = partial(trajectories.begin, config, place, rewards)
     job = lambda pool, start, key: relative_reward.reward_training(rewards.problem, pool, *begin(start), key)
-    of_rewards = abstract(job, pool, KEY, KEY)
+    of_rewards = abstract(job, Aligned(*examples), KEY, KEY)
 
     def call(n: int) -> tuple[tuple, tuple]:
         arrays: Any = (first(diffusers.params), first(of_rewards.params), NUMBER, known, many(path, n), KEY)

@@ -46,9 +46,9 @@ def test_every_row_and_file(folder):
     assert list(rows) == maze2d.row_names(SMOKE)
     for name in ("published", "principled", "published-best-per-goal", "discriminator", "small-data"):
         for metric in ("goal_recovery", "discriminability", "discriminability_in_sample"):
-            each = rows[name][metric]
-            assert each["low"] <= each["value"] <= each["high"]
-            assert 0 <= each["value"] <= 1
+            estimate = rows[name][metric]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+            assert 0 <= estimate["value"] <= 1
         assert ("gradient_r2" in rows[name]) == (name != "discriminator")
     for name in ("unsteered", "steered", "expert"):
         assert 0 <= rows[name]["goal_rate"]["value"] <= 1

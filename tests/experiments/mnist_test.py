@@ -126,8 +126,8 @@ def test_imagenet_weights_are_read_but_for_the_last_layer(tmp_path):
     names = {name(path): draw(leaf) for path, leaf in jax.tree.leaves_with_path(shapes)}
     order = lambda a: np.ascontiguousarray(a.transpose(a.ndim - 1, a.ndim - 2, *range(a.ndim - 2)) if a.ndim > 1 else a)
     torch.save({name: torch.tensor(order(value)) for name, value in names.items()}, small.resnet.weights)
-    given, start = (mnist.new_resnet(each, jax.random.key(1)) for each in (small, mnist.PRESETS["smoke"]))
-    for path, leaf in jax.tree.leaves_with_path(given):
+    loaded, start = (mnist.new_resnet(config, jax.random.key(1)) for config in (small, mnist.PRESETS["smoke"]))
+    for path, leaf in jax.tree.leaves_with_path(loaded):
         fresh = path[1].key == "fc"
         expected = start["params"]["fc"][path[2].key] if fresh else names[name(path)]
         np.testing.assert_array_equal(leaf, expected)
@@ -168,8 +168,8 @@ def test_labels_and_members_are_drawn_with_different_keys(tmp_path, monkeypatch)
     keys = []
     none = np.zeros((0, 16, 16, 1), np.float32)
     marked = mnist.censoring.Labelled(none, none, 0)
-    mark_all = lambda *given: keys.append(jax.random.key_data(given[-1][0])) or [marked]
-    bootstrap = lambda *given: keys.append(jax.random.key_data(given[-1])) or []
+    mark_all = lambda *arguments: keys.append(jax.random.key_data(arguments[-1][0])) or [marked]
+    bootstrap = lambda *arguments: keys.append(jax.random.key_data(arguments[-1])) or []
     monkeypatch.setattr(trials.censoring, "mark_all", mark_all)
     monkeypatch.setattr(trials.censoring, "bootstrap", bootstrap)
     key = lambda run: trials.fold(run, trials.LABELS, 3)

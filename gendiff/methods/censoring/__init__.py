@@ -106,7 +106,6 @@ def imitate(
     key: PRNGKey,
     archive: Archive = Archive(None),  # noqa: B008 (immutable)
     mesh: jax.sharding.Mesh | None = None,
-    report: Callable[[str, int, int, dict[str, float]], None] = lambda phase, done, of, metrics: None,
     name: str = "imitation",
 ) -> Iterator[Round]:
     """Mark samples of the censored model round by round, and train its reward on all labels so far (imitation)::
@@ -119,7 +118,6 @@ def imitate(
     Args:
       new_reward: key -> parameters of a reward.
       prepare: (labels, key) -> training set of a reward, such as augmentation.
-      report: called with a phase, its finished steps, all its steps, and metrics.
       name: first part of the phases' names in the archive.
 
     Raises:
@@ -131,7 +129,7 @@ def imitate(
     check.number("imitate: batch", settings.batch, at_least=1, whole=True)
     state: training.State | None = None
     labelled: Labelled | None = None
-    for number, steps in enumerate(ends, 1):
+    for number in range(1, len(ends) + 1):
         draw_key, prepare_key, start_key, fit_key = round_keys(key, number)
         seen_by = state.last if state is not None and settings.rounds_see else None
         sampler = partial(draw, problem, theta, seen_by, settings.censoring, n=settings.batch, mesh=mesh)
@@ -140,7 +138,7 @@ def imitate(
 
         phase, start, sets = f"{name}-{number}/reward", new_reward(start_key), prepare(labelled, prepare_key)
         job = round_training(problem, settings, number, sets, start if state is None else state, fit_key)
-        job = job._replace(host=training.Host(None, archive.steps(phase), partial(_report, report, phase, steps)))
+        job = job._replace(host=training.Host(checkpoints=archive.steps(phase)))
         train = lambda job=job, sets=sets: packed(fitted(problem, training.train(*job), sets))
         fresh = lambda key, start, settings=job.settings: packed(programs.begin(settings, key, start))
         like = jax.eval_shape(fresh, fit_key, potential.stacked(start))
@@ -169,7 +167,3 @@ def round_training(
     begin = start if isinstance(start, training.State) else potential.stacked(start)
     steps = settings.training.training._replace(steps=settings.steps[number - 1])
     return reward_training(problem, sets, begin, settings.training._replace(training=steps), key)
-
-
-def _report(report: Callable, phase: str, steps: int, step: int, metrics: dict[str, float]) -> None:
-    report(phase, step, steps, metrics)

@@ -157,8 +157,8 @@ def _changed(change: Callable[[PRNGKey, Sample], Sample], keys: PRNGKey, images:
 
 
 @by_value
-def rotation(degrees: float, background: float = -1.0) -> Callable[[PRNGKey, Sample], Sample]:
-    """Return (key, image (h, w, c)) -> the image, rotated bilinearly by a uniform angle in [-degrees, degrees]."""
+def rotation(degrees: float) -> Callable[[PRNGKey, Sample], Sample]:
+    """Return (key, image (h, w, c)) -> the image, rotated bilinearly by a uniform angle up to `degrees`; -1 fills."""
     check.number("rotation: degrees", degrees, at_least=0)
 
     def change(key: PRNGKey, image: Sample) -> Sample:
@@ -167,7 +167,7 @@ def rotation(degrees: float, background: float = -1.0) -> Callable[[PRNGKey, Sam
         y, x = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
         rows = jnp.cos(angle) * y - jnp.sin(angle) * x + (h - 1) / 2
         columns = jnp.sin(angle) * y + jnp.cos(angle) * x + (w - 1) / 2
-        turn = partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant", cval=background)
+        turn = partial(jax.scipy.ndimage.map_coordinates, order=1, mode="constant", cval=-1.0)
         return jax.vmap(lambda channel: turn(channel, [rows, columns]), -1, -1)(image)
 
     return change

@@ -27,12 +27,7 @@ class RewardTraining(NamedTuple):
 
 
 def fit(
-    problem: LabelProblem,
-    sets: Sets,
-    start: Params | training.State,
-    settings: RewardTraining,
-    key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
+    problem: LabelProblem, sets: Sets, start: Params | training.State, settings: RewardTraining, key: PRNGKey
 ) -> training.State:
     """Train K rewards at once; `state.last` are K parameter trees stacked on axis 0.
 
@@ -42,14 +37,13 @@ def fit(
     Raises:
       ValueError: a setting or a pixel is out of range, or a reward lacks labels of a class.
     """
-    job = reward_training(problem, sets, start, settings, key)
-    return fitted(problem, training.train(*job._replace(host=host)), sets)
+    return fitted(problem, training.train(*reward_training(problem, sets, start, settings, key)), sets)
 
 
 def reward_training(
     problem: LabelProblem, sets: Sets, start: Params | training.State, settings: RewardTraining, key: PRNGKey
 ) -> training.Training:
-    """Return the training of `fit`, with its arguments and errors; pass its state to `fitted`."""
+    """Return the training of `fit`, with its arguments and errors; set its host, and pass its state to `fitted`."""
     check.number("censoring: batch", settings.batch, at_least=1, whole=True)
     check.number("censoring: benign_weight", settings.benign_weight, at_least=0)
     check.shape("censoring: labels", sets.labels, np.shape(sets.images)[:2])
@@ -82,16 +76,12 @@ def settled(problem: LabelProblem, rewards: Params, images: Float[Array, "K n *s
     return potential.over_members(lambda member: of_batch(*member)[1], (rewards, jnp.asarray(images, jnp.float32)))
 
 
-def _clean(key: PRNGKey) -> Array:
-    return jnp.zeros((), int)  # t = 0 is data
-
-
 @by_value
 def reward_task(problem: LabelProblem, batch: int) -> Callable[[tuple], training.Task]:
     """Minimise the cross-entropy -alpha y log r - (1 - y) log (1 - r) of all members, at uniform times or at t = 0."""
     process, logit, in_batch = problem.process, problem.network, problem.in_batch
     if in_batch is not None:
-        process = process._replace(sample_time=_clean)
+        process = process._replace(sample_time=lambda key: jnp.zeros((), int))  # t = 0 is data
         logit = lambda phi, x, t: in_batch(phi, x)[0]
     loss = losses.Ensemble(losses.cross_entropy(process, logit))
 

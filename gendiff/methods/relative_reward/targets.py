@@ -95,20 +95,14 @@ def _same(a: Process, b: Process) -> bool:
     return bool(np.allclose(levels(a), levels(b), rtol=1e-4, atol=1e-6))
 
 
-def factor(process: Process, target: str, next_time: Callable[[Time], Time] | None = None) -> Strength:
-    """Return t -> the factor that turns the difference of two denoisers into that of `target`.
-
-    Args:
-      next_time: t -> end of the step from t, for "mean"; default: t - 1, in a discrete chain.
-    """
+def factor(process: Process, target: str) -> Strength:
+    """Return t -> the factor that turns the difference of two denoisers into that of `target`."""
     check.choice("relative reward: target", target, ("mean", "score", "x0", "noise"))
+    if target == "mean" and process.steps is None:
+        raise ValueError("relative reward: target 'mean' must have a process with steps, got continuous time")
     alpha, sigma = process.alpha, process.sigma
-    if target == "mean":
-        if next_time is None and process.steps is None:
-            raise ValueError("relative reward: target 'mean' must have next_time in continuous time, got None")
-        after = next_time or (lambda t: t - 1)
-        return lambda t: posterior(process, jnp.zeros(()), jnp.ones(()), t, after(t))[0]  # c_1: mean = c_1 x_0 + c_2 x
     factors: dict[str, Strength] = {
+        "mean": lambda t: posterior(process, jnp.zeros(()), jnp.ones(()), t, t - 1)[0],  # c_1: mean = c_1 x_0 + c_2 x
         "x0": lambda t: jnp.ones(()),
         "noise": lambda t: alpha(t) / sigma(t),
         "score": lambda t: alpha(t) / sigma(t) ** 2,
