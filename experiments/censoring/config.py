@@ -1,4 +1,4 @@
-"""Options and columns that the experiments of censored sampling (2307.02770) share."""
+"""Options and columns of the experiments on censored sampling (2307.02770)."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ class UNetSize:
     width: Annotated[int, Between(4, 512)] = 24
     """Channels of the first level."""
     multipliers: Annotated[tuple[int, ...], Between(1, 64)] = (1, 2, 4)
-    """Channels of the levels in units of the width."""
+    """Channels of the levels, in units of the width."""
     blocks: Annotated[int, Between(1, 8)] = 1
     """Residual blocks of a level."""
     attention: Annotated[tuple[int, ...], Between(1, 512, least=0)] = (4,)
@@ -31,8 +31,8 @@ class ResNetSize:
     blocks: Annotated[tuple[int, ...], Between(1, 64)] = (1, 1)
     """Residual blocks of the levels."""
     weights: Path | None = None
-    """File of torchvision's ImageNet weights (.pth or .safetensors) to begin from, where the sizes are those of
-    ResNet-18: widths 64 128 256 512, blocks 2 2 2 2. Default: random values."""
+    """File of torchvision's ImageNet weights (.pth or .safetensors) to start from, for the sizes of ResNet-18: widths
+    64 128 256 512, blocks 2 2 2 2. Default: random values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Labels:
     """The labels of a reward."""
 
     per_class: Annotated[int, Between(1, 10_000)] = 10
-    """Labels of each class for a reward (and for each round of imitation)."""
+    """Labels per class of a reward, or of a round of imitation."""
     rater: Literal["oracle", "person"] = "oracle"
-    """Who labels: the oracle, or you, at a page in your browser."""
+    """The oracle labels, or you do, at a page in your browser."""
     budget: Annotated[int, Between(20, 10_000_000)] = 4000
-    """The most samples that are looked at for the labels of one trial or round."""
+    """The most samples that the rater looks at in a trial or round."""
     copies: Annotated[int, Between(0, 1000)] = 10
-    """Randomly changed copies of each labelled image, such as turned ones."""
+    """Randomly changed copies of a labelled image, such as rotated ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +54,27 @@ class Weights:
     """alpha, the weight of the benign term in the loss of a reward."""
 
     ensemble: Annotated[float, Between(1e-4, 1.0)] = 0.02
-    """Of the ensemble."""
+    """alpha of the ensemble."""
     union: Annotated[float, Between(1e-4, 1.0)] = 0.005
-    """Of the union."""
+    """alpha of the union."""
     imitation: Annotated[float, Between(1e-4, 1.0)] = 0.1
-    """Of imitation."""
+    """alpha of imitation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """How rewards guide."""
+    """Strengths of the guidance."""
 
     scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """omega of the ensemble; single rewards and the union take `members` times as much. 0 chooses it by the sweep, on
-    labels and noise of its own; 1 is what the sweep of MNIST's seed 0 chose (so report other seeds)."""
+    """omega of the ensemble; a single reward and the union take `members` times it. 0 chooses omega by the sweep, whose
+    labels and noise no row uses. The sweep of MNIST's seed 0 chose 1, so report other seeds."""
     sweep: Annotated[tuple[float, ...], Between(1e-6, 1000.0), Distinct()] = (0.5, 1.0, 2.0, 4.0)
     """The omegas of the trade-off curves."""
     universal_scale: Annotated[float, Between(0.0, 1000.0)] = 1.0
-    """omega of the time-independent ensemble. 0 chooses it as the other's, in some ten minutes; 1 was the better of 1
-    and 4 on the labels and noise that MNIST's sweep has."""
+    """omega of the time-independent ensemble. 0 chooses it by a sweep of its own, in ten minutes. On the labels and
+    noise of MNIST's sweep, 1 was better than 4."""
     imitation_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 5.0
-    """omega of imitation's single reward."""
+    """omega of the single reward of imitation."""
     recurrence: Annotated[int, Between(1, 100)] = 2
     """R of the rows with recurrence."""
     universal_recurrence: Annotated[int, Between(1, 100)] = 4
@@ -82,17 +82,17 @@ class Guidance:
     backward: Annotated[int, Between(0, 1000)] = 3
     """B of the rows with backward guidance."""
     backward_rate: Annotated[float, Between(0.0, 1.0)] = 0.01
-    """Their rate."""
+    """Learning rate of backward guidance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Active:
-    """Active choice of labels against random choice."""
+    """Active against random choice of samples to label."""
 
     labels: Annotated[tuple[int, ...], Between(2, 1_000_000)] = (5, 10, 20, 50)
-    """Numbers of labels, of both classes, at which they are compared."""
+    """Numbers of labels, of both classes together, of the rows."""
     pool: Annotated[int, Between(10, 1_000_000)] = 400
-    """Samples that they choose from."""
+    """Samples to choose from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,28 +100,28 @@ class CensoringConfig(Config):
     """The labels, the rewards, the guidance and the evaluation."""
 
     labels: Labels = Labels()
-    """Of a reward."""
+    """Labels of a reward."""
     members: Annotated[int, Between(1, 100)] = 5
     """Rewards of an ensemble."""
     reward_network: UNetSize = UNetSize(16, (1, 2, 2))
-    """Of a reward."""
+    """Network of a reward."""
     reward: Training = Training(150, batch=32)
-    """Of a reward, with three times the steps for the union and for all rounds of imitation; the rate falls linearly
-    to 0."""
+    """Training of a reward, whose rate falls linearly to 0. The union, and all rounds of imitation together, take three
+    times the steps."""
     weights: Weights = Weights()
-    """alpha."""
+    """alpha, the weight of the benign term in the loss."""
     resnet: ResNetSize = ResNetSize()
-    """Of the time-independent rewards."""
+    """Network of a time-independent reward."""
 
     sampler_steps: Annotated[int, Between(2, 1000)] = 40
-    """Steps of ancestral sampling, at equal distances in the 1,000 of the model."""
+    """Steps of ancestral sampling, equally spaced in the model's 1,000."""
     guidance: Guidance = Guidance()
-    """How rewards guide."""
+    """Strengths of the guidance."""
     active: Active = Active()
-    """Active choice of labels."""
+    """Active against random choice of samples to label."""
 
     trials: Annotated[int, Between(1, 1000)] = 5
-    """Trials (labels, rewards and noise anew) of the rows single, union and ensemble."""
+    """Trials of the rows single, union and ensemble; a trial has its own labels, rewards and noise."""
     few_trials: Annotated[int, Between(1, 1000)] = 2
     """Trials of the other rows."""
     samples: Annotated[int, Between(20, 1_000_000)] = 200
@@ -129,9 +129,9 @@ class CensoringConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        n, pool = self.active.labels, self.active.pool
-        if list(n) != sorted(set(n)) or n[-1] > pool:
-            raise ConfigError(f"--active.labels must rise, up to --active.pool {pool}, got {n}")
+        labels, pool = self.active.labels, self.active.pool
+        if list(labels) != sorted(set(labels)) or labels[-1] > pool:
+            raise ConfigError(f"--active.labels must rise, up to --active.pool {pool}, got {labels}")
 
 
 COLUMNS = (

@@ -1,53 +1,40 @@
-"""The rows of censored sampling on which samples to label: active choice, and imitation on a model that is malign."""
+"""The rows of censored sampling about the choice of labels: active choice, and imitation on a mostly malign model."""
 
 from typing import Any
 
 import numpy as np
 
 from experiments.censoring.rows import add, row
-from experiments.censoring.trials import (
-    ACTIVE,
-    IMITATION,
-    POOL,
-    Study,
-    augmented,
-    draw,
-    evaluations,
-    fit,
-    fold,
-    mark,
-    reward_training,
-    uncensored,
-)
+from experiments.censoring.trials import ACTIVE, IMITATION, POOL, Study, fold, reward_training, uncensored
 from experiments.lab.phases import Run
 from gendiff import potential, training
 from gendiff.methods import censoring
-from gendiff.methods.censoring import Censoring, Imitation, Labelled, Request
+from gendiff.methods.censoring import Censoring, Imitation, Labelled
 from gendiff.methods.censoring.labels import Pair
 from gendiff.steps import packed, unpacked
 
 
 def active_rows(study: Study) -> None:
-    """Labels where the ensemble disagrees, against labels at random; both begin with the same ones."""
-    config = study.config
+    """Compare labels where the ensemble disagrees with random labels; both start from the same ones."""
+    config, trials = study.config, range(study.config.few_trials)
     ways = [(way, n) for way in ("random", "active") for n in config.active.labels]
-    for trial in range(config.few_trials):
+    for trial in trials:
         draw_pool(study, trial)
         for way, n in ways:
             active_round(study, trial, way, n)
-    cost = evaluations(study, Censoring(), config.members)
+    cost = study.cost(Censoring(), config.members)
     for way, n in ways:
-        study.lab.each(lambda run, name=f"{way}-{n}", n=n: add(study, run, name, range(config.few_trials), cost, n))
+        study.lab.each(lambda run, name=f"{way}-{n}", n=n: add(study, run, name, trials, cost, n))
 
 
 def draw_pool(study: Study, trial: int) -> None:
-    """The samples to choose from, with a random order that begins with one of each class."""
+    """Draw the samples to choose from, in a random order that starts with a sample of either class."""
     n, phase = study.config.active.pool, f"active/pool-{trial}"
 
     def compute(members: list[Run]) -> list[dict[str, Any]]:
-        asked = [Request(run[study.model], None, Censoring(), fold(run, POOL, trial)) for run in members]
-        drawn = censoring.draw_all(study.noisy.problem, asked, n, study.lab.mesh)
-        return [{"samples": samples} for samples in drawn]
+        requests = [study.request(run, trial, None, fold(run, POOL, trial)) for run in members]
+        pools = censoring.draw_all(study.noisy.problem, requests, n, study.lab.mesh)
+        return [{"samples": samples} for samples in pools]
 
     def judge(run: Run) -> None:
         samples = run[phase]["samples"]
@@ -56,22 +43,22 @@ def draw_pool(study: Study, trial: int) -> None:
             raise ValueError(f"--active.pool must have samples of both classes, got {n} of one class: draw more")
         order = np.random.default_rng((run.seed, trial)).permutation(n)
         first = [int(order[np.flatnonzero(benign[order] == verdict)[0]]) for verdict in (False, True)]
-        run.results[f"active/{trial}"] = {"samples": samples, "benign": benign, "order": order}
-        run.results[f"active/{trial}"] |= {"random": first, "active": first}
+        pool = {"samples": samples, "benign": benign, "order": order, "random": first, "active": first}
+        run.results[f"active/{trial}"] = pool
 
     study.lab.together(phase, compute)
     study.lab.each(judge)
 
 
 def active_round(study: Study, trial: int, way: str, n: int) -> None:
-    """More labels of the pool, up to n, an ensemble on them, and its samples."""
+    """Label samples of the pool until there are n, fit an ensemble, and draw its samples."""
     sizes, number = study.config.active.labels, trial * 1000 + n
-    # The first labels are the same either way.
+    # Both ways share their first labels.
     phase = lambda n: f"trial-{trial}/{'random' if n == sizes[0] else way}-{n}"
     before = [phase(size) for size in sizes if size < n]
 
     def choose(run: Run) -> None:
-        """Go on in the random order, or first where the last ensemble disagrees."""
+        """Follow the random order, or take first the samples on which the last ensemble disagrees."""
         pool = run[f"active/{trial}"]
         left = np.array([i for i in pool["order"] if i not in set(pool[way])])
         if way == "active" and before:
@@ -87,66 +74,66 @@ def active_round(study: Study, trial: int, way: str, n: int) -> None:
         return censoring.bootstrap(marked, study.config.members, share, fold(run, ACTIVE, number))
 
     study.lab.each(choose)
-    fit(study, phase(n), study.noisy, labels, study.config.weights.ensemble, ACTIVE * 1_000_000 + number)
-    draw(study, f"{way}-{n}", trial, lambda run, trial: (run[phase(n)], Censoring(run["scale"])))
+    study.fit(phase(n), study.noisy, labels, study.config.weights.ensemble, ACTIVE * 1_000_000 + number)
+    study.draw(f"{way}-{n}", trial, lambda run, trial: (run[phase(n)], Censoring(run["scale"])))
 
 
-# A model that is mostly malign.
+# A mostly malign model.
 
 
 def imitation_rows(study: Study) -> None:
-    """The model itself, as many labels of it as of all rounds, and rounds of labels among censored samples."""
+    """Compare the model, as many labels of it as of all rounds, and rounds of labels of censored samples."""
     per_class = study.config.labels.per_class
     row(study, "uncensored-malign-dominant", uncensored, study.config.few_trials)
     imitation(study, "non-imitation", 3 * per_class, (1.0,))
-    # 500, 1500 and 3000 steps in the paper's proportion.
+    # In proportion 500, 1500 and 3000 steps, as in the paper.
     imitation(study, "imitation", per_class, (1 / 6, 1 / 2, 1.0))
 
 
 def imitation(study: Study, name: str, per_class: int, shares: tuple[float, ...]) -> None:
-    """A row for each round; a share is of three times the steps of an ensemble, at which the round ends."""
+    """Add the rows of all rounds; a round ends at its share of three times the steps of an ensemble."""
     config, trials = study.config, range(study.config.few_trials)
     ends = tuple(max(1, round(3 * config.reward.steps * share)) for share in shares)
-    how = Imitation(ends, per_class, reward_training(config, config.weights.imitation, ends[-1]), Censoring())
+    settings = Imitation(ends, per_class, reward_training(config, config.weights.imitation, ends[-1]), Censoring())
     rows = [name if len(ends) == 1 else f"{name}-{number}" for number in range(1, len(ends) + 1)]
     for trial in trials:
         for number, title in enumerate(rows, 1):
-            imitation_round(study, how, trial, name, number)
-            draw(study, title, trial, lambda run, trial, n=number: imitated(run, trial, name, n))
-    cost = evaluations(study, Censoring(), 1)
+            imitation_round(study, settings, trial, name, number)
+            study.draw(title, trial, lambda run, trial, n=number: imitated(run, trial, name, n))
+    cost = study.cost(Censoring(), 1)
     for number, title in enumerate(rows, 1):
         used = 2.0 * per_class * number
         study.lab.each(lambda run, title=title, used=used: add(study, run, title, trials, cost, used))
 
 
 def imitated(run: Run, trial: int, name: str, number: int) -> tuple[Any, Censoring]:
-    """The reward after a round of imitation; before the first, none."""
+    """Censor by the reward of a round of imitation; in round 0 by none."""
     rewards = run[f"trial-{trial}/{name}-{number}"][0].last if number else None
     return rewards, Censoring(run.config.guidance.imitation_scale)
 
 
-def imitation_round(study: Study, how: Imitation, trial: int, name: str, number: int) -> None:
-    """Mark samples that the reward so far censors, and train it on: `trial-<t>/<name>-<number>` is (state, labels)."""
+def imitation_round(study: Study, settings: Imitation, trial: int, name: str, number: int) -> None:
+    """Mark censored samples, and train the reward on; `trial-<t>/<name>-<number>` becomes (state, labels)."""
     before, phase = f"trial-{trial}/{name}-{number - 1}", f"trial-{trial}/{name}-{number}"
     keys = lambda run: censoring.round_keys(fold(run, IMITATION, trial), number)
     censor = lambda run, trial: imitated(run, trial, name, number - 1)
-    mark(study, f"{phase}/labels", f"{name}-{trial}", how.per_class, lambda run: keys(run)[0], trial, censor)
+    study.mark(f"{phase}/labels", f"{name}-{trial}", settings.per_class, lambda run: keys(run)[0], trial, censor)
 
     def begin(run: Run) -> tuple[Any, Labelled]:
-        """The state to go on from, or a new reward; and all labels."""
+        """Return the last state, or a new reward, and all labels."""
         state, labelled = run[before] if number > 1 else (study.noisy.new(keys(run)[2]), None)
-        return state, censoring.joined(labelled, run[f"{phase}/labels"], how.per_class)
+        return state, censoring.joined(labelled, run[f"{phase}/labels"], settings.per_class)
 
-    def asked(run: Run) -> training.Training:
+    def job(run: Run) -> training.Training:
         state, labelled = begin(run)
-        sets = augmented(study, [labelled[:2]], keys(run)[1])
-        return censoring.round_training(study.noisy.problem, how, number, sets, state, keys(run)[3])
+        sets = study.augmented([labelled[:2]], keys(run)[1])
+        return censoring.round_training(study.noisy.problem, settings, number, sets, state, keys(run)[3])
 
     def end(run: Run) -> None:
         state, labelled = begin(run)
-        fresh = potential.stacked(study.noisy.new(keys(run)[2])) if number == 1 else state.last
-        settings = how.training.training._replace(steps=how.steps[number - 1])
-        run.results[phase] = unpacked(run[f"{phase}/reward"], fresh, settings), labelled
+        like = potential.stacked(state) if number == 1 else state.last
+        trained = settings.training.training._replace(steps=settings.steps[number - 1])
+        run.results[phase] = unpacked(run[f"{phase}/reward"], like, trained), labelled
 
-    study.lab.train(f"{phase}/reward", asked, lambda run, state: packed(state))
+    study.lab.train(f"{phase}/reward", job, lambda run, state: packed(state))
     study.lab.each(end)

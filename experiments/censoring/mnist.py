@@ -1,8 +1,8 @@
-"""Censored sampling on MNIST's sevens: no crossed ones, from minutes of labels (2307.02770, section 5.1).
+"""Censored sampling of MNIST's sevens: minutes of labels remove the crossed ones (2307.02770, section 5.1).
 
-A diffusion model learns sevens of which some are crossed. Ten crossed and ten plain samples are marked, by an oracle or
-by a person at the labelling page, and the same model stops making crossed ones. A second model, which makes mostly
-crossed sevens, is censored in rounds of imitation.
+A diffusion model learns sevens, some of them crossed. An oracle, or a person at the labelling page, marks ten crossed
+and ten plain samples, and the same model stops drawing crossed sevens. Rounds of imitation censor a second model, which
+draws mostly crossed sevens.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ from gendiff.nets import resnet
 from gendiff.nets.resnet import ResNet
 from gendiff.nets.unet import HalfUNet, UNet
 from gendiff.oracles import crossed_seven
-from gendiff.types import Params, PRNGKey, Sample, Samples
+from gendiff.types import Params, Sample, Samples
 
 KEPT = Path(__file__).with_name("mnist_16.npz")
-"""The base model of the default preset, made by `--base train` and `--keep`."""
+"""The base model of the default preset, which `--base train --keep` writes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,34 +47,34 @@ class MnistConfig(CensoringConfig):
     """The data, the models, the labels, the guidance and the evaluation."""
 
     digits: Literal["mnist", "drawn"] = "mnist"
-    """The sevens: MNIST's, or ones drawn on the spot, which need no download (preset smoke)."""
+    """MNIST's sevens, or synthetic ones (preset smoke), which need no download."""
     data: Path | None = None
-    """Folder with MNIST's files; default: the folder `mnist` in $GENDIFF_DATA, and without it TFDS."""
+    """Folder with MNIST's files; default: the folder `mnist` in $GENDIFF_DATA, or else TFDS."""
     size: Literal[16, 32] = 16
     """Pixels along a side."""
     share: Annotated[float, Between(0.01, 0.5)] = 0.12
-    """Crossed sevens among the training images of the first model."""
+    """Share of crossed sevens in the training images of the first base model."""
     malign_share: Annotated[float, Between(0.3, 0.95)] = 0.7
-    """The same for the second, malign-dominant one."""
+    """Share of crossed sevens in those of the second, malign-dominant one."""
     data_seed: Annotated[int, Between(0, 2**31 - 1)] = 0
-    """Seed of the mixes and of the base models: the same for all runs."""
+    """Seed of the training images and of the base models, which all runs share."""
 
     unet: UNetSize = UNetSize()
-    """Of the base models."""
+    """Network of the base models."""
     base: Literal["kept", "train"] = "kept"
-    """Take the first base model that is kept beside this file (for its configuration only), or train it."""
+    """Read the first base model from the file beside this one (default options only), or train it."""
     keep: bool = False
-    """Keep the trained first base model beside this file."""
+    """Write the trained first base model to the file beside this one."""
     training: Training = Training(6000, rate=2e-3)
-    """Of the first base model; batch and rate of the second one too."""
+    """Training of the first base model; the second one has its batch and rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """How their rate falls."""
+    """Schedule of their learning rate."""
     decay: Annotated[float, Between(0.0, 0.99999)] = 0.995
-    """Decay of the averaged weights that are sampled from."""
+    """Decay of their averaged weights, which draw the samples."""
     fully_sharded: bool = False
-    """Train base models with only a part of the state on each device (FSDP), for networks too large for one."""
+    """Shard the state of the base models' training over the devices (FSDP), because a large network may not fit one."""
     second_steps: Annotated[int, Between(1, 10_000_000)] = 700
-    """Training steps of the second base model, which goes on from the first."""
+    """Training steps of the second base model, which starts from the first."""
 
 
 PRESETS = {
@@ -99,13 +99,12 @@ PRESETS = {
 }  # fmt: skip
 
 NOTES = """\
-Intervals are 95 %: Student's over trials where there are five or more, else the mean of the trials' own (Wilson's).
-malign: share of crossed sevens among the samples, by the oracle (`gendiff.oracles.crossed_seven`). precision, recall:
-Kynkäänniemi's estimates (k = 3) in the oracle's features, of each trial's samples against plain test sevens; they
-depend on both numbers, so compare rows, not papers. evaluations: of any network, a gradient counts as two more; for
-`rejection` over the share that is kept. seconds: of a warm batch of half a trial. labels: marked samples that a reward
-is trained on (all its members together); more were looked at. labelling seconds: the time at a page, on average, for
-labels by a person.
+Intervals are 95 %: Student's over five or more trials, else the mean of the trials' own (Wilson's). malign: share of
+crossed sevens among the samples, by the oracle (`gendiff.oracles.crossed_seven`). precision, recall: Kynkäänniemi's
+estimates (k = 3) of a trial's samples against plain test sevens, in the oracle's features. They depend on both numbers
+of images, so compare rows, not papers. evaluations: of any network; a gradient counts as two more, and `rejection`
+divides by the share that it keeps. seconds: of a warm batch of half a trial. labels: marked samples that all members of
+a reward train on; the rater saw more. labelling seconds: the mean time of a person at a page.
 `random-N`, `active-N`: N labels in all, drawn at random or where the ensemble so far disagrees most; `universal`:
 time-independent ResNets, R = {recurrence}; `omega-X`, `universal-omega-X`: the trade-off. The scale of all ensembles is
 {scale:g}{chosen}, that of `universal` {universal:g}{universal_chosen}."""
@@ -115,7 +114,7 @@ time-independent ResNets, R = {recurrence}; `omega-X`, `universal-omega-X`: the 
 
 
 def problem(config: MnistConfig) -> censoring.LabelProblem:
-    """DDPM with 1,000 linear steps; networks count them from 0, as public checkpoints do."""
+    """Return DDPM with 1,000 linear steps; its networks count them from 0, as public checkpoints do."""
     chain = process.ddpm(process.linear_betas(1000))
     return censoring.LabelProblem(
         process=chain,
@@ -127,50 +126,39 @@ def problem(config: MnistConfig) -> censoring.LabelProblem:
 
 
 def clean_problem(config: MnistConfig) -> censoring.LabelProblem:
-    """The same with time-independent rewards, in the reference's range: without ImageNet's mean and deviation."""
+    """Return the problem with time-independent rewards, whose images keep their range, as in the reference."""
     net = resnet_of(config)
-    return problem(config)._replace(
-        clean=static.partial(clean_logit, net), in_batch=static.partial(clean_logit_in_batch, net)
-    )
+    return problem(config)._replace(clean=coloured(ResNet.apply, net), in_batch=coloured(resnet.in_batch, net))
 
 
-def clean_logit(net: ResNet, phi: Params, x0: Sample) -> Array:
-    """h of a clean grey image, on three channels."""
-    return jnp.asarray(net.apply(phi, coloured(x0)))
-
-
-def clean_logit_in_batch(net: ResNet, phi: Params, x0: Sample) -> tuple[Array, Params]:
-    """The same, and phi with the moments of the batch."""
-    return resnet.in_batch(net, phi, coloured(x0))
-
-
-def coloured(x0: Sample) -> Array:
-    """A grey image (h, w, 1) on three channels."""
-    return jnp.broadcast_to(x0, (*x0.shape[:-1], 3))
+@static.by_value
+def coloured(function: Callable, net: ResNet) -> Callable[[Params, Sample], Any]:
+    """Return (phi, x_0) -> function(net, phi, x_0), with the grey x_0 on three channels."""
+    return lambda phi, x0: function(net, phi, jnp.broadcast_to(x0, (*x0.shape[:-1], 3)))
 
 
 def unet_of(config: MnistConfig) -> UNet:
-    """The base model's network; 52,538,369 parameters in the preset `paper`."""
+    """Return the base model's network; 52,538,369 parameters in the preset `paper`."""
     return UNet(*dataclasses.astuple(config.unet), head_channels=None)
 
 
 def reward_of(config: MnistConfig) -> HalfUNet:
-    """The reward's network; 17,835,521 parameters in the preset `paper`."""
+    """Return the reward's network; 17,835,521 parameters in the preset `paper`."""
     return HalfUNet(*dataclasses.astuple(config.reward_network), head_channels=64)
 
 
 def resnet_of(config: MnistConfig) -> ResNet:
-    """The time-independent reward's network; 11,177,025 parameters in the preset `paper`."""
+    """Return the time-independent reward's network; 11,177,025 parameters in the preset `paper`."""
     return ResNet(widths=config.resnet.widths, blocks=config.resnet.blocks)
 
 
 def initialised(network: Any, config: MnistConfig, key: Array) -> Params:
-    """Fresh parameters of a network of images."""
+    """Return initial parameters of a network of images."""
     return nets.fresh(network, key, jnp.zeros((config.size, config.size, 1)), jnp.zeros(()))
 
 
 def new_resnet(config: MnistConfig, key: Array) -> Params:
-    """A fresh time-independent reward; with `resnet.weights` only its last layer is."""
+    """Initialise a time-independent reward; all but its last layer come from `resnet.weights`, if set."""
     net, weights, image = resnet_of(config), config.resnet.weights, jnp.zeros((config.size, config.size, 3))
     start = nets.fresh(net, key, image)
     if weights is None:
@@ -184,25 +172,20 @@ def new_resnet(config: MnistConfig, key: Array) -> Params:
 
 @static.by_value
 def base_task(setup: censoring.LabelProblem, batch: int) -> Callable[[Array], training.Task]:
-    """Images -> the task of a base model, Ho et al.'s simple loss on eps."""
+    """Return images -> the task of a base model, Ho et al.'s simple loss on eps."""
     loss = losses.denoising(setup.process, setup.model, losses.epsilon_weight(setup.process))
     return lambda images: training.Task(loss, lambda key: training.minibatch(key, images, batch))
 
 
 def sevens(config: MnistConfig, split: Literal["train", "test"]) -> np.ndarray:
-    """The sevens, (n, 28, 28) in 0..255."""
+    """Read or draw sevens, (n, 28, 28) in 0..255."""
     if config.digits == "drawn":
         return drawn_sevens.draw(*{"train": (1000, 1), "test": (400, 2)}[split])
     return distributed.everywhere(lambda: mnist.read(7, split, config.data))
 
 
-def mixed(config: MnistConfig, share: float) -> Samples:
-    """Training images with this share of crossed sevens."""
-    return mnist.scaled(mnist.mix(sevens(config, "train"), share, config.data_seed).images, config.size)
-
-
 def base_training(config: MnistConfig, start: Params, images: Samples, steps: int, purpose: int) -> training.Training:
-    """The training of a base model on images."""
+    """Return the training of a base model on images."""
     group = dataclasses.replace(config.training, steps=steps)
     settings = group.settings(config.decay, 100, 100, schedule=config.schedule)
     key = jax.random.fold_in(jax.random.key(config.data_seed), 100 + purpose)
@@ -211,55 +194,53 @@ def base_training(config: MnistConfig, start: Params, images: Samples, steps: in
     return training.Training(key, start, task, jnp.asarray(images), settings, host)
 
 
-def train_base(lab: Lab, phase: str, start: Params, share: float, *how: int) -> None:
-    """Train a base model, the same for all runs."""
-    mesh = distributed.training_mesh(lab.config.training.batch, every_core=True)
-    asked = lambda run: base_training(run.config, start, mixed(run.config, share), *how)
-    lab.train(phase, asked, mesh=mesh, shared=True)
-
-
 def base_models(lab: Lab) -> None:
-    """The first base model, `base`, mostly benign; the second one, `second-base`, mostly malign, goes on from it."""
+    """Train the mostly benign model `base`, and from it the mostly malign `second-base`, the same for all runs."""
     config = lab.config
+    mesh = distributed.training_mesh(config.training.batch, every_core=True)
+
+    def train(phase: str, start: Params, share: float, steps: int, purpose: int) -> None:
+        def job(run: Run) -> training.Training:
+            mix = mnist.mix(sevens(config, "train"), share, config.data_seed)
+            return base_training(config, start, mnist.scaled(mix.images, config.size), steps, purpose)
+
+        lab.train(phase, job, mesh=mesh, shared=True)
+
     start = initialised(unet_of(config), config, jax.random.fold_in(jax.random.key(config.data_seed), BASE))
     if config.base == "kept":
         lab.once("base", lambda run: kept(start, config))
     else:
-        train_base(lab, "base", start, config.share, config.training.steps, BASE)
+        train("base", start, config.share, config.training.steps, BASE)
         if config.keep:
             keep(lab.runs[0]["base"], config)
-    train_base(lab, "second-base", lab.runs[0]["base"], config.malign_share, config.second_steps, SECOND)
+    train("second-base", lab.runs[0]["base"], config.malign_share, config.second_steps, SECOND)
 
 
-def unlike(config: MnistConfig) -> list[str]:
-    """What a configuration has otherwise than the default preset, of all that its base model depends on."""
+def check_default(option: str, config: MnistConfig, advice: str) -> None:
+    """Raise ValueError if an option of the first base model differs from the default preset."""
     names = "digits", "size", "share", "data_seed", "unet", "training", "schedule", "decay"
     values = lambda config: {name: value for name, _, value in options(config) if name.split(".")[0] in names}
     default = values(PRESETS["default"])
-    return [name for name, value in values(config).items() if value != default[name]]
+    if changed := ", ".join(name for name, value in values(config).items() if value != default[name]):
+        raise ValueError(f"{option} must have the default preset's base model, got another {changed}: {advice}")
 
 
 def kept(like: Params, config: MnistConfig) -> Params:
-    """The kept base model in the structure of `like`."""
-    if other := unlike(config):
-        raise ValueError(
-            f"--base kept: expected the default preset, whose base model is kept, given another {', '.join(other)}; "
-            "use --base train"
-        )
+    """Read the kept base model in the structure of `like`."""
+    check_default("--base kept", config, "use --base train")
     leaves, structure = jax.tree.flatten(like)
     try:
         stored = files.load(KEPT, "the default preset's base model", *(f"{i:04d}" for i in range(len(leaves))))
     except ValueError as error:
         raise ValueError(f"--base kept: {error}; use --base train") from None
     if [a.shape for a in stored] != [a.shape for a in leaves]:
-        raise ValueError(f"--base kept: {KEPT.name} holds another network than the default preset's; use --base train")
+        raise ValueError(f"--base kept: {KEPT.name} must hold this network, got other shapes: use --base train")
     return jax.tree.unflatten(structure, [jnp.asarray(a, jnp.float32) for a in stored])
 
 
 def keep(theta: Params, config: MnistConfig) -> None:
     """Write the base model beside this file, in float16."""
-    if other := unlike(config):
-        raise ValueError(f"--keep: expected the default preset, given another {', '.join(other)}")
+    check_default("--keep", config, "leave it out")
     arrays = {f"{i:04d}": np.asarray(leaf, np.float16) for i, leaf in enumerate(jax.tree.leaves(theta))}
     files.store(KEPT, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
@@ -268,12 +249,12 @@ def keep(theta: Params, config: MnistConfig) -> None:
 
 
 def benign(images: Samples) -> np.ndarray:
-    """The oracle's verdict, True where no stroke crosses the stem."""
+    """Return the oracle's verdict (n,), True if no stroke crosses the stem."""
     return distributed.by_process(crossed_seven.judge, np.asarray(images)).logit < 0
 
 
 def measured(real: np.ndarray, images: Samples) -> dict[str, Estimate]:
-    """Malign rate, and precision and recall against the oracle's features of real sevens."""
+    """Measure the malign rate, and precision and recall against the oracle's features of real sevens."""
     answer = distributed.by_process(crossed_seven.judge, np.asarray(images))
     spread = diversity.precision_recall(real, np.asarray(answer.features))
     malign = rates.rate(int(np.sum(np.asarray(answer.logit) >= 0)), len(images))
@@ -281,43 +262,41 @@ def measured(real: np.ndarray, images: Samples) -> dict[str, Estimate]:
 
 
 def plain_features(config: MnistConfig) -> np.ndarray:
-    """The oracle's features of plain test sevens."""
+    """Return the oracle's features of plain test sevens."""
     pixels = sevens(config, "test")
     answer = crossed_seven.judge(mnist.scaled(pixels[~mnist.naturally_crossed(pixels)], config.size))
     return np.asarray(answer.features)[np.asarray(answer.logit) < 0]
 
 
-turn = censoring.rotation(20.0)
-
-
 def noisy(config: MnistConfig) -> Reward:
-    """The reward of noisy images."""
+    """Return the reward of noisy images."""
     return Reward(problem(config), partial(initialised, reward_of(config), config))
 
 
 def study_of(lab: Lab, model: str) -> Study:
-    """A base model with its rewards and the oracle."""
+    """Return a base model with its rewards and the oracle."""
     config = lab.config
     return Study(
         lab, model, noisy(config), Reward(clean_problem(config), partial(new_resnet, config), CLEAN),
-        judge=benign, measure=partial(measured, plain_features(config)), change=turn,
+        judge=benign, measure=partial(measured, plain_features(config)), change=censoring.rotation(20.0),
         meaning="a stroke crosses the stem of the seven",
     )  # fmt: skip
 
 
 def programs(config: MnistConfig) -> dict[str, Program]:
-    """The programs that take the time."""
-    images = of((5500, config.size, config.size, 1))  # MNIST's mixes have 5,440
+    """Return the programs that take the time."""
+    images = of((5500, config.size, config.size, 1))  # MNIST's training images are 5,440
 
-    def base(config: MnistConfig, key: PRNGKey, images: Samples) -> training.Training:
-        start = initialised(unet_of(config), config, key)
-        return base_training(config, start, images, config.training.steps, BASE)
+    def base(config: MnistConfig) -> training.Training:
+        start = partial(initialised, unet_of(config), config)
+        job = lambda key, images: base_training(config, start(key), images, config.training.steps, BASE)
+        return abstract(job, KEY, images)
 
-    return plan.censored(config, noisy(config), lambda config: abstract(partial(base, config), KEY, images))
+    return plan.censored(config, noisy(config), base)
 
 
 def table(lab: Lab) -> None:
-    """Every row of the table, in its order."""
+    """Add the rows of the table, in their order."""
     base_models(lab)
     study = study_of(lab, "base")
     rows.choose_scales(study)
@@ -328,12 +307,12 @@ def table(lab: Lab) -> None:
 
 
 def notes(members: Sequence[Run], table: Sequence[Row]) -> str:
-    """The text below the table."""
+    """Return the text below the table."""
     first, guidance = members[0], members[0].config.guidance
-    how = lambda scale: "" if scale else " (chosen by its sweep)"
+    by_sweep = lambda scale: "" if scale else " (chosen by its sweep)"
     text = NOTES.format(
-        recurrence=guidance.universal_recurrence, scale=first["scale"], chosen=how(guidance.scale),
-        universal=first["universal-scale"], universal_chosen=how(guidance.universal_scale),
+        recurrence=guidance.universal_recurrence, scale=first["scale"], chosen=by_sweep(guidance.scale),
+        universal=first["universal-scale"], universal_chosen=by_sweep(guidance.universal_scale),
     )  # fmt: skip
     return "\n".join([text, *first.remarks])
 

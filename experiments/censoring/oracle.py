@@ -1,8 +1,8 @@
-"""The oracle of the censored-sampling experiment: which sevens are crossed.
+"""The oracle of the censored-sampling experiment, which recognises crossed sevens.
 
-A network learns from MNIST's training sevens, with and without drawn strokes, and from those that their writers
-crossed. It is measured on the test sevens: on drawn strokes, and on hand labels of 400 sevens as they are.
-With --keep its parameters become those that the package keeps (about two minutes on two CPU cores for each size):
+A network learns from MNIST's training sevens, with and without drawn strokes, and from naturally crossed ones. The test
+sevens measure it: with drawn strokes, and with 400 hand labels of the original images. --keep replaces the package's
+parameters (about two minutes per size on two CPU cores):
 
     python -m experiments.censoring.oracle --size 16 --keep     held-out pairs 99.89 %, random hand labels 249 of 249
     python -m experiments.censoring.oracle --size 32 --keep     held-out pairs 99.94 %, random hand labels 249 of 249
@@ -33,7 +33,7 @@ from gendiff.oracles import crossed_seven
 from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Samples
 
-SUBSETS = {
+SUBSETS: dict[Literal["random", "highest", "doubtful"], str] = {
     "random": "hand labels, random",
     "highest": "hand labels, highest scores",
     "doubtful": "hand labels, least certain",
@@ -43,16 +43,16 @@ PAIRS, PERTURBED_PAIRS, RATERS = "held-out pairs", "held-out pairs, perturbed", 
 
 @dataclasses.dataclass(frozen=True)
 class OracleConfig(Config):
-    """The network's images, its training and where MNIST lies."""
+    """The images, the training of the network, and MNIST's folder."""
 
     size: Literal[16, 32] = 16
     """Pixels along a side."""
     training: Training = Training(1200, batch=128, rate=2e-3)
-    """Of the network; half of a batch are crossed sevens, and the rate falls to 0 along a cosine."""
+    """Training of the network; half of a batch are crossed sevens, and the rate falls to 0 along a cosine."""
     data: Path | None = None
-    """Folder with MNIST's files. Default: the one that GENDIFF_DATA names, or else TFDS."""
+    """Folder with MNIST's files; default: the folder that GENDIFF_DATA names, or else TFDS."""
     keep: bool = False
-    """Replace the parameters that the package keeps."""
+    """Replace the package's parameters."""
 
 
 PRESETS = {
@@ -69,19 +69,19 @@ COLUMNS = (
     Column("n", "images", digits=0),
 )
 NOTES = """\
-Intervals are 95 %, Wilson's. held-out pairs: each test seven that its writer did not cross, without and with a drawn
-stroke; perturbed: the same moved, turned, stretched, blurred, and with noise. The network sees no test seven.
-hand labels: test sevens as they are, labelled by eye twice, by a vision model each time and not by a person: from
-contact sheets and at the labelling page; those on which the two differ, or are "undecided", are left out. `random` is a
-random subset, so its share of crossed sevens is that of MNIST; `highest` had the highest scores of a first classifier,
-and `least certain` the smallest |logit| of a second one.  two raters: equal labels, of all three."""
+Intervals are 95 %, Wilson's. held-out pairs: the uncrossed test sevens, without and with a drawn stroke; perturbed: the
+pairs, moved, rotated, stretched, blurred, and with noise. The network sees no test seven in training.
+hand labels: original test sevens, which a vision model, not a person, labelled by eye twice: from contact sheets and at
+the labelling page. Sevens with two different labels, or an "undecided" one, are left out. `random` is a random subset,
+so its share of crossed sevens is MNIST's; `highest` had the highest scores of a first classifier, and `least certain`
+the smallest |logit| of a second one. two raters: equal labels, of all three subsets."""
 TRAIN, START, HELD_OUT, PERTURBED = range(4)
 """Purposes of random keys."""
 
 
 @by_value
 def task(size: int, batch: int) -> Callable[[natural_sevens.Pools], training.Task]:
-    """Pools -> the training task."""
+    """Return pools -> the training task."""
 
     def example(key: PRNGKey, pools: natural_sevens.Pools) -> tuple[Array, Array]:
         *keys, perturb_key = jax.random.split(key, 5)
@@ -101,14 +101,14 @@ def task(size: int, batch: int) -> Callable[[natural_sevens.Pools], training.Tas
 
 
 def oracle_training(run: Run) -> training.Training:
-    """The training of the network."""
+    """Return the training of the network."""
     config, start = run.config, crossed_seven.initial(run.key(START))
-    how, pools = task(config.size, config.training.batch), natural_sevens.pools(config.data, config.seed)
-    return training.Training(run.key(TRAIN), start, how, pools, config.training.settings(0.999, 200, 0))
+    of_pools, pools = task(config.size, config.training.batch), natural_sevens.pools(config.data, config.seed)
+    return training.Training(run.key(TRAIN), start, of_pools, pools, config.training.settings(0.999, 200, 0))
 
 
 def kept(run: Run) -> Params:
-    """The trained parameters, rounded to what is kept of them."""
+    """Save the trained parameters, and return them with the file's precision."""
     package = crossed_seven.path(run.config.size)
     file = package if run.config.keep else run.folder.path / package.name
     distributed.first(lambda: crossed_seven.save(file, run["training"]))
@@ -116,7 +116,7 @@ def kept(run: Run) -> Params:
 
 
 class Judged(NamedTuple):
-    """Images, whether they are crossed, and what the network says."""
+    """Images with their labels and the network's logits."""
 
     images: Samples
     crossed: Bool[np.ndarray, " n"]
@@ -124,24 +124,24 @@ class Judged(NamedTuple):
 
 
 def judged(config: OracleConfig, params: Params) -> dict[str, Judged]:
-    """The test sevens of each row: held-out pairs, and the subsets of the hand labels."""
+    """Judge the test sevens of every row: held-out pairs, and the subsets of the hand labels."""
     sevens = mnist.read(7, "test", config.data)
     pairs = natural_sevens.pairs(sevens, config.seed + HELD_OUT)
-    found = {PAIRS: pairs, PERTURBED_PAIRS: pairs}
-    found |= {name: natural_sevens.marked(sevens, subset) for subset, name in SUBSETS.items()}
-    images = {name: mnist.scaled(marked.images, config.size) for name, marked in found.items()}
+    labelled = {PAIRS: pairs, PERTURBED_PAIRS: pairs}
+    labelled |= {name: natural_sevens.marked(sevens, subset) for subset, name in SUBSETS.items()}
+    images = {name: mnist.scaled(sample.images, config.size) for name, sample in labelled.items()}
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), PERTURBED), len(pairs.images))
     images[PERTURBED_PAIRS] = np.asarray(jax.jit(jax.vmap(crossed_seven.perturbed))(keys, images[PAIRS]))
     judge = lambda name: crossed_seven.judge(images[name], params).logit
-    return {name: Judged(images[name], marked.crossed, judge(name)) for name, marked in found.items()}
+    return {name: Judged(images[name], sample.crossed, judge(name)) for name, sample in labelled.items()}
 
 
 def measured(judged: Judged) -> dict[str, Estimate]:
-    """Agreement, both errors, and the share of crossed sevens; a class without images has no error."""
+    """Measure agreement, both errors, and the share of crossed sevens; a class without images has no error."""
     said, crossed = judged.logit > 0, judged.crossed
     events = {"accuracy": said == crossed, "missed": ~said[crossed], "rejected": said[~crossed], "crossed": crossed}
-    found = {metric: rates.rate(int(event.sum()), len(event)) for metric, event in events.items() if len(event)}
-    return found | {"n": rates.exact(len(crossed))}
+    metrics = {metric: rates.rate(int(event.sum()), len(event)) for metric, event in events.items() if len(event)}
+    return metrics | {"n": rates.exact(len(crossed))}
 
 
 def table(lab: Lab) -> None:
@@ -151,19 +151,19 @@ def table(lab: Lab) -> None:
 
 
 def add_rows(run: Run) -> None:
-    """Rows of the held-out pairs and of the hand labels."""
+    """Add rows of the held-out pairs and of the hand labels."""
     run.results["judged"] = judged(run.config, kept(run))
-    for name, found in run["judged"].items():
-        run.add(name, measured(found))
+    for name, sample in run["judged"].items():
+        run.add(name, measured(sample))
     pair = natural_sevens.agreement()
     run.add(RATERS, {"accuracy": rates.rate(round(pair.share * pair.n), pair.n), "n": rates.exact(pair.n)})
 
 
-def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row], most: int = 60) -> None:
-    """Sheets of the images that the network gets wrong, in red frames, and then of the least certain others."""
+def draw_figures(folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
+    """Draw sheets of 60 images: the network's errors in red frames, then the least certain others."""
     for name, judged in members[0]["judged"].items():
         wrong = (judged.logit > 0) != judged.crossed
-        order = np.argsort(np.where(wrong, -1e6, 0) + abs(judged.logit))[:most]
+        order = np.argsort(np.where(wrong, -1e6, 0) + abs(judged.logit))[:60]
         path = folder / f"errors-{name.replace(', ', '-').replace(' ', '-')}.png"
         figures.error_sheet(path, judged.images[order], wrong[order])
 

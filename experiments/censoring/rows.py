@@ -1,7 +1,7 @@
-"""The rows of censored sampling (2307.02770): what its tables compare, for any model of images and any judge.
+"""The rows of censored sampling (2307.02770), for any model of images and any judge.
 
-An experiment describes its model and rewards by a `Study`, and asks for rows.  The parts of a trial are in trials.py,
-and the rows on which labels to ask for in labelling.py.
+An experiment describes its model and rewards by a `Study`, and asks for rows.  trials.py has the parts of a trial, and
+labelling.py the rows about the choice of labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,20 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.censoring.trials import (
-    REJECTION,
-    Censor,
-    Study,
-    draw,
-    evaluations,
-    fit_ensemble,
-    fit_union,
-    fit_universal,
-    fold,
-    uncensored,
-    union,
-    universal_settings,
-)
+from experiments.censoring.trials import REJECTION, Censor, Study, fold, uncensored
 from experiments.lab import figures
 from experiments.lab.phases import Run
 from experiments.lab.table import Row
@@ -36,11 +23,11 @@ from gendiff.metrics import rates
 from gendiff.metrics.rates import Estimate
 
 TUNING = 1_000_000
-"""The trial on which scales are chosen: labels and noise that no other row uses."""
+"""The trial that chooses scales: no other row uses its labels and noise."""
 
 
 def row_names(config: Any) -> list[str]:
-    """Names of the rows of a run, in their order."""
+    """Return the names of the rows of a run, in their order."""
     sweeps = ["omega"] + ["universal-omega"] * (not config.guidance.universal_scale)
     return [
         "uncensored", "single", "union", "ensemble", "ensemble-recurrence", "ensemble-backward",
@@ -52,20 +39,20 @@ def row_names(config: Any) -> list[str]:
 
 
 def row(study: Study, name: str, censor: Censor, trials: int, used: Callable[[Run], float] = lambda run: 0) -> None:
-    """Draw the samples of all trials, and add their row; `used` is the number of labels."""
+    """Draw the samples of all trials, and add their row; `used` counts the labels."""
     for trial in range(trials):
-        draw(study, name, trial, censor)
+        study.draw(name, trial, censor)
 
     def add_row(run: Run) -> None:
         rewards, settings = censor(run, 0)
         members = 0 if rewards is None else potential.leading_size(rewards)
-        add(study, run, name, range(trials), evaluations(study, settings, members), used(run))
+        add(study, run, name, range(trials), study.cost(settings, members), used(run))
 
     study.lab.each(add_row)
 
 
 def add(study: Study, run: Run, name: str, trials: Sequence[int], cost: float, used: float) -> None:
-    """Add the row of samples that are drawn."""
+    """Add the row of drawn samples, with `cost` evaluations per sample and `used` labels."""
     metrics = measured(study, run, name, trials) | {
         "evaluations_per_sample": rates.exact(cost),
         "seconds_per_sample": rates.exact(float(np.median([run[f"{name}/samples-{t}"]["seconds"] for t in trials]))),
@@ -76,52 +63,54 @@ def add(study: Study, run: Run, name: str, trials: Sequence[int], cost: float, u
 
 
 def measured(study: Study, run: Run, name: str, trials: Sequence[int]) -> dict[str, Estimate]:
-    """Malign rate, precision and recall of samples that are drawn, over trials."""
-    found = [study.measure(run[f"{name}/samples-{trial}"]["samples"]) for trial in trials]
-    return {metric: rates.over_trials([of_trial[metric] for of_trial in found]) for metric in found[0]}
+    """Measure malign rate, precision and recall of drawn samples, over trials."""
+    values = [study.measure(run[f"{name}/samples-{trial}"]["samples"]) for trial in trials]
+    return {metric: rates.over_trials([of_trial[metric] for of_trial in values]) for metric in values[0]}
 
 
 def guided(kind: str, settings: Callable[[Run], Censoring], first: bool = False) -> Censor:
-    """The rewards of a trial, of the kind ensemble, union or universal; or the first of them alone."""
+    """Censor by a trial's rewards of a kind: ensemble, union or universal; `first` takes the first member only."""
     members = slice(1 if first else None)
     return lambda run, trial: (jax.tree.map(lambda a: a[members], run[f"trial-{trial}/{kind}"]), settings(run))
 
 
 def labels_of(study: Study, run: Run, trials: Sequence[int]) -> float:
-    """Labels of an ensemble, all its members together, on average over trials."""
-    return study.config.labels.per_class + float(np.mean([len(union(study, run, trial)[0][1]) for trial in trials]))
+    """Count the labels of all members of an ensemble together, on average over trials."""
+    benign = [len(censoring.union(study.pairs(run, trial))[1]) for trial in trials]
+    return study.config.labels.per_class + float(np.mean(benign))
 
 
-# The rows of a model that is mostly benign.
+# The rows of a mostly benign model.
 
 
 def guidance_rows(study: Study) -> None:
-    """Single, union and ensemble, and ways to guide; scales come from `choose_scales`."""
-    config, guidance, clean = study.config, study.config.guidance, universal_settings(study)
+    """Add single, union and ensemble, and the variants of guidance, after `choose_scales`."""
+    config, guidance = study.config, study.config.guidance
     for trial in range(max(config.trials, config.few_trials)):
-        fit_ensemble(study, trial)
+        study.fit_ensemble(trial)
     for trial in range(config.trials):
-        fit_union(study, trial)
+        study.fit_union(trial)
     for trial in range(config.few_trials):
-        fit_universal(study, trial)
+        study.fit_universal(trial)
     own, shared = lambda run: Censoring(run["scale"]), lambda run: Censoring(run["scale"] * config.members)
     used = lambda run: labels_of(study, run, range(config.trials))
     row(study, "uncensored", uncensored, config.trials)
     row(study, "single", guided("ensemble", shared, True), config.trials, lambda run: 2 * config.labels.per_class)
     row(study, "union", guided("union", shared), config.trials, used)
     row(study, "ensemble", guided("ensemble", own), config.trials, used)
-    again = {"recurrence": guidance.recurrence}
-    back = {"backward": guidance.backward, "backward_rate": guidance.backward_rate}
-    for name, changes in (("recurrence", again), ("backward", back), ("recurrence-backward", again | back)):
+    recurrence = {"recurrence": guidance.recurrence}
+    backward = {"backward": guidance.backward, "backward_rate": guidance.backward_rate}
+    variants = {"recurrence": recurrence, "backward": backward, "recurrence-backward": recurrence | backward}
+    for name, changes in variants.items():
         changed = lambda run, changes=changes: own(run)._replace(**changes)
         row(study, f"ensemble-{name}", guided("ensemble", changed), config.few_trials, used)
-    scaled = lambda run: clean._replace(scale=run["universal-scale"])
-    row(study, "universal", guided("universal", scaled), config.few_trials, used)
+    universal = guided("universal", lambda run: study.universal(run["universal-scale"]))
+    row(study, "universal", universal, config.few_trials, used)
     study.lab.each(lambda run: rejection(study, run, used(run)))
 
 
 def rejection(study: Study, run: Run, used: float) -> None:
-    """The uncensored samples, each kept with the probability of its reward."""
+    """Add the row of the uncensored samples that pass rejection by the ensemble."""
     config, trials, kept = study.config, range(study.config.trials), []
     for trial in trials:
         drawn, rewards = run[f"uncensored/samples-{trial}"], run[f"trial-{trial}/ensemble"]
@@ -141,26 +130,26 @@ def rejection(study: Study, run: Run, used: float) -> None:
 
 
 def choose_scales(study: Study) -> None:
-    """Draw the trade-off curves, and choose the scales that are 0: `scale` and `universal-scale` of each run."""
+    """Draw the trade-off curves, and choose the scales that are 0: `scale` and `universal-scale` of a run."""
     guidance = study.config.guidance
-    fit_ensemble(study, TUNING)
-    draw(study, "omega-0", TUNING, uncensored)
+    study.fit_ensemble(TUNING)
+    study.draw("omega-0", TUNING, uncensored)
     sweep(study, "omega", "ensemble", Censoring())
     study.lab.each(lambda run: run.results.update({"scale": run.config.guidance.scale or chosen(run["omega"])}))
     if not guidance.universal_scale:
-        fit_universal(study, TUNING)
-        sweep(study, "universal-omega", "universal", universal_settings(study))
+        study.fit_universal(TUNING)
+        sweep(study, "universal-omega", "universal", study.universal())
     scale = lambda run: guidance.universal_scale or chosen(run["universal-omega"])
     study.lab.each(lambda run: run.results.update({"universal-scale": scale(run)}))
 
 
 def sweep(study: Study, name: str, kind: str, settings: Censoring) -> None:
-    """Draw the samples of each scale; the curve of a run is scale -> malign rate, precision and recall."""
+    """Draw the samples of all scales; a run's curve is scale -> malign rate, precision and recall."""
     scales = study.config.guidance.sweep
     for scale in scales:
-        draw(study, f"{name}-{scale:g}", TUNING, guided(kind, lambda run, scale=scale: settings._replace(scale=scale)))
-    at = lambda run, row: measured(study, run, row, [TUNING])
-    curve = lambda run: {0.0: at(run, "omega-0")} | {scale: at(run, f"{name}-{scale:g}") for scale in scales}
+        study.draw(f"{name}-{scale:g}", TUNING, guided(kind, lambda run, scale=scale: settings._replace(scale=scale)))
+    names = {0.0: "omega-0"} | {scale: f"{name}-{scale:g}" for scale in scales}
+    curve = lambda run: {scale: measured(study, run, row, [TUNING]) for scale, row in names.items()}
     study.lab.each(lambda run: run.results.update({name: curve(run)}))
 
 
@@ -168,31 +157,31 @@ def sweep_rows(study: Study) -> None:
     """Add the rows of the trade-off curves."""
 
     def add_rows(run: Run) -> None:
-        for name, settings in (("omega", Censoring()), ("universal-omega", universal_settings(study))):
+        for name, settings in (("omega", Censoring()), ("universal-omega", study.universal())):
             for scale in study.config.guidance.sweep if name in run.results else ():
-                cost, used = evaluations(study, settings, study.config.members), labels_of(study, run, [TUNING])
+                cost, used = study.cost(settings, study.config.members), labels_of(study, run, [TUNING])
                 add(study, run, f"{name}-{scale:g}", [TUNING], cost, used)
 
     study.lab.each(add_rows)
 
 
 def chosen(curve: dict[float, dict[str, Estimate]], least: float = 0.85) -> float:
-    """The scale with the fewest malign samples among those that keep `least` of the uncensored model's recall."""
+    """Return the scale with the fewest malign samples that keeps the share `least` of the model's recall."""
     recall = least * curve[0.0]["recall"].value
-    able = {scale: at["malign_rate"].value for scale, at in curve.items() if scale and at["recall"].value >= recall}
-    return min(able, key=lambda scale: able[scale]) if able else min(scale for scale in curve if scale)
+    malign = {scale: at["malign_rate"].value for scale, at in curve.items() if scale and at["recall"].value >= recall}
+    return min(malign, key=lambda scale: malign[scale]) if malign else min(scale for scale in curve if scale)
 
 
 def draw_figures(judge: Rater, folder: Path, members: Sequence[Run], table: Sequence[Row]) -> None:
-    """Sample sheets, the trade-off curve, and labels against rate."""
-    first, metrics = members[0], {row.name: row.metrics for row in table}
-    many = ("omega", "universal-omega", "random", "active")
-    drawn = {name: first[f"{name}/samples-0"]["samples"] for name in metrics if not name.startswith(many)}
+    """Draw sample sheets, the trade-off curve, and the malign rate against labels."""
+    run, metrics = members[0], {row.name: row.metrics for row in table}
+    unshown = ("omega", "universal-omega", "random", "active")
+    drawn = {name: run[f"{name}/samples-0"]["samples"] for name in metrics if not name.startswith(unshown)}
     figures.image_sheets(folder / "samples.png", {name: (images, judge(images)) for name, images in drawn.items()})
-    at = lambda found: (found["recall"], found["malign_rate"])
-    curve = {scale: at(found) for scale, found in first["omega"].items()}
-    others = {name: at(metrics[name]) for name in ("single", "union", "ensemble")}
+    point = lambda values: (values["recall"], values["malign_rate"])
+    curve = {scale: point(values) for scale, values in run["omega"].items()}
+    others = {name: point(metrics[name]) for name in ("single", "union", "ensemble")}
     figures.trade_off(folder / "trade-off.png", curve, others)
-    sizes = first.config.active.labels
+    sizes = run.config.active.labels
     rate = lambda way: [(n, metrics[f"{way}-{n}"]["malign_rate"]) for n in sizes]
     figures.by_labels(folder / "labels.png", {way: rate(way) for way in ("random", "active")})

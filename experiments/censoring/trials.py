@@ -1,13 +1,13 @@
-"""The parts of a trial of censored sampling: labels, rewards and samples, each a phase of all runs.
+"""The parts of a trial of censored sampling: labels, rewards and samples.  Every part is a phase of all runs.
 
 trial-<t>/labels                           marked samples of the model
 trial-<t>/ensemble, union, universal       rewards
 <row>/samples-<t>                          samples of a row, and their time
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -25,22 +25,22 @@ from gendiff.types import Params, PRNGKey, Sample, Samples
 BASE, SECOND, LABELS, REWARDS, SAMPLES, BOOTSTRAP, ACTIVE, IMITATION, REJECTION, POOL, CLEAN = range(11)
 """Purposes of random keys."""
 Censor = Callable[[Run, int], tuple[Params, Censoring]]
-"""(run, trial) -> K rewards stacked on axis 0, or None, and how they guide."""
+"""(run, trial) -> (K rewards stacked on axis 0 or None, their guidance)."""
 
 
 class Reward(NamedTuple):
-    """A kind of reward: of noisy images, or of clean ones."""
+    """A kind of reward: of noisy or of clean images."""
 
     problem: LabelProblem
     new: Callable[[PRNGKey], Params]
-    """key -> fresh parameters."""
+    """key -> initial parameters."""
     purpose: int = REWARDS
     """Of its random keys."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Study:
-    """A model of all runs, and what censors it; the options are those of `CensoringConfig`."""
+    """A model of all runs and its censors, with the options of `CensoringConfig`."""
 
     lab: Lab
     model: str
@@ -49,172 +49,152 @@ class Study:
     clean: Reward
     """For universal guidance."""
     judge: Rater
-    """Samples -> (n,) True where benign."""
+    """Samples -> (n,) True if benign."""
     measure: Callable[[Samples], dict[str, Estimate]]
     """Samples of a trial -> malign_rate, precision and recall."""
     change: Callable[[PRNGKey, Sample], Sample]
     """Augmentation of a labelled image."""
     meaning: str
-    """Of "malign", for a person who labels."""
+    """Meaning of "malign", for a person who labels."""
 
     @property
     def config(self) -> Any:
         """The options that all runs share."""
         return self.lab.config
 
+    # Labels.
+
+    def rater(self, run: Run, name: str, n: int) -> Rater:
+        """Return the oracle, or a person who marks n or more samples of both classes at a page per batch."""
+        if self.config.labels.rater == "oracle":
+            return self.judge
+
+        def marked(images: Samples) -> list[float]:
+            try:
+                return batches.marks(np.asarray(images), run.folder.path / "labels", name, n, n, self.meaning)
+            except ValueError:  # too few labels, because a signal closed the page
+                distributed.stop_if_noticed("every label")
+                raise
+
+        return lambda images: np.asarray(distributed.first(lambda: marked(images)))  # only one process has a page
+
+    def mark(
+        self, phase: str, name: str, n: int, key: Callable[[Run], PRNGKey], trial: int, censor: Censor | None = None
+    ) -> None:
+        """Mark samples of the model, or of a censored one, until both classes have n; `name` is that of the pages."""
+        labels = self.config.labels
+        # The oracle sees the batch of a row's samples, which saves a compiled program.
+        size = self.config.samples // 2 if labels.rater == "oracle" else min(labels.budget, 400)
+
+        def compute(members: list[Run]) -> list[Labelled]:
+            def drawn(indices: list[int], keys: list[PRNGKey]) -> Sequence[Samples]:
+                waiting = [members[i] for i in indices]
+                requests = [self.request(run, trial, censor, k) for run, k in zip(waiting, keys, strict=True)]
+                return censoring.draw_all(self.noisy.problem, requests, size, self.lab.mesh)
+
+            raters = [self.rater(run, name, n) for run in members]
+            return censoring.mark_all(drawn, raters, n, n, labels.budget, [key(run) for run in members])
+
+        self.lab.together(phase, compute, Labelled)
+
+    def pairs(self, run: Run, trial: int) -> list[Pair]:
+        """Return the labels of the members of a trial's ensemble."""
+        labels, key = run[f"trial-{trial}/labels"], fold(run, BOOTSTRAP, trial)
+        return censoring.bootstrap(labels, self.config.members, self.config.labels.per_class, key)
+
+    def augmented(self, labels: list[Pair], key: PRNGKey) -> Sets:
+        """Return training sets of labels and their changed copies."""
+        return censoring.augmented(labels, self.config.labels.copies, key, self.change)
+
+    # Rewards.
+
+    def fit(
+        self, phase: str, reward: Reward, labels: Callable[[Run], list[Pair]], alpha: float, number: int, times: int = 1
+    ) -> None:
+        """Train a reward on every pair of labels, for `times` the steps of an ensemble; `number` selects its keys."""
+        sets: dict[Run, Sets] = {}
+
+        def job(run: Run) -> training.Training:
+            key = fold(run, reward.purpose, number)
+            sets[run] = self.augmented(labels(run), jax.random.fold_in(key, 0))
+            settings = reward_training(self.config, alpha, times * self.config.reward.steps)
+            return rewards_training(reward, sets[run], settings, key)
+
+        self.lab.train(phase, job, lambda run, state: censoring.fitted(reward.problem, state, sets[run]).last)
+
+    def fit_ensemble(self, trial: int) -> None:
+        """Mark the labels of a trial, and fit an ensemble."""
+        name, config = f"trial-{trial}", self.config
+        key = lambda run: fold(run, LABELS, trial)
+        self.mark(f"{name}/labels", f"{name}-labels", config.labels.per_class, key, trial)
+        labels = lambda run: self.pairs(run, trial)
+        self.fit(f"{name}/ensemble", self.noisy, labels, config.weights.ensemble, trial)
+
+    def fit_union(self, trial: int) -> None:
+        """Fit a single reward to the labels of all members."""
+        labels = lambda run: [censoring.union(self.pairs(run, trial))]
+        self.fit(f"trial-{trial}/union", self.noisy, labels, self.config.weights.union, trial, times=3)
+
+    def fit_universal(self, trial: int) -> None:
+        """Fit an ensemble of clean images to the same labels."""
+        labels = lambda run: self.pairs(run, trial)
+        self.fit(f"trial-{trial}/universal", self.clean, labels, self.config.weights.ensemble, trial)
+
+    def universal(self, scale: float = 1.0) -> Censoring:
+        """Return the guidance by rewards of clean images."""
+        return Censoring(scale, recurrence=self.config.guidance.universal_recurrence, universal=True)
+
+    # Samples.
+
+    def request(self, run: Run, trial: int, censor: Censor | None, key: PRNGKey) -> Request:
+        """Return the request for samples of a trial; without a censor, of the model itself."""
+        rewards, settings = (censor or uncensored)(run, trial)
+        return Request(run[self.model], rewards, settings, key)
+
+    def cost(self, settings: Censoring, members: int) -> float:
+        """Count the network evaluations of a sample."""
+        return censoring.evaluations(self.noisy.problem, settings, members)
+
+    def draw(self, row: str, trial: int, censor: Censor) -> None:
+        """Draw the samples of a trial in two halves, and time the second one, which compiles nothing."""
+        n, phase = self.config.samples // 2, f"{row}/samples-{trial}"
+
+        def compute(members: list[Run]) -> list[dict[str, Any]]:
+            requests = [self.request(run, trial, censor, fold(run, SAMPLES, trial)) for run in members]
+            problem = self.clean.problem if requests[0].settings.universal else self.noisy.problem
+            halves, seconds = [], 0.0
+            for i in range(2):
+                for run in members:
+                    run.progress(phase, i, 2, {})
+                begun = time.perf_counter()
+                half = [request._replace(key=jax.random.fold_in(request.key, i)) for request in requests]
+                halves.append(censoring.draw_all(problem, half, n, self.lab.mesh))
+                seconds = (time.perf_counter() - begun) / n
+            for run in members:
+                run.progress(phase, 2, 2, {})
+            return [{"samples": np.concatenate(parts), "seconds": seconds} for parts in zip(*halves, strict=True)]
+
+        self.lab.together(phase, compute)
+
 
 def fold(run: Run, purpose: int, trial: int) -> PRNGKey:
-    """The random key of a purpose in a trial."""
+    """Return the random key of a purpose in a trial."""
     return jax.random.fold_in(run.key(purpose), trial)
 
 
 def uncensored(run: Run, trial: int) -> tuple[None, Censoring]:
-    """The model itself."""
+    """Censor nothing."""
     return None, Censoring()
 
 
-# Labels.
-
-
-def rater(study: Study, run: Run, name: str, n: int) -> Rater:
-    """The oracle, or a person at a page for each batch, who marks n of each class or more."""
-    if study.config.labels.rater == "oracle":
-        return study.judge
-
-    def marked(images: Samples) -> list[float]:
-        try:
-            return batches.marks(images, run.folder.path / "labels", name, n, n, study.meaning)
-        except ValueError:  # too few labels, because a signal closed the page
-            distributed.stop_if_noticed("every label")
-            raise
-
-    return lambda images: np.asarray(distributed.first(lambda: marked(images)))  # the page is one process's
-
-
-def mark(
-    study: Study, phase: str, name: str, n: int, key: Callable[[Run], PRNGKey], trial: int, censor: Censor = uncensored
-) -> None:
-    """Mark samples until there are n of each class; `name` is that of a person's pages."""
-    samples, labels = study.config.samples, study.config.labels
-    # The oracle sees as many at a time as are drawn for a row: one compiled program less.
-    size = samples // 2 if labels.rater == "oracle" else min(labels.budget, 400)
-
-    def compute(members: list[Run]) -> list[Labelled]:
-        def drawn(places: list[int], keys: list[PRNGKey]) -> Sequence[Samples]:
-            chosen = [members[place] for place in places]
-            asked = [Request(run[study.model], *censor(run, trial), k) for run, k in zip(chosen, keys, strict=True)]
-            return censoring.draw_all(study.noisy.problem, asked, size, study.lab.mesh)
-
-        raters = [rater(study, run, name, n) for run in members]
-        return censoring.mark_all(drawn, raters, n, n, labels.budget, [key(run) for run in members])
-
-    study.lab.together(phase, compute, Labelled)
-
-
-def pairs(study: Study, run: Run, trial: int) -> list[Pair]:
-    """The labels of each member of a trial's ensemble."""
-    labels, key = run[f"trial-{trial}/labels"], fold(run, BOOTSTRAP, trial)
-    return censoring.bootstrap(labels, study.config.members, study.config.labels.per_class, key)
-
-
-def union(study: Study, run: Run, trial: int) -> list[Pair]:
-    """The labels of all members of a trial's ensemble, as one set."""
-    return [censoring.union(pairs(study, run, trial))]
-
-
-# Rewards.
-
-
-def fit(
-    study: Study,
-    phase: str,
-    reward: Reward,
-    labels: Callable[[Run], list[Pair]],
-    alpha: float,
-    number: int,
-    times: int = 1,
-) -> None:
-    """Train a reward on each pair of labels, `times` as long as an ensemble; `number` is that of their keys."""
-    sets: dict[Run, Sets] = {}
-
-    def asked(run: Run) -> training.Training:
-        key, chosen = fold(run, reward.purpose, number), labels(run)
-        sets[run] = augmented(study, chosen, jax.random.fold_in(key, 0))
-        how = reward_training(study.config, alpha, times * study.config.reward.steps)
-        return rewards_training(reward, sets[run], how, key)
-
-    study.lab.train(phase, asked, lambda run, state: censoring.fitted(reward.problem, state, sets[run]).last)
-
-
-def rewards_training(reward: Reward, sets: Sets, how: RewardTraining, key: PRNGKey) -> training.Training:
-    """The training of new rewards, one on each of the sets."""
+def rewards_training(reward: Reward, sets: Sets, settings: RewardTraining, key: PRNGKey) -> training.Training:
+    """Return the training of new rewards, one per training set."""
     start = potential.stacked(*(reward.new(jax.random.fold_in(key, 10 + k)) for k in range(len(sets.labels))))
-    return censoring.reward_training(reward.problem, sets, start, how, jax.random.fold_in(key, 1))
-
-
-def augmented(study: Study, labels: list[Pair], key: PRNGKey) -> Sets:
-    """Training sets, with changed copies."""
-    return censoring.augmented(labels, study.config.labels.copies, key, study.change)
+    return censoring.reward_training(reward.problem, sets, start, settings, jax.random.fold_in(key, 1))
 
 
 def reward_training(config: Any, alpha: float, steps: int) -> RewardTraining:
-    """How a reward trains for so many steps."""
-    group = config.reward
+    """Return the settings of a reward's training."""
+    group = dataclasses.replace(config.reward, steps=steps)
     settings = group.settings(0.0, 50, 0, schedule="linear", clip=None, weight_decay=0.05)
-    return RewardTraining(settings._replace(steps=steps, every=min(50, steps)), group.batch, alpha)
-
-
-def fit_ensemble(study: Study, trial: int) -> None:
-    """The labels of a trial, and the ensemble."""
-    name, config = f"trial-{trial}", study.config
-    key = lambda run: fold(run, LABELS, trial)
-    mark(study, f"{name}/labels", f"{name}-labels", config.labels.per_class, key, trial)
-    labels = lambda run: pairs(study, run, trial)
-    fit(study, f"{name}/ensemble", study.noisy, labels, config.weights.ensemble, trial)
-
-
-def fit_union(study: Study, trial: int) -> None:
-    """One reward with the labels of the whole ensemble."""
-    labels = lambda run: union(study, run, trial)
-    fit(study, f"trial-{trial}/union", study.noisy, labels, study.config.weights.union, trial, times=3)
-
-
-def fit_universal(study: Study, trial: int) -> None:
-    """The ensemble of clean images, with the same labels."""
-    labels = lambda run: pairs(study, run, trial)
-    fit(study, f"trial-{trial}/universal", study.clean, labels, study.config.weights.ensemble, trial)
-
-
-def universal_settings(study: Study, scale: float = 1.0) -> Censoring:
-    """How rewards of clean images guide."""
-    return Censoring(scale, recurrence=study.config.guidance.universal_recurrence, universal=True)
-
-
-# Samples.
-
-
-def evaluations(study: Study, settings: Censoring, members: int) -> float:
-    """Evaluations of networks for a sample."""
-    return censoring.evaluations(study.noisy.problem, settings, members)
-
-
-def draw(study: Study, row: str, trial: int, censor: Censor) -> None:
-    """Draw the samples of a trial in two halves; the time of a sample is the second's, without compilation."""
-    n, phase = study.config.samples // 2, f"{row}/samples-{trial}"
-
-    def compute(members: list[Run]) -> list[dict[str, Any]]:
-        asked = [Request(run[study.model], *censor(run, trial), fold(run, SAMPLES, trial)) for run in members]
-        problem = study.clean.problem if asked[0].settings.universal else study.noisy.problem
-        halves, seconds = [], 0.0
-        for i in range(2):
-            for run in members:
-                run.progress(phase, i, 2, {})
-            begun = time.perf_counter()
-            of_half = [request._replace(key=jax.random.fold_in(request.key, i)) for request in asked]
-            halves.append(censoring.draw_all(problem, of_half, n, study.lab.mesh))
-            seconds = (time.perf_counter() - begun) / n
-        for run in members:
-            run.progress(phase, 2, 2, {})
-        return [{"samples": np.concatenate(parts), "seconds": seconds} for parts in zip(*halves, strict=True)]
-
-    study.lab.together(phase, compute)
+    return RewardTraining(settings, group.batch, alpha)

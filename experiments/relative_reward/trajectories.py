@@ -1,4 +1,4 @@
-"""Diffusion models of paths (Diffuser, Janner et al. 2022) and rewards of their windows, for any environment."""
+"""Diffusion models of paths (Diffuser, Janner et al. 2022) and rewards of windows, for any environment."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,17 +13,17 @@ from jaxtyping import Array
 from experiments.lab.config import Between, Config, ConfigError, Distinct, SameProgram, Scheduled
 from experiments.lab.phases import Lab, Run
 from experiments.relative_reward import rows
-from experiments.relative_reward.rows import Models, Rewards, at
+from experiments.relative_reward.rows import Rewards, at
 from gendiff import denoiser, nets, process, training
 from gendiff.data import windows
 from gendiff.data.windows import Normaliser, Windows
-from gendiff.losses import Aligned
 from gendiff.methods import relative_reward
-from gendiff.methods.relative_reward import PUBLISHED, PairProblem, PoolRequest, Switches
+from gendiff.methods.relative_reward import PUBLISHED, Models, PairProblem, PoolRequest, Switches
 from gendiff.nets.temporal import TemporalUnet
 from gendiff.nets.window_mlp import WindowMLP
 from gendiff.process import Process
 from gendiff.static import by_value
+from gendiff.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,47 +31,47 @@ class PathsConfig(Config):
     """Diffusion models of paths, and rewards of their windows."""
 
     held_out: Annotated[float, Between(0.01, 0.5)] = 0.1
-    """Share of the episodes, the last ones, that nothing is trained on."""
+    """Share of the episodes, the last ones, to hold out of all trainings."""
     horizon: Annotated[int, Between(8, 1000)] = 32
-    """Frames of a path that the diffusion models make."""
+    """Frames of a path of the diffusion models."""
     stride: Annotated[int, Between(1, 100)] = 3
-    """Time steps from frame to frame; the paper has every step, and a longer horizon."""
+    """Time steps between frames; the paper takes 1, and a longer horizon."""
 
     width: Annotated[int, Between(8, 512)] = 16
     """Channels of the U-Net's first level."""
     multipliers: Annotated[tuple[int, ...], Between(1, 64)] = (1, 2, 4)
-    """Channels of its levels in units of the width."""
+    """Channels of its levels, in units of the width."""
     diffusion_steps: Annotated[int, Between(10, 1000)] = 100
     """T of the diffusion models, on a cosine schedule."""
     models: Scheduled = Scheduled(2000, batch=32, rate=2e-3)
-    """Of each diffusion model; a batch has paths."""
+    """Training of a diffusion model, on batches of paths."""
     decay: Annotated[float, Between(0.0, 0.99999)] = 0.995
-    """Decay of the averaged weights of the diffusion models, which are used afterwards."""
+    """Decay of the diffusion models' averaged weights, which all later phases use."""
 
     seeds: Annotated[int, Between(1, 100)] = 3
-    """Rewards of each expert, from other initial values and batches; the diffusion models are the same."""
+    """Rewards per expert, with their own initial values and batches but the same diffusion models."""
     pool: Annotated[int, Between(100, 1_000_000)] = 8192
-    """Noisy paths at which the targets are computed, once for all rewards; 100,000 of 256 steps take 6 GB."""
+    """Noisy paths with targets, which all rewards share; 100,000 of 256 frames take 6 GB."""
     rewards: Scheduled = Scheduled(2000, batch=128, rate=1e-3)
-    """Of a reward; a batch has paths."""
+    """Training of a reward, on batches of paths."""
     window: Annotated[int, Between(1, 256)] = 8
     """Frames of a reward's window."""
     widths: Annotated[tuple[int, ...], Between(1, 4096)] = (64, 32)
     """Hidden widths of the reward's network."""
     grid: Annotated[tuple[int, ...], Between(1, 256), Distinct()] = (4, 8, 32)
-    """Windows that the row `published-best-per-goal` chooses from, goal by goal, by the discriminability in sample as
-    the paper did, but on rewards of a seed of its own (the paper chose also among data and widths)."""
+    """Windows to choose from, goal by goal, in the row `published-best-per-goal`: by the discriminability in sample as
+    in the paper, but on a seed that the row does not report. The paper also chose data and widths."""
     compared: Annotated[int, Between(10, 1_000_000)] = 4096
-    """Held-out paths of the base set and of the expert's for the discriminability."""
+    """Held-out paths of the base set and of an expert's, for the discriminability."""
     compared_steps: Annotated[int, Between(1, 1000)] = 256
-    """Their time steps, the paper's; rewards take paths of any length."""
+    """Time steps of these paths, as in the paper; rewards take paths of any length."""
     guidance_scale: Annotated[float, Between(0.0, 1000.0), SameProgram()] = 1.0
-    """Factor on the reward's gradient when it steers; a perfect reward needs 1."""
+    """Factor on the gradient of a reward that steers; a perfect reward needs 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if wrong := [window for window in (self.window, *self.grid) if self.horizon % window]:
-            raise ConfigError(f"--window, --grid: expected divisors of the horizon {self.horizon}, given {wrong[0]}")
+            raise ConfigError(f"--window and --grid must divide --horizon {self.horizon}, got {wrong[0]}")
 
 
 DATA, BASE, POOL, REWARDS, HEAT, COMPARE, PLANS, HELD = range(8)
@@ -79,65 +79,65 @@ DATA, BASE, POOL, REWARDS, HEAT, COMPARE, PLANS, HELD = range(8)
 
 
 class Place(NamedTuple):
-    """An environment, where paths have rows of actions and states."""
+    """An environment, whose paths have rows of actions and states."""
 
     name: str
     number: int
-    """In random keys."""
+    """Purpose of its random keys."""
     actions: int
     """Coordinates of an action, which come first in a row."""
     coordinates: int
-    """Of a row."""
+    """Coordinates of a row."""
     experts: int
 
     def key(self, run: Run, purpose: int, index: int = 0) -> Array:
-        """A random key."""
+        """Return the random key of a purpose."""
         return jax.random.fold_in(jax.random.fold_in(run.key(self.number), purpose), index)
 
 
 class Family(NamedTuple):
-    """Diffusion models that belong together: of a place, a base model and its experts."""
+    """A base model of a place and its experts."""
 
     place: Place
     name: str
     switches: Switches
     small: bool = False
-    """Trained on the small sets."""
-    given: tuple[int, ...] = (0, -1)
-    """Frames whose state the models are given: both ends as published; only the first leaves the end free, which
-    steering needs."""
+    """Train on the small sets."""
+    conditions: tuple[int, ...] = (0, -1)
+    """Frames whose state the models get as conditions: both ends as published; the first alone if a reward steers."""
 
     def known(self, config: PathsConfig) -> np.ndarray:
-        """(horizon, d), True where the models are given the state."""
+        """Return (horizon, d), True for the coordinates that the models get as conditions."""
         mask = np.zeros((config.horizon, self.place.coordinates), bool)
-        mask[list(self.given), self.place.actions :] = True
+        mask[list(self.conditions), self.place.actions :] = True
         return mask
 
     def models(self, config: PathsConfig) -> Models:
-        """The models, as rewards see them."""
+        """Return the models for the rewards."""
         network = clamped(model(config)) if self.switches == PUBLISHED else model(config)
-        return Models(chain(config.diffusion_steps), network, self.switches, self.known(config))
+        return Models(chain(config.diffusion_steps), network, self.switches)
 
-    def rewards(self, config: PathsConfig, window: int = 0, experts: Sequence[int] = (), **seeds: int) -> Rewards:
-        """Rewards of the window, experts and seeds of the configuration, or of others."""
+    def rewards(
+        self, config: PathsConfig, window: int = 0, experts: Sequence[int] = (), seeds: int = 0, first: int = 0
+    ) -> Rewards:
+        """Return the rewards of the configuration, or of another window, other experts and seeds."""
         strided, activation = self.switches.strided, self.switches.activation
         network = WindowMLP(window or config.window, config.widths, strided, activation)
         model = denoiser.zero_based(network.apply)
         problem = PairProblem(chain(config.diffusion_steps), model, config.rewards.batch)
-        experts = experts or range(self.place.experts)
-        return Rewards(problem, network, experts, **{"seeds": config.seeds} | seeds)
+        return Rewards(problem, network, experts or range(self.place.experts), seeds or config.seeds, first)
 
     def thetas(self, run: Run) -> Any:
-        """Parameters of the base model, then of the experts, stacked on axis 0."""
+        """Return the parameters of the base model and of the experts, stacked on axis 0."""
         return run[f"{self.place.name}/diffusers"][self.name]
 
     def units(self, run: Run, i: int) -> Normaliser:
-        """Of model i (0: the base model): the base model's for all, or its own."""
+        """Return the units of model i (0: the base model): its own, or the base model's for all."""
         own = self.switches.normaliser == "own"
         return windows.fit(run[f"{self.place.name}/episodes"][self.small][i if own else 0][0])
 
     def windows(self, run: Run, i: int, held_out: bool = False, horizon: int = 0, units: int | None = None) -> Windows:
-        """The windows of set i, in the units of its own model or of another one."""
+        """Return the windows of set i, in the units of model `units`, by default i."""
         episodes = run[f"{self.place.name}/episodes"][self.small and not held_out][i][held_out]
         return windows.windows(episodes, self.units(run, i if units is None else units), horizon or run.config.horizon)
 
@@ -146,63 +146,63 @@ class Family(NamedTuple):
 
 
 def chain(steps: int) -> Process:
-    """The diffusion process of all models."""
+    """Return the diffusion process of all models."""
     return process.ddpm(process.cosine_betas(steps))
 
 
 def model(config: PathsConfig) -> denoiser.Model:
-    """Diffuser's network predicts x_0; it counts time from 0."""
+    """Return Diffuser's network, which predicts x_0 and counts time from 0."""
     return denoiser.zero_based(unet_of(config).apply)
 
 
 @by_value
 def clamped(model: denoiser.Model) -> denoiser.Model:
-    """The model with x_0 within the data's range, as the published code computes its means in Maze2D."""
+    """Clip the model's x_0 to the data's range, as the published code does for its means in Maze2D."""
     return lambda theta, x, t: jnp.clip(model(theta, x, t), -1.0, 1.0)
 
 
 def unet_of(config: PathsConfig) -> TemporalUnet:
-    """The diffusion models' network; 3,682,118 parameters in the preset `paper` of Maze2D."""
+    """Return the diffusion models' network; 3,682,118 parameters in the preset `paper` of Maze2D."""
     return TemporalUnet(config.width, config.multipliers)
 
 
 def diffuser_task(config: PathsConfig) -> Callable[[dict[str, Any]], training.Task]:
-    """The task of a configuration's diffusion models."""
+    """Return the task of the diffusion models."""
     return windows.denoising(chain(config.diffusion_steps), model(config), config.models.batch, config.horizon)
 
 
 # Phases.
 #
-# A run has its data in `<place>/episodes`: of large and small sets, (training, held-out) of the base model and experts.
+# `<place>/episodes` holds the data of a run: large and small sets, (training, held-out) of the base model and experts.
 
 
 def diffusers(lab: Lab, place: Place, families: Sequence[Family]) -> None:
-    """Train the base model and the experts of every family, stacked on axis 0: all in one program."""
+    """Train the base models and the experts of all families in one program, stacked on axis 0."""
     config, count = lab.config, place.experts + 1
     sets = [(family, i) for family in families for i in range(count)]
 
-    def asked(run: Run) -> training.Training:
+    def job(run: Run) -> training.Training:
         parts = [family.windows(run, i) for family, i in sets]
         sizes = np.array([len(part.begin) for part in parts], np.int32)
         known = np.stack([family.known(config) for family, _ in sets])
         keys = [place.key(run, BASE, i) for i in (0, 1)]
         return diffuser_training(config, place, windows.stack(parts), sizes, known, *keys)
 
-    parted = lambda run, state: {
+    by_family = lambda run, state: {
         family.name: at(state.best, slice(i * count, (i + 1) * count)) for i, family in enumerate(families)
     }
-    lab.train(f"{place.name}/diffusers", asked, parted)
+    lab.train(f"{place.name}/diffusers", job, by_family)
 
 
 def diffuser_training(
     config: PathsConfig, place: Place, sets: Windows, sizes: np.ndarray, known: np.ndarray, start: Array, key: Array
 ) -> training.Training:
-    """The training of K models side by side, on a set of windows each.
+    """Return the training of K models side by side, on K sets of windows.
 
     Args:
       sets: stacked on axis 0.
-      sizes: (K,) windows of each set.
-      known: (K, horizon, d), as of `Family.known`.
+      sizes: (K,) numbers of windows.
+      known: (K, horizon, d), as in `Family.known`.
       start: the key of the initial parameters.
     """
     own = {"windows": sets, "count": jnp.asarray(sizes), "known": jnp.asarray(known)}
@@ -213,62 +213,52 @@ def diffuser_training(
 
 
 def example(config: PathsConfig, place: Place) -> tuple[Array, Array]:
-    """A path and a time, to initialise networks."""
+    """Return a path and a time, to initialise networks."""
     return jnp.zeros((config.horizon, place.coordinates)), jnp.zeros(())
 
 
 def pools(lab: Lab, family: Family) -> None:
-    """Noisy paths of the base set, and the differences of all experts there, as `pool` and `held-out-pool`."""
-    models, piece = family.models(lab.config), lab.config.pool // 8
+    """Compute noisy paths of the base set with the differences of all experts, as `pool` and `held-out-pool`."""
+    models, piece, known = family.models(lab.config), lab.config.pool // 8, jnp.asarray(family.known(lab.config))
 
     def request(n: int, purpose: int, run: Run) -> PoolRequest:
         key, thetas = partial(family.place.key, run, purpose), family.thetas(run)
         source = family.windows(run, 0, held_out=purpose == HELD)
         x0 = windows.draw(key(0), source, n, run.config.horizon)
-        return PoolRequest(at(thetas, 0), at(thetas, slice(1, None)), jnp.asarray(models.known), key(1), x0)
+        return PoolRequest(at(thetas, 0), at(thetas, slice(1, None)), known, key(1), x0)
 
     for name, n, purpose in (("pool", lab.config.pool, POOL), ("held-out-pool", piece, HELD)):
         rows.pool(lab, f"{family.place.name}/{family.name}/{name}", models, partial(request, n, purpose), piece)
 
 
 def train(lab: Lab, row: str, family: Family, rewards: Rewards) -> str:
-    """Train rewards on the family's pool; return the name of their phase."""
-    place, phase = family.place, f"{family.place.name}/{row}/rewards"
+    """Train the rewards of a row, or the classifiers of `discriminator`, as a phase, and return its name."""
+    phase = f"{family.place.name}/{row}/rewards"
 
-    def asked(run: Run) -> training.Training:
-        key = place.key(run, REWARDS, 1000 + 100 * rewards.network.window + rewards.first)
-        pool = run[f"{place.name}/{family.name}/pool"]
-        return reward_training(run.config, place, rewards, pool, place.key(run, REWARDS), key)
+    def job(run: Run) -> training.Training:
+        key, problem = partial(family.place.key, run, REWARDS), rewards.problem
+        shared = begin(run.config, family.place, rewards, key())
+        if row == "discriminator":
+            base, experts = base_and_experts(run, family)
+            return relative_reward.discriminator_training(problem, base, experts, *shared, key(2))
+        number = 1000 + 100 * rewards.network.window + rewards.first
+        pool = run[f"{family.place.name}/{family.name}/pool"]
+        return relative_reward.reward_training(problem, pool, *shared, key(number))
 
-    lab.train(phase, asked, lambda run, state: state.last)  # the published evaluations use no averages
+    lab.train(phase, job, lambda run, state: state.last)  # the published evaluations use no averages
     return phase
 
 
-def reward_training(
-    config: PathsConfig, place: Place, rewards: Rewards, pool: Aligned, start: Array, key: Array
-) -> training.Training:
-    """The training of rewards side by side, on one pool; `start` is the key of the initial parameters."""
-    params = rewards.start(start, *example(config, place))
-    settings = config.rewards.settings(0.0, clip=None)
-    return relative_reward.reward_training(rewards.problem, pool, rewards.owners, params, settings, key)
+def begin(config: PathsConfig, place: Place, rewards: Rewards, start: Array) -> tuple[Any, Params, training.Settings]:
+    """Return the experts, the initial parameters (of the key `start`) and the settings of a training of rewards."""
+    return rewards.owners, rewards.start(start, *example(config, place)), config.rewards.settings(0.0, clip=None)
 
 
-def discriminators(lab: Lab, row: str, family: Family, rewards: Rewards) -> str:
-    """Train classifiers of base against expert of the same network; their log-odds are rewards."""
-    place, phase = family.place, f"{family.place.name}/{row}/rewards"
-
-    def asked(run: Run) -> training.Training:
-        config = run.config
-        draw = lambda i, index: windows.draw(
-            place.key(run, POOL, index), family.windows(run, i, units=0), config.pool, config.horizon
-        )
-        paths = draw(0, 10), jnp.stack([draw(goal + 1, goal) for goal in rewards.experts])
-        start = rewards.start(place.key(run, REWARDS), *example(config, place))
-        key, settings = place.key(run, REWARDS, 2), config.rewards.settings(0.0, clip=None)
-        return relative_reward.discriminator_training(rewards.problem, *paths, rewards.owners, start, settings, key)
-
-    lab.train(phase, asked, lambda run, state: state.last)
-    return phase
+def base_and_experts(run: Run, family: Family) -> tuple[Array, Array]:
+    """Draw paths of the base set and of the experts' sets (on axis 0), in the base model's units."""
+    config, key = run.config, partial(family.place.key, run, POOL)
+    draw = lambda i, index: windows.draw(key(index), family.windows(run, i, units=0), config.pool, config.horizon)
+    return draw(0, 10), jnp.stack([draw(expert + 1, expert) for expert in range(family.place.experts)])
 
 
 # Measurements.
@@ -277,32 +267,33 @@ def discriminators(lab: Lab, row: str, family: Family, rewards: Rewards) -> str:
 def compared(
     run: Run, family: Family, rewards: Rewards, phase: str, held_out: bool
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rewards of base and expert paths, both in the base model's units, at the first tenth of the times."""
+    """Return the rewards of base and expert paths, in the base model's units, at the first tenth of the times."""
     config, window, key = run.config, rewards.network.window, partial(family.place.key, run, COMPARE)
     frames = -(-config.compared_steps // (config.stride * window)) * window
     paths = [
         windows.draw_by_halves(key(i), family.windows(run, model, held_out, frames, 0), config.compared, frames)
         for i, model in enumerate((0, *(expert + 1 for expert in rewards.experts)))
     ]
-    noise, latest = lambda i: key(100 + i), max(1, config.diffusion_steps // 10)
-    problem = rewards.problem
+    noise, latest, problem = lambda i: key(100 + i), max(1, config.diffusion_steps // 10), rewards.problem
     return relative_reward.told_apart(
         problem.process, problem.network, run[phase], rewards.owners, paths, noise, latest, held_out
     )
 
 
-More = Callable[[Run, Family, Rewards, str], dict[str, np.ndarray]]
-"""Run, family, rewards and their phase -> other results of an evaluation."""
+def evaluate(
+    lab: Lab, row: str, family: Family, rewards: Rewards, phase: str, more: Callable[..., dict], search: float = 0.0
+) -> None:
+    """Measure discriminability and fit of rewards, and add them to a row of the place.
 
-
-def evaluate(lab: Lab, row: str, family: Family, rewards: Rewards, phase: str, more: More, search: float = 0.0) -> None:
-    """Measure discriminability and fit of rewards, and add them to a row of the place; `search` are seconds of each
-    expert besides those of the training."""
+    Args:
+      more: (run, family, rewards, phase) -> further results.
+      search: seconds per expert that the training does not count.
+    """
     place, name, problem = family.place.name, phase.replace("/rewards", "/evaluation"), rewards.problem
 
     def compute(run: Run) -> dict[str, np.ndarray]:
         pairs = {held_out: compared(run, family, rewards, phase, held_out) for held_out in (True, False)}
-        found = {
+        results = {
             "discriminability": rows.accuracies(pairs[True], True),
             "discriminability_in_sample": rows.accuracies(pairs[False], False),
             "pairs": np.array(pairs[True][:: rewards.seeds]),
@@ -310,11 +301,11 @@ def evaluate(lab: Lab, row: str, family: Family, rewards: Rewards, phase: str, m
         if row != "discriminator":
             pool, bounds = run[f"{place}/{family.name}/held-out-pool"], relative_reward.tenths(problem.process)
             fits = relative_reward.quality(problem.network, run[phase], rewards.owners, pool, bounds)
-            found["gradient_r2"] = np.array([fit.overall for fit in fits])
+            results["gradient_r2"] = np.array([fit.overall for fit in fits])
             for expert, fit in zip(rewards.experts, fits[:: rewards.seeds], strict=True):
                 by_time = {f"r2_below_{int(b)}": float(r) for b, r in zip(fit.times[1:], fit.r2, strict=True)}
                 run.folder.log(maze=place, row=row, goal=expert + 1, **by_time)
-        return found | more(run, family, rewards, phase)
+        return results | more(run, family, rewards, phase)
 
     def add(run: Run) -> None:
         seconds = (run.seconds(phase) / len(rewards.experts) + search) / rewards.seeds
@@ -326,13 +317,13 @@ def evaluate(lab: Lab, row: str, family: Family, rewards: Rewards, phase: str, m
 
 
 def best_per_expert(lab: Lab, row: str, family: Family, evaluate: Callable[..., None]) -> None:
-    """The published protocol: the best window for each expert, chosen on a seed that is not reported."""
-    tried = [family.rewards(lab.config, window, seeds=1, first=1000) for window in lab.config.grid]
-    phases = [train(lab, f"published-grid-{rewards.network.window}", family, rewards) for rewards in tried]
+    """Choose the best window per expert, as published, but on a seed that the row does not report."""
+    candidates = [family.rewards(lab.config, window, seeds=1, first=1000) for window in lab.config.grid]
+    phases = [train(lab, f"published-grid-{rewards.network.window}", family, rewards) for rewards in candidates]
 
     def choose(run: Run) -> None:
         config, alone = run.config, Lab([run])  # runs choose different windows
-        pairs = [compared(run, family, *pair, False) for pair in zip(tried, phases, strict=True)]
+        pairs = [compared(run, family, *pair, False) for pair in zip(candidates, phases, strict=True)]
         best = np.asarray(config.grid)[np.argmax([rows.accuracies(of_window, False) for of_window in pairs], 0)]
         for window in np.unique(best).tolist():
             rewards = family.rewards(config, window, np.flatnonzero(best == window).tolist())

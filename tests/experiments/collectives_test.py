@@ -164,7 +164,7 @@ def of_maze():
         partial(runs_text, relative_reward.reward_task(rewards.problem), phi, (examples, goals), (False, True)),
         partial(runs_text, trajectories.diffuser_task(config), theta, own, True),
     ]
-    static = (models.process, models.model, rewards.problem.network, models.switches)
+    static = (models, rewards.problem.network)
     given = (theta, phi, jnp.float32(1.0), known, x0[:UNEVEN], jax.random.key(2))
     return runs, partial(samples_text, relative_reward.steered, static, given)
 

@@ -46,9 +46,9 @@ def test_every_row_and_file(folder):
     assert list(rows) == maze2d.row_names(SMOKE)
     for name in ("published", "principled", "published-best-per-goal", "discriminator", "small-data"):
         for metric in ("goal_recovery", "discriminability", "discriminability_in_sample"):
-            each = rows[name][metric]
-            assert each["low"] <= each["value"] <= each["high"]
-            assert 0 <= each["value"] <= 1
+            estimate = rows[name][metric]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+            assert 0 <= estimate["value"] <= 1
         assert ("gradient_r2" in rows[name]) == (name != "discriminator")
     for name in ("unsteered", "steered", "expert"):
         assert 0 <= rows[name]["goal_rate"]["value"] <= 1
@@ -78,8 +78,8 @@ def test_parameter_counts_of_the_paper():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--window", "5"], "--window, --grid: expected divisors of the horizon 32, given 5"),
-        (["--horizon", "34"], "expected divisors of the horizon 34, given 4"),
+        (["--window", "5"], "--window and --grid must divide --horizon 32, got 5"),
+        (["--horizon", "34"], "must divide --horizon 34, got 4"),
     ],
 )
 def test_windows_must_divide_the_horizon(arguments, message):

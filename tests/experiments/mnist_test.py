@@ -99,7 +99,7 @@ def test_kept_base_model_is_small_and_fits_the_default():
     like = jax.eval_shape(lambda: mnist.initialised(mnist.unet_of(default), default, jax.random.key(0)))
     theta = mnist.kept(like, default)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta))
-    with pytest.raises(ValueError, match=r"--base kept: mnist_16\.npz holds another network than the default"):
+    with pytest.raises(ValueError, match=r"--base kept: mnist_16\.npz must hold this network, got other shapes"):
         mnist.kept({"other": np.zeros(3)}, default)
 
 
@@ -126,8 +126,8 @@ def test_imagenet_weights_are_read_but_for_the_last_layer(tmp_path):
     names = {name(path): draw(leaf) for path, leaf in jax.tree.leaves_with_path(shapes)}
     order = lambda a: np.ascontiguousarray(a.transpose(a.ndim - 1, a.ndim - 2, *range(a.ndim - 2)) if a.ndim > 1 else a)
     torch.save({name: torch.tensor(order(value)) for name, value in names.items()}, small.resnet.weights)
-    given, start = (mnist.new_resnet(each, jax.random.key(1)) for each in (small, mnist.PRESETS["smoke"]))
-    for path, leaf in jax.tree.leaves_with_path(given):
+    loaded, start = (mnist.new_resnet(config, jax.random.key(1)) for config in (small, mnist.PRESETS["smoke"]))
+    for path, leaf in jax.tree.leaves_with_path(loaded):
         fresh = path[1].key == "fc"
         expected = start["params"]["fc"][path[2].key] if fresh else names[name(path)]
         np.testing.assert_array_equal(leaf, expected)
@@ -155,7 +155,7 @@ def test_a_person_labels_each_batch_in_a_folder_of_its_own(tmp_path, monkeypatch
 
     monkeypatch.setattr(trials.batches.ask, "ask", ask)
     images = np.random.default_rng(0).uniform(-1, 1, (3, 4, 16, 16, 1))
-    rate = trials.rater(study, study.lab.runs[0], "trial-0", 1)
+    rate = study.rater(study.lab.runs[0], "trial-0", 1)
     for batch in images[[0, 1, 0]]:
         np.testing.assert_array_equal(rate(batch), [0, 1, 1, np.nan])
     assert places[0] == places[2] != places[1]
@@ -168,13 +168,13 @@ def test_labels_and_members_are_drawn_with_different_keys(tmp_path, monkeypatch)
     keys = []
     none = np.zeros((0, 16, 16, 1), np.float32)
     marked = mnist.censoring.Labelled(none, none, 0)
-    mark_all = lambda *given: keys.append(jax.random.key_data(given[-1][0])) or [marked]
-    bootstrap = lambda *given: keys.append(jax.random.key_data(given[-1])) or []
+    mark_all = lambda *arguments: keys.append(jax.random.key_data(arguments[-1][0])) or [marked]
+    bootstrap = lambda *arguments: keys.append(jax.random.key_data(arguments[-1])) or []
     monkeypatch.setattr(trials.censoring, "mark_all", mark_all)
     monkeypatch.setattr(trials.censoring, "bootstrap", bootstrap)
     key = lambda run: trials.fold(run, trials.LABELS, 3)
-    trials.mark(study, "trial-3/labels", "trial-3-labels", 2, key, 3)
-    trials.pairs(study, study.lab.runs[0], 3)
+    study.mark("trial-3/labels", "trial-3-labels", 2, key, 3)
+    study.pairs(study.lab.runs[0], 3)
     assert not np.array_equal(*keys)
 
 
@@ -214,9 +214,9 @@ def test_distance_to_a_segment():
 )
 def test_the_kept_model_is_of_the_default_preset_alone(change):
     config = dataclasses.replace(mnist.PRESETS["default"], **change)
-    with pytest.raises(ValueError, match=rf"given another {next(iter(change))}(\.width)?; use --base train"):
+    with pytest.raises(ValueError, match=rf"got another {next(iter(change))}(\.width)?: use --base train"):
         mnist.kept({}, config)
-    with pytest.raises(ValueError, match="--keep: expected the default preset"):
+    with pytest.raises(ValueError, match="--keep must have the default preset's base model, got another"):
         mnist.keep({}, config)
 
 

@@ -49,16 +49,16 @@ def drawn(settings, rewards=NONE, steps=20, n=64, **changes):
 def test_no_guidance_is_the_plain_sampler(mode):
     # omega = 0, R = 1, B = 0: bit for bit the model's own samples, and those of the plain kernel with clipping.
     # Optimised as in experiments, because unoptimised programs contract other products.
-    how = {"compiler_options": {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}}
+    optimised = {"compiler_options": {"xla_backend_optimization_level": 2, "xla_llvm_disable_expensive_passes": False}}
     program = partial(censoring.drawn, problem(20), Censoring(scale=0.0, mode=mode), 64, None, None)
     key = lambda: jax.random.key(0)
-    off, _ = jax.jit(lambda: program(NONE, key(), 0.0, jnp.int32(1)), **how)()
-    np.testing.assert_array_equal(off, jax.jit(lambda: program(None, key(), 0.0, jnp.int32(1)), **how)()[0])
+    off, _ = jax.jit(lambda: program(NONE, key(), 0.0, jnp.int32(1)), **optimised)()
+    np.testing.assert_array_equal(off, jax.jit(lambda: program(None, key(), 0.0, jnp.int32(1)), **optimised)()[0])
     np.testing.assert_allclose(off, drawn(Censoring(scale=0.0, mode=mode)), atol=1e-6)
     clipped = guidance.clip(-1.0, 1.0)(lambda x, t: plain(None, x, t))
     kernel = sampling.ddim(DDPM, clipped) if mode == "ddim" else sampling.ancestral(DDPM, clipped, "beta")
-    one = lambda key: sampling.sample(DDPM, kernel, DDPM.grid(20), key, (3,))
-    np.testing.assert_allclose(off, jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 64)), atol=1e-6)
+    sample = lambda key: sampling.sample(DDPM, kernel, DDPM.grid(20), key, (3,))
+    np.testing.assert_allclose(off, jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(0), 64)), atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [200, 40, 7])
@@ -182,8 +182,8 @@ def test_recurrence_keeps_the_marginal(times):
 def test_recurrence_is_that_many_passes():
     # A kernel that adds 1: the last pass counts, and each pass but the last is noised back.
     kernel = lambda key, x, t, s: x + 1
-    one = sampling.recurrent(DDPM, kernel, 1)(jax.random.key(0), jnp.zeros(4), 50, 49)
-    np.testing.assert_array_equal(one, 1.0)
+    once = sampling.recurrent(DDPM, kernel, 1)(jax.random.key(0), jnp.zeros(4), 50, 49)
+    np.testing.assert_array_equal(once, 1.0)
     ratio, variance = process.transition(DDPM, 50, 49)
     back = jax.jit(jax.vmap(lambda key: sampling.recurrent(DDPM, kernel, 3)(key, jnp.zeros(()), 50, 49)))
     values = np.asarray(back(jax.random.split(jax.random.key(1), 20_000)), np.float64)
@@ -247,16 +247,16 @@ def test_runs_that_mark_together_mark_as_alone():
     # Run 0 has enough after one batch, run 1 after three; the keys and samples are those of each alone.
     batches = lambda key: jax.random.uniform(key, (8, 1))
     raters = [lambda x: x[:, 0] > 0.5, lambda x: x[:, 0] > 0.05]
-    asked = []
+    calls = []
 
     def batches_of_runs(runs, keys):
-        asked.append(runs)
+        calls.append(runs)
         return [batches(key) for key in keys]
 
     keys = list(jax.random.split(jax.random.key(0), 2))
     together = censoring.mark_all(batches_of_runs, raters, 1, 2, 200, keys)
-    assert asked[0] == [0, 1]
-    assert asked[-1] == [1]
+    assert calls[0] == [0, 1]
+    assert calls[-1] == [1]
     for k, labelled in enumerate(together):
         alone = censoring.mark(batches, raters[k], 1, 2, 200, keys[k])
         jax.tree.map(np.testing.assert_array_equal, labelled, alone)
@@ -297,7 +297,7 @@ def test_augmentation_keeps_originals_and_labels():
         np.testing.assert_array_equal(labels == 1, images[:, 0, 0, 0] >= 1)
     assert len(np.unique(sets.images[:, 5:, 0, 0, 0])) == 40  # each copy its own
     fewer = [*pairs, (pairs[0][0], pairs[0][1][:1])]
-    with pytest.raises(ValueError, match=r"as many labels each, got \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
+    with pytest.raises(ValueError, match=r"equally many labels, got \(malign, benign\) \[\(2, 1\), \(2, 3\)\]"):
         censoring.augmented(fewer, 4, jax.random.key(0), lambda key, image: image)
 
 
@@ -391,8 +391,8 @@ def test_clean_rewards_are_evaluated_with_the_moments_of_their_training_set(fres
     trained = censoring.fit(CLEAN, Sets(IMAGES, LABELS), fresh, CLEAN_TRAINING, jax.random.key(0)).last
     expected = jax.nn.log_sigmoid(logits_in_batch(trained, IMAGES))
     for k in range(2):
-        given = censoring.scores(CLEAN, trained, IMAGES[k])[:, k]
-        np.testing.assert_allclose(given, expected[k], rtol=1e-3, atol=1e-5)
+        values = censoring.scores(CLEAN, trained, IMAGES[k])[:, k]
+        np.testing.assert_allclose(values, expected[k], rtol=1e-3, atol=1e-5)
     before = jax.tree.map(lambda a, b: np.abs(a - b).reshape(2, -1).max(1), trained["params"], fresh["params"])
     assert min(map(np.min, jax.tree.leaves(before))) > 0, "all layers of both are trained"
 
@@ -409,13 +409,13 @@ def test_clean_loss_is_the_weighted_cross_entropy_and_its_gradient_reaches_all_l
     context = (IMAGES, LABELS, jnp.int32(6), jnp.float32(0.3))
     loss = losses.mean(censoring.reward_task(CLEAN, 8)(context).loss)
     batch = jax.tree.map(lambda a: a.swapaxes(0, 1), (IMAGES, LABELS, weights))
-    given = jax.jit(jax.value_and_grad(loss))(fresh, jax.random.key(0), batch)
+    result = jax.jit(jax.value_and_grad(loss))(fresh, jax.random.key(0), batch)
     value, gradient = jax.jit(jax.value_and_grad(expected))(fresh)
-    np.testing.assert_allclose(given[0], value, rtol=1e-5)
+    np.testing.assert_allclose(result[0], value, rtol=1e-5)
     largest = lambda tree: [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(tree)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5), given[1], gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5), result[1], gradient)
     assert min(largest(gradient["params"])) > 1e-4
-    assert max(largest(given[1]["batch_stats"])) == 0  # they are no part of the training
+    assert max(largest(result[1]["batch_stats"])) == 0  # they are no part of the training
 
 
 def test_clean_rewards_train_together_as_alone(fresh):
@@ -423,7 +423,7 @@ def test_clean_rewards_train_together_as_alone(fresh):
     rows = rng.integers(0, 6, (4, 8, 2))
     member = np.arange(2)
     weights = np.where(LABELS == 1, np.float32(0.3), np.float32(1.0))
-    batches = [tuple(a[member, each] for a in (IMAGES, LABELS, weights)) for each in rows]
+    batches = [tuple(a[member, chosen] for a in (IMAGES, LABELS, weights)) for chosen in rows]
     context = (IMAGES, LABELS, jnp.int32(6), jnp.float32(0.3))
     fit = lambda start, data: training.train(
         jax.random.key(0), start, censoring.reward_task(CLEAN, 8), context, CLEAN_TRAINING.training, data=data
@@ -458,19 +458,19 @@ def imitation_rounds(tmp_path, steps=(20, 60, 100), name="imitation", **changes)
     settings = RewardTraining(Settings(0, 0.05, decay=0.0, every=20, schedule="linear", clip=None), 16, 0.5)
     prepare = lambda labelled, key: censoring.augmented([labelled[:2]], 1, key, lambda key, x: x)
     start = lambda key: {"a": jnp.zeros(()), "b": 0 * jax.random.normal(key)}
-    how = Imitation(steps, 4, settings, Censoring(scale=2.0), batch=16, **changes)
+    imitation = Imitation(steps, 4, settings, Censoring(scale=2.0), batch=16, **changes)
     return list(
         censoring.imitate(
-            own, jnp.float32(0.1), start, lambda x: x[:, 0] > 0.2, prepare, how, jax.random.key(0), Archive(tmp_path),
-            name=name,
+            own, jnp.float32(0.1), start, lambda x: x[:, 0] > 0.2, prepare, imitation, jax.random.key(0),
+            Archive(tmp_path), name=name,
         )
     )  # fmt: skip
 
 
 def test_imitation_adds_labels_and_trains_on(tmp_path):
     rounds = imitation_rounds(tmp_path)
-    assert [len(each.labelled.malign) for each in rounds] == [4, 8, 12]
-    assert [len(each.labelled.benign) for each in rounds] == [4, 8, 12]
+    assert [len(result.labelled.malign) for result in rounds] == [4, 8, 12]
+    assert [len(result.labelled.benign) for result in rounds] == [4, 8, 12]
     # The first labels stay, later rounds add others.
     np.testing.assert_array_equal(rounds[2].labelled.malign[:4], rounds[0].labelled.malign)
     again = imitation_rounds(tmp_path)

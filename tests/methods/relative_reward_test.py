@@ -6,7 +6,7 @@ from scipy import stats
 
 from gendiff import denoiser, losses, process, sampling, training
 from gendiff.methods import relative_reward
-from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED, Diffusion, PoolRequest, Switches
+from gendiff.methods.relative_reward import PRINCIPLED, PUBLISHED, Diffusion, Models, PoolRequest, Switches
 
 FALSE_ALARM = 1e-4
 CHAIN = process.ddpm(process.cosine_betas(100))
@@ -46,8 +46,8 @@ def log_ratio(x, t):
 def test_targets_are_the_differences_that_they_are_named_after(target, of, t):
     x = jnp.float32([0.3, 0.7])
     expected = of(EXPERT)(x, t) - of(BASE)(x, t)
-    given = relative_reward.difference(CHAIN, BASE, EXPERT, target)(x, t)
-    np.testing.assert_allclose(given, expected, rtol=2e-3, atol=2e-5)
+    field = relative_reward.difference(CHAIN, BASE, EXPERT, target)(x, t)
+    np.testing.assert_allclose(field, expected, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize("target", ["mean", "score", "x0", "noise"])
@@ -85,8 +85,8 @@ def network(phi, x, t):
 
 
 def fresh(key):
-    one, two = jax.random.split(key)
-    w, out = 4 * jax.random.normal(one, (32,)), 0.1 * jax.random.normal(two, (32, 3))
+    w_key, out_key = jax.random.split(key)
+    w, out = 4 * jax.random.normal(w_key, (32,)), 0.1 * jax.random.normal(out_key, (32, 3))
     return {"w": w, "b": jnp.linspace(-3, 3, 32), "out": out, "last": jnp.zeros(3)}
 
 
@@ -103,8 +103,8 @@ def fitted():
     start = jax.vmap(fresh)(jax.random.split(jax.random.key(3), 4))
     settings = training.Settings(3000, 2e-2, every=1000, clip=None)
     goals = jnp.array([1, 1, 0, 0])
-    asked = relative_reward.reward_training(problem, pool, goals, start, settings, jax.random.key(4))
-    return training.train(*asked).last, goals, pool
+    job = relative_reward.reward_training(problem, pool, goals, start, settings, jax.random.key(4))
+    return training.train(*job).last, goals, pool
 
 
 def test_the_potential_is_the_log_ratio(fitted):
@@ -124,8 +124,8 @@ def test_steering_turns_one_gaussian_into_the_other(fitted):
     grid, n = CHAIN.grid(100), 3000
 
     def drawn(model, seed):
-        one = lambda key: sampling.sample(CHAIN, sampling.ancestral(CHAIN, model), grid, key, (2,))
-        return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), n)))
+        draw = lambda key: sampling.sample(CHAIN, sampling.ancestral(CHAIN, model), grid, key, (2,))
+        return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(seed), n)))
 
     ours, theirs, before = drawn(steered, 1), drawn(EXPERT, 2), drawn(BASE, 3)
     for axis in (0, 1):  # four comparisons in all
@@ -145,8 +145,8 @@ def test_the_fit_is_measured_by_noise_level(fitted):
     phi = jax.tree.map(lambda a: a[0], rewards)
     slopes = jax.vmap(jax.grad(network, 1), (None, 0, 0))(phi, few.x, few.t)
     expected = 1 - np.sum((slopes - few.target[:, 1]) ** 2) / np.sum(few.target[:, 1] ** 2)
-    given = relative_reward.quality(network, rewards, goals, few, np.array([1, 101]))[0]
-    np.testing.assert_allclose([given.overall, given.r2[0]], expected, rtol=1e-4)
+    fit = relative_reward.quality(network, rewards, goals, few, np.array([1, 101]))[0]
+    np.testing.assert_allclose([fit.overall, fit.r2[0]], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["reverse", "directional"])
@@ -194,8 +194,8 @@ def test_the_line_integral_is_the_difference_of_log_ratios():
     field = relative_reward.difference(CHAIN, BASE, EXPERT, "score")
     a, b = jnp.float32([0.9, -0.3]), jnp.float32([-0.6, 0.5])
     for t in (5, 60):
-        given = relative_reward.line_integral(field, a, b, t)
-        np.testing.assert_allclose(given, log_ratio(b, t) - log_ratio(a, t), rtol=1e-3)
+        integral = relative_reward.line_integral(field, a, b, t)
+        np.testing.assert_allclose(integral, log_ratio(b, t) - log_ratio(a, t), rtol=1e-3)
     # Without a potential it depends on the path: around a circle's quarter against its chord.
     turn = lambda x, t: jnp.stack([-x[1], x[0]])
     around = relative_reward.line_integral(turn, jnp.float32([1, 0]), jnp.float32([0, 1]), 0)
@@ -207,14 +207,14 @@ def test_a_pool_is_its_examples_one_by_one():
     thetas, key = jnp.float32([0.3, -0.2, 0.9]), jax.random.key(5)
     x0 = jax.random.normal(jax.random.key(6), (7, 2))
     known = jnp.array([True, False])
-    switches = PRINCIPLED
-    pool = relative_reward.pools(CHAIN, model, switches, [PoolRequest(jnp.float32(0.0), thetas, known, key, x0)], 3)[0]
+    request = PoolRequest(jnp.float32(0.0), thetas, known, key, x0)
+    pool = relative_reward.pools(Models(CHAIN, model), [request], 3)[0]
     key = jax.random.key(5)  # the same again, on purpose
     assert pool.target.shape == (7, 3, 2)
     np.testing.assert_array_equal(pool.weight, np.tile([0.0, 1.0], (7, 1)))
     np.testing.assert_array_equal(pool.x[:, 0], x0[:, 0])  # given, not noised
-    for i, each in enumerate(jax.random.split(key, 7)):
-        x, t = losses.noised(CHAIN, each, x0[i])
+    for i, own in enumerate(jax.random.split(key, 7)):
+        x, t = losses.noised(CHAIN, own, x0[i])
         x = x.at[0].set(x0[i, 0])
         assert int(t) == int(pool.t[i])
         for g in range(3):
@@ -227,9 +227,9 @@ def test_pools_of_several_runs_are_those_of_one():
     request = lambda k: PoolRequest(
         jnp.float32(0.1 * k), jnp.float32([0.3, -0.2]), None, jax.random.key(k), np.full((5, 2), 0.1 * k, np.float32)
     )
-    pools = relative_reward.pools(CHAIN, model, PRINCIPLED, [request(k) for k in range(3)], 4)
+    pools = relative_reward.pools(Models(CHAIN, model), [request(k) for k in range(3)], 4)
     for k, pool in enumerate(pools):
-        alone = relative_reward.pools(CHAIN, model, PRINCIPLED, [request(k)], 4)[0]
+        alone = relative_reward.pools(Models(CHAIN, model), [request(k)], 4)[0]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), pool, alone)
 
 
@@ -252,9 +252,9 @@ def test_paths_hold_what_the_models_are_given():
     known, clean = jnp.array([False, True]), jnp.float32([0.0, 0.7])
     experts = lambda x, t: EXPERT(x, t)[None]
     path = relative_reward.along_paths(CHAIN, BASE, BASE, experts, PRINCIPLED, CHAIN.grid(10), (2,), known)
-    each = path(jax.random.key(0), clean)
-    np.testing.assert_array_equal(each.x[:, 1], np.full(10, 0.7, np.float32))
-    np.testing.assert_array_equal(each.weight, np.tile([1.0, 0.0], (10, 1)))
+    examples = path(jax.random.key(0), clean)
+    np.testing.assert_array_equal(examples.x[:, 1], np.full(10, 0.7, np.float32))
+    np.testing.assert_array_equal(examples.weight, np.tile([1.0, 0.0], (10, 1)))
 
 
 def test_any_two_models_make_examples():
@@ -291,7 +291,7 @@ def test_weighting_makes_the_error_that_of_another_difference():
         ({"process": process.ddpm(process.cosine_betas(50))}, "must have one process"),
         ({"shape": (3,), "denoiser": lambda x, t: x}, r"must have one shape, got \(2,\) and \(3,\)"),
         ({"denoiser": lambda x, t: x[:1]}, r"x_0 of expert must have shape \(2,\), got \(1,\)"),
-        ({"normaliser": (np.zeros(2), np.ones(2))}, "base and expert must have one normaliser.*principled"),
+        ({"normaliser": (np.zeros(2), np.ones(2))}, "base and expert must have one normaliser.*PRINCIPLED"),
     ],
 )
 def test_two_models_that_do_not_fit_are_named(changes, message):
@@ -332,7 +332,7 @@ def test_goals_out_of_range_are_named():
 def test_a_process_without_steps_has_no_mean():
     with pytest.raises(ValueError, match="at 'base_mean' needs a process with steps"):
         relative_reward.steer(EDM, lambda x, t: 0.0, Switches("x0", "base_mean"))(lambda x, t: x)(jnp.zeros(2), 1.0)
-    with pytest.raises(ValueError, match="target 'mean' must have next_time"):
+    with pytest.raises(ValueError, match="target 'mean' must have a process with steps"):
         relative_reward.factor(EDM, "mean")
     with pytest.raises(ValueError, match="target must be 'mean' or 'score' or 'x0' or 'noise', got 'v'"):
         relative_reward.factor(EDM, "v")
@@ -351,8 +351,9 @@ def test_data_that_make_no_examples_are_named(x0, message):
     model = lambda mean, x, t: mean + x
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
         relative_reward.pool_of_models(base, [expert], PRINCIPLED, jax.random.key(0), x0)
+    request = PoolRequest(0.0, jnp.zeros(2), None, jax.random.key(0), x0)
     with pytest.raises(ValueError, match=f"relative reward: {message}"):
-        relative_reward.pools(CHAIN, model, PRINCIPLED, [PoolRequest(0.0, jnp.zeros(2), None, jax.random.key(0), x0)])
+        relative_reward.pools(Models(CHAIN, model), [request])
 
 
 def test_models_of_another_shape_are_named():
@@ -384,9 +385,7 @@ def test_models_of_another_shape_are_named():
         (lambda x, key: relative_reward.strength(CHAIN, PRINCIPLED, np.nan), "relative reward: scale must be"),
         (lambda x, key: relative_reward.steer(CHAIN, None, Switches(at="y")), "relative reward: at must be 'x' or"),
         (
-            lambda x, key: relative_reward.pools(
-                CHAIN, None, PRINCIPLED, [PoolRequest(0.0, None, None, key, x[None])], 0
-            ),
+            lambda x, key: relative_reward.pools(Models(CHAIN, None), [PoolRequest(0.0, None, None, key, x[None])], 0),
             "relative reward: piece must be >= 1",
         ),
         (

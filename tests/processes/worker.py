@@ -128,7 +128,7 @@ def pieces() -> dict[str, Any]:
     path = lambda theta, x, t: gaussian(DDPM)(theta, x, t)
     switches = relative_reward.PRINCIPLED
     request = relative_reward.PoolRequest(theta, thetas, None, key, DATA[:45, :2])
-    pool = relative_reward.pools(DDPM, path, switches, [request], 29, mesh)[0]
+    pool = relative_reward.pools(relative_reward.Models(DDPM, path, switches), [request], 29, mesh)[0]
     start = {"w": np.ones((4, 2, 3), np.float32), "b": np.float32([0.1, 0.2, 0.3, 0.4])}
     rewards = relative_reward.PairProblem(DDPM, reward, 8)
     goals = np.int32([0, 1, 0, 1])

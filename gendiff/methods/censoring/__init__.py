@@ -1,12 +1,12 @@
 """Censored sampling: a frozen diffusion model and minutes of human labels (Yoon et al. 2023, 2307.02770).
 
-    someone marks samples of the model              `mark`       -> some malign, some benign
-    K sets that share the malign ones               `bootstrap`, `augmented`
-    r_k(x_t, t), the probability of benign          `fit`        alpha-weighted cross-entropy, all K in one program
-    p(x) prod_k r_k(x)                              `draw`       guidance, backward guidance, recurrence
-    where most is malign, again and again           `imitate`    marks samples of the censored model
+    a person or an oracle marks samples      `mark`       -> malign and benign samples
+    K sets that share the malign samples     `bootstrap`, `augmented`
+    r_k(x_t, t), the probability of benign   `fit`        alpha-weighted cross-entropy, all K in one program
+    p(x) prod_k r_k(x)                       `draw`       guidance, backward guidance, recurrence
+    rounds, if most samples are malign       `imitate`    marks samples of the censored model
 
-Labels are 1 for benign and 0 for malign throughout, and an ensemble is a sum of log-sigmoids, not a mean.
+Labels are 1 for benign and 0 for malign.  An ensemble sums its log-sigmoids; it does not average them.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,21 +68,21 @@ __all__ = [
 
 
 class Imitation(NamedTuple):
-    """How the rounds of imitation go."""
+    """Settings of the rounds of imitation."""
 
     steps: tuple[int, ...]
-    """Training steps at which each round ends, counted over all rounds, such as (500, 1500, 3000)."""
+    """Training steps at the end of every round, counted over all rounds, such as (500, 1500, 3000)."""
     per_class: int
-    """Labels of each class that a round adds, >= 1."""
+    """Labels per class that a round adds, >= 1."""
     training: RewardTraining
-    """Its steps are those of `steps`."""
+    """`steps` replaces its steps."""
     censoring: Censoring
     batch: int = 64
     """Samples drawn at a time, >= 1."""
     budget: int = 10_000
     """The most samples that a round looks at, >= 1."""
     rounds_see: bool = True
-    """False marks samples of the uncensored model in every round: the same labels without imitation."""
+    """Mark samples of the censored model; False marks the uncensored model's in every round, for comparison."""
 
 
 class Round(NamedTuple):
@@ -91,7 +91,7 @@ class Round(NamedTuple):
     number: int
     """1, 2 .."""
     rewards: Params
-    """One reward, stacked on axis 0."""
+    """Parameters of the reward, stacked on axis 0."""
     labelled: Labelled
     """All labels so far."""
 
@@ -106,20 +106,22 @@ def imitate(
     key: PRNGKey,
     archive: Archive = Archive(None),  # noqa: B008 (immutable)
     mesh: jax.sharding.Mesh | None = None,
-    report: Callable[[str, int, int, dict[str, float]], None] = lambda phase, done, of, metrics: None,
     name: str = "imitation",
 ) -> Iterator[Round]:
-    """Imitation learning: each round marks more samples, which the reward so far censors, and trains it on::
+    """Mark samples of the censored model round by round, and train its reward on all labels so far (imitation)::
 
         r <- none;  labels <- {}
-        for each round:
+        for every round:
             labels <- labels + marked samples of p(x) r(x)      `mark`, `joined`
-            r <- goes on training on all labels                 `round_training`, `fitted`
+            r <- r, trained on with all labels                  `round_training`, `fitted`
 
     Args:
-      new_reward: key -> one reward's parameters.
-      prepare: labels -> training set of one reward, such as augmentation.
+      new_reward: key -> parameters of a reward.
+      prepare: (labels, key) -> training set of a reward, such as augmentation.
       name: first part of the phases' names in the archive.
+
+    Raises:
+      ValueError: steps do not rise from >= 1, batch < 1, or `mark` or `fit` refuses an argument.
     """
     ends = settings.steps
     check.number("imitate: steps of the first round", ends[0] if ends else 0, at_least=1, whole=True)
@@ -127,30 +129,30 @@ def imitate(
     check.number("imitate: batch", settings.batch, at_least=1, whole=True)
     state: training.State | None = None
     labelled: Labelled | None = None
-    for number, steps in enumerate(ends, 1):
+    for number in range(1, len(ends) + 1):
         draw_key, prepare_key, start_key, fit_key = round_keys(key, number)
         seen_by = state.last if state is not None and settings.rounds_see else None
         sampler = partial(draw, problem, theta, seen_by, settings.censoring, n=settings.batch, mesh=mesh)
-        goal = (settings.per_class, settings.per_class, settings.budget)
-        look = partial(mark, sampler, rater, *goal, draw_key)
-        labelled = joined(labelled, archive.once(f"{name}-{number}/labels", look, Labelled), settings.per_class)
+        label = partial(mark, sampler, rater, settings.per_class, settings.per_class, settings.budget, draw_key)
+        labelled = joined(labelled, archive.once(f"{name}-{number}/labels", label, Labelled), settings.per_class)
 
         phase, start, sets = f"{name}-{number}/reward", new_reward(start_key), prepare(labelled, prepare_key)
-        asked = round_training(problem, settings, number, sets, start if state is None else state, fit_key)
-        host = training.Host(None, archive.steps(phase), partial(_report_steps, report, phase, steps))
-        train = partial(_trained, problem, asked._replace(host=host), sets)
-        like = jax.eval_shape(partial(_begun, asked.settings), fit_key, start)
-        state = unpacked(archive.once(phase, train, like=like), potential.stacked(start), asked.settings)
+        job = round_training(problem, settings, number, sets, start if state is None else state, fit_key)
+        job = job._replace(host=training.Host(checkpoints=archive.steps(phase)))
+        train = lambda job=job, sets=sets: packed(fitted(problem, training.train(*job), sets))
+        fresh = lambda key, start, settings=job.settings: packed(programs.begin(settings, key, start))
+        like = jax.eval_shape(fresh, fit_key, potential.stacked(start))
+        state = unpacked(archive.once(phase, train, like=like), potential.stacked(start), job.settings)
         yield Round(number, state.last, labelled)
 
 
 def round_keys(key: PRNGKey, number: int) -> PRNGKey:
-    """The keys of round 1, 2 ..: to draw, to prepare sets, to start a reward, to fit it."""
+    """Return the four keys of round 1, 2 ..: to draw samples, prepare sets, initialise a reward and fit it."""
     return jax.random.split(jax.random.fold_in(key, number), 4)
 
 
 def joined(before: Labelled | None, marked: Labelled, per_class: int) -> Labelled:
-    """All labels so far, with `per_class` benign ones of this round."""
+    """Join all labels so far with a round's, of which `per_class` benign samples count."""
     marked = marked._replace(benign=marked.benign[:per_class], seen=int(marked.seen))
     if before is None:
         return marked
@@ -161,19 +163,7 @@ def joined(before: Labelled | None, marked: Labelled, per_class: int) -> Labelle
 def round_training(
     problem: LabelProblem, settings: Imitation, number: int, sets: Sets, start: Params | training.State, key: PRNGKey
 ) -> training.Training:
-    """The training of a round, from one new reward or from the state of the round before."""
+    """Return the training of a round, from a new reward or from the state of the previous round."""
     begin = start if isinstance(start, training.State) else potential.stacked(start)
     steps = settings.training.training._replace(steps=settings.steps[number - 1])
     return reward_training(problem, sets, begin, settings.training._replace(training=steps), key)
-
-
-def _trained(problem: LabelProblem, asked: training.Training, sets: Sets) -> dict:
-    return packed(fitted(problem, training.train(*asked), sets))
-
-
-def _begun(settings: training.Settings, key: PRNGKey, reward: Params) -> dict:
-    return packed(programs.begin(settings, key, potential.stacked(reward)))
-
-
-def _report_steps(report: Callable, phase: str, steps: int, step: int, metrics: dict[str, float]) -> None:
-    report(phase, step, steps, metrics)

@@ -19,7 +19,7 @@ from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, wide
 
 
 class LabelProblem(NamedTuple):
-    """The model that is censored.  Static: two equal problems share their compiled programs."""
+    """The model to censor.  Static: two equal problems share their compiled programs."""
 
     process: Process
     model: Model
@@ -27,41 +27,41 @@ class LabelProblem(NamedTuple):
     network: Logit
     """(phi, x, t) -> h, with r = sigmoid(h) the probability of benign."""
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of a sample."""
     steps: int
-    """Of the sampler; fewer than the process has are taken at equal distances."""
+    """Steps of the sampler; if fewer than the process has, they are equally spaced."""
     clean: Callable[[Params, Sample], Scalar] | None = None
     """(phi, x_0) -> h of a clean sample; default: the network at the time of the least noise."""
     in_batch: Callable[[Params, Sample], tuple[Scalar, Params]] | None = None
-    """(phi, x_0) -> h of one sample of a batch, and phi with the batch's moments, below a map over `types.BATCH`.  For
-    rewards of clean samples that normalise by the batch: `fit` then trains `clean` and not `network`."""
+    """(phi, x_0) -> (h, phi with the batch's moments), inside a map over `types.BATCH`, for rewards of clean samples
+    with batch normalisation.  With it `fit` trains `clean` and not `network`."""
     low: float = -1.0
     high: float = 1.0
-    """Range of the data.  Images may leave it (augmentation), but by no more than twice its width."""
+    """Range of the data.  Augmented images may exceed it by at most twice its width."""
     chunk: int = 64
-    """Samples at a time and device."""
+    """Samples that a device draws at a time."""
 
 
 class Censoring(NamedTuple):
-    """How the rewards guide (section 1.5 of the method: names of the reference in brackets)."""
+    """Settings of the guidance, with the paper's symbols."""
 
     scale: Scalar | float = 1.0
-    """omega, on the sum over the ensemble."""
+    """omega, on the sum over the ensemble, >= 0."""
     recurrence: int | Int[Array, ""] = 1
-    """R, passes through each step."""
+    """R, passes through every step, >= 1."""
     backward: int = 0
-    """B, steps of Adam on x_0_hat in each pass."""
+    """B, steps of Adam on x_0_hat per pass, >= 0."""
     backward_rate: float = 2e-4
-    """Adam's rate, in units of the data."""
+    """Adam's rate, in units of the data, >= 0."""
     universal: bool = False
-    """The gradient is that of the reward of x_0_hat, through the model, and not that of the reward of x_t."""
+    """Take the gradient of the reward of x_0_hat, through the model, instead of the reward of x_t."""
     mode: Literal["ddpm", "ddim"] = "ddpm"
     """ddpm: ancestral steps of variance beta, and a mean shifted by beta omega grad log r.  ddim: eta = 0, and a score
     shifted by omega grad log r."""
 
 
 class Diverged(FloatingPointError):
-    """Guidance gave samples that are not finite.  `samples` holds the finite ones."""
+    """Guided samples that are not finite.  `samples` holds the finite samples."""
 
     def __init__(self, message: str, samples: Samples) -> None:
         super().__init__(message)
@@ -70,13 +70,13 @@ class Diverged(FloatingPointError):
 
 @by_value
 def log_reward(problem: LabelProblem) -> Logit:
-    """(phi, x_t, t) -> log r."""
+    """Return (phi, x_t, t) -> log r."""
     return potential.log_probability(problem.network)
 
 
 @by_value
 def clean_log_reward(problem: LabelProblem) -> Callable[[Params, Sample], Scalar]:
-    """(phi, x_0) -> log r of a clean sample."""
+    """Return (phi, x_0) -> log r of a clean sample."""
     first = lambda: problem.process.grid(problem.process.steps or problem.steps)[-2]
     at_first = lambda phi, x0: problem.network(phi, x0, first())
     logit = potential.scalar("censoring: clean reward", problem.clean or at_first)
@@ -84,20 +84,19 @@ def clean_log_reward(problem: LabelProblem) -> Callable[[Params, Sample], Scalar
 
 
 def total_reward(problem: LabelProblem, rewards: Params) -> Reward:
-    """x_0 -> sum_k log r_k."""
-    ignoring_time = lambda phi, x0, t: clean_log_reward(problem)(phi, x0)
-    total = potential.stack(ignoring_time, rewards)
+    """Return x_0 -> sum_k log r_k."""
+    total = potential.stack(lambda phi, x0, t: clean_log_reward(problem)(phi, x0), rewards)
     return lambda x0: total(x0, jnp.zeros(()))
 
 
 def kernel(
     problem: LabelProblem, theta: Params, rewards: Params, settings: Censoring, condition: Potential | None = None
 ) -> sampling.Kernel:
-    """One step of the censored sampler.
+    """Return the step of the censored sampler.
 
     Args:
       rewards: K parameter trees stacked on axis 0, or None for no censoring.
-      condition: a further potential, such as s log p(class | x_t), on which omega does not act.
+      condition: a further potential, such as s log p(class | x_t), which omega does not scale.
     """
     process, ddim = problem.process, settings.mode == "ddim"
     clip = guidance.clip(problem.low, problem.high)
@@ -124,11 +123,11 @@ def kernel(
 
 
 class Request(NamedTuple):
-    """The samples that one run asks for."""
+    """The samples of a run."""
 
     theta: Params
     rewards: Params
-    """K parameter trees stacked on axis 0; None: samples of the model."""
+    """K parameter trees stacked on axis 0; None draws from the uncensored model."""
     settings: Censoring
     key: PRNGKey
 
@@ -142,7 +141,7 @@ def draw(
     n: int,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Samples:
-    """n censored samples; with rewards None, n samples of the model.
+    """Draw n censored samples (n, *shape); with rewards None, of the uncensored model.
 
     Raises:
       Diverged: a sample is not finite.
@@ -154,12 +153,11 @@ def draw(
 def draw_all(
     problem: LabelProblem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None = None
 ) -> list[Samples]:
-    """`draw` for each of several runs, whose settings differ in scale and recurrence alone; those whose parameters
-    agree in shapes share a program."""
+    """`draw` for several runs, whose settings may differ in scale and recurrence; equal shapes share a program."""
     check.number("censoring.draw: n", n, at_least=1, whole=True)
     for request in requests:
         check_settings(request.settings)
-    # Scale and recurrence are arguments, so that all of them share one program.
+    # Scale and recurrence are arguments, so that all runs share a program.
     static = {
         settings._replace(scale=0.0, recurrence=settings.recurrence if rewards is None else 1)
         for _, rewards, settings, _ in requests
@@ -169,20 +167,20 @@ def draw_all(
     arguments = [
         (theta, rewards, key, float(settings.scale), settings.recurrence) for theta, rewards, settings, key in requests
     ]
-    found = runs.call(drawn, (problem, *static, n), mesh, arguments)
+    results = runs.call(drawn, (problem, *static, n), mesh, arguments)
     return [
-        _all_finite(problem, request.settings, *distributed.gather(of_run, n))
-        for request, of_run in zip(requests, found, strict=True)
+        _all_finite(problem, request.settings, *distributed.gather(result, n))
+        for request, result in zip(requests, results, strict=True)
     ]
 
 
 def _all_finite(problem: LabelProblem, settings: Censoring, samples: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """The samples of `drawn`; Diverged where one has fewer finite steps than the sampler."""
+    """Return the samples; raise Diverged if a sample has fewer finite steps than the sampler."""
     if finite.min() < problem.steps:
         raise Diverged(
-            f"censoring: guidance diverged in {np.sum(finite < problem.steps)} of {len(finite)} samples, first in step "
-            f"{finite.min() + 1} of {problem.steps}, with scale {settings.scale:g}: samples must be finite. Lower the "
-            "scale, or take more steps.",
+            f"censoring.draw: samples must be finite, got {np.sum(finite < problem.steps)} of {len(finite)} that are "
+            f"not, first in step {finite.min() + 1} of {problem.steps}, with scale {settings.scale:g}: guidance "
+            "diverges. Lower the scale, or take more steps.",
             samples[finite == problem.steps],
         )
     return samples
@@ -200,16 +198,16 @@ def drawn(
     scale: Scalar,
     times: Int[Array, ""],
 ) -> tuple[Samples, Int[Array, " n"]]:
-    """The compiled program of `draw`: samples, and the number of finite steps of each."""
+    """Draw samples and their numbers of finite steps: the compiled program of `draw`."""
     recurrence = settings.recurrence if rewards is None else times
     step = kernel(problem, theta, rewards, settings._replace(scale=scale, recurrence=recurrence))
     grid = problem.process.grid(problem.steps)
-    of_key = lambda key: sampling.watched(problem.process, step, grid, key, problem.shape)
-    return distributed.chunked(of_key, jax.random.split(key, n), problem.chunk, mesh, cut=False)
+    sample = lambda key: sampling.watched(problem.process, step, grid, key, problem.shape)
+    return distributed.chunked(sample, jax.random.split(key, n), problem.chunk, mesh, cut=False)
 
 
 def check_settings(settings: Censoring) -> None:
-    """Raise ValueError for settings out of range."""
+    """Raise ValueError if a setting is out of range."""
     for name, least in (("recurrence", 1), ("backward", 0)):
         check.number(f"censoring: {name}", getattr(settings, name), at_least=least, whole=True)
     for name in ("scale", "backward_rate"):
@@ -218,7 +216,7 @@ def check_settings(settings: Censoring) -> None:
 
 
 def evaluations(problem: LabelProblem, settings: Censoring, members: int) -> int:
-    """Network evaluations for one sample; a gradient counts as two more of its network."""
+    """Count the network evaluations of a sample; a gradient counts as two more of its network."""
     check.number("evaluations: members", members, at_least=0, whole=True)
     if not members:
         return problem.steps

@@ -1,23 +1,23 @@
 """Relative reward functions: the difference of two diffusion models as the gradient of a potential (Nuti, Franzmeyer
 and Henriques 2023, "Extracting reward functions from diffusion models", NeurIPS).
 
-    two frozen models, base b and expert e, over one process     `Diffusion`, `check_pair`
+    two frozen models, base b and expert e, over one process      `Diffusion`, `check_pair`
     their difference at noisy samples                             `examples` (Algorithm 1), `along_paths` (Algorithm 2)
-    the same, stored for many rewards                             `pools`, `pool_of_models`
+    a pool of differences, for many rewards                       `pools`, `pool_of_models`
     rho(x_t, t) <- | grad rho - factor(t) (e - b)(x_t, t) |^2     `reward_training`
     base model + grad rho / factor(t)                             `steer`: a perfect rho turns base into expert
 
-Every difference of two models is one factor of t times the difference of their denoisers (`factor`):
+Every such difference is the difference of the denoisers times a factor of t (`factor`):
 
     means of a step   c_1(t) (e - b)            published
     scores            alpha / sigma^2 (e - b)   rho is then log p_e,t / p_b,t
     noise             alpha / sigma (e - b)     sigma times the difference of scores: bounded at low noise
 
-A reward is known up to a constant for each t: compare its values at one t only.
+A reward is known up to a constant of t: compare its values at one t only.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,13 @@ from gendiff.methods.relative_reward.measures import (
     quality,
     tenths,
     told_apart,
-)
+)  # fmt: skip
 from gendiff.methods.relative_reward.steering import kernel, steer, steered, strength
 from gendiff.methods.relative_reward.targets import (
     PRINCIPLED,
     PUBLISHED,
     Diffusion,
+    Models,
     PoolRequest,
     Switches,
     aligned,
@@ -59,34 +60,32 @@ from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Samples
 
 __all__ = [
-    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "PairProblem", "PoolRequest", "Switches", "aligned", "along_paths",
-    "asymmetry", "base_mean", "by_time", "check_pair", "difference", "discriminator_task",
-    "discriminator_training", "examples", "factor", "kernel", "line_integral",
-    "pool_of_models", "pooled", "pools", "quality", "reward_task", "reward_training", "steer", "steered", "strength",
-    "tenths", "told_apart",
+    "PRINCIPLED", "PUBLISHED", "Diffusion", "Fit", "Models", "PairProblem", "PoolRequest", "Switches", "aligned",
+    "along_paths", "asymmetry", "base_mean", "by_time", "check_pair", "difference", "discriminator_task",
+    "discriminator_training", "examples", "factor", "kernel", "line_integral", "pool_of_models", "pooled", "pools",
+    "quality", "reward_task", "reward_training", "steer", "steered", "strength", "tenths", "told_apart",
 ]  # fmt: skip
 
 
 class PairProblem(NamedTuple):
-    """What rewards of a pair of models train on, the same network for all.  Static."""
+    """The network and the process of all rewards of a pair of models.  Static."""
 
     process: Process
     network: Logit
     """(phi, x, t) -> rho."""
     batch: int = 256
     mode: Literal["reverse", "directional"] = "reverse"
-    """How the second-order gradient is taken; see `losses.gradient_alignment`."""
+    """How to take the second-order gradient; see `losses.gradient_alignment`."""
+
+
+Examples: TypeAlias = tuple[Any, dict[str, Array]]
+"""The examples that all rewards share, and the goal of one reward."""
 
 
 def reward_training(
-    problem: PairProblem,
-    examples: Aligned,
-    goals: Array,
-    start: Params,
-    settings: training.Settings,
-    key: PRNGKey,
+    problem: PairProblem, examples: Aligned, goals: Array, start: Params, settings: training.Settings, key: PRNGKey
 ) -> training.Training:
-    """The training of K rewards at once, spread over the devices, on one pool of examples.
+    """Return the training of K rewards at once on one pool of examples, for `training.train`.
 
     Args:
       examples: a pool, with targets (n, G, *shape).
@@ -94,23 +93,17 @@ def reward_training(
       start: K parameter trees stacked on axis 0.
 
     Returns:
-      The arguments of `training.train`.  The rewards are `last` of its state (published), not the averages.
+      The training, whose last parameters are the rewards: the published method takes no averages.
 
     Raises:
-      ValueError: a target is not finite, and the message has its place; a goal has no expert; batch < 1.
+      ValueError: a target is not finite (the message names its row), a goal has no expert, or batch < 1.
     """
-    check.number("relative reward: batch", problem.batch, at_least=1, whole=True)
     n = check.rows("relative reward: examples", examples)
     check.number("relative reward: number of examples", n, at_least=1, whole=True)
-    experts = examples.target.shape[1]
     if not isinstance(examples.target, jax.core.Tracer):  # shapes have no numbers
         _check_targets(examples)
-    check.shape("relative reward: goals", goals, (None,))
-    check.number("relative reward: number of goals", len(goals), at_least=1, whole=True)
-    check.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=experts - 1, whole=True)
-    context = (examples, {"goal": jnp.asarray(goals, jnp.int32)})
-    keys = training.keys(key, len(goals))
-    return training.Training(keys, start, reward_task(problem), context, settings, own=(False, True))
+    experts = examples.target.shape[1]
+    return _training(problem, reward_task(problem), examples, experts, goals, start, settings, key)
 
 
 def _check_targets(examples: Aligned) -> None:
@@ -124,11 +117,11 @@ def _check_targets(examples: Aligned) -> None:
 
 
 @by_value
-def reward_task(problem: PairProblem) -> Callable[[tuple[Aligned, dict[str, Array]]], training.Task]:
-    """Gradient alignment on a pool, against the expert of the run."""
+def reward_task(problem: PairProblem) -> Callable[[Examples], training.Task]:
+    """Fit a reward to a pool's differences of base and expert, by gradient alignment."""
     loss = losses.gradient_alignment(problem.network, problem.mode)
 
-    def task(context: tuple[Aligned, dict[str, Array]]) -> training.Task:
+    def task(context: Examples) -> training.Task:
         examples, own = context
 
         def draw_batch(key: PRNGKey) -> Aligned:
@@ -150,26 +143,26 @@ def discriminator_training(
     settings: training.Settings,
     key: PRNGKey,
 ) -> training.Training:
-    """The training of K classifiers of base against expert at once, whose log-odds are rewards.
+    """Return the training of K classifiers of base against expert, whose log-odds are rewards.
 
     Args:
       base: (n, *shape) data.
       experts: (G, n, *shape) data.
-      goals, start: as of `reward_training`.
+      goals, start: as in `reward_training`.
+
+    Raises:
+      ValueError: a goal has no expert, or batch < 1.
     """
-    context = ((base, experts), {"goal": jnp.asarray(goals, jnp.int32)})
-    keys = training.keys(key, len(goals))
-    return training.Training(keys, start, discriminator_task(problem), context, settings, own=(False, True))
+    task = discriminator_task(problem)
+    return _training(problem, task, (base, experts), len(experts), goals, start, settings, key)
 
 
 @by_value
-def discriminator_task(
-    problem: PairProblem,
-) -> Callable[[tuple[tuple[Samples, Array], dict[str, Array]]], training.Task]:
-    """Cross-entropy of base against the expert of the run, in equal numbers, at random times of the process."""
+def discriminator_task(problem: PairProblem) -> Callable[[Examples], training.Task]:
+    """Classify base against expert by cross-entropy, in equal numbers, at random times of the process."""
     loss = losses.cross_entropy(problem.process, problem.network)
 
-    def task(context: tuple[tuple[Samples, Array], dict[str, Array]]) -> training.Task:
+    def task(context: Examples) -> training.Task:
         (base, experts), own = context
 
         def draw_batch(key: PRNGKey) -> tuple[Samples, Array, Array]:
@@ -181,3 +174,14 @@ def discriminator_task(
         return training.Task(loss, draw_batch)
 
     return task
+
+
+def _training(
+    problem: PairProblem, task: Any, data: Any, experts: int, goals: Array, start: Params, settings: Any, key: PRNGKey
+) -> training.Training:
+    check.number("relative reward: batch", problem.batch, at_least=1, whole=True)
+    check.shape("relative reward: goals", goals, (None,))
+    check.number("relative reward: number of goals", len(goals), at_least=1, whole=True)
+    check.number("relative reward: goals", np.asarray(goals), at_least=0, at_most=experts - 1, whole=True)
+    context = (data, {"goal": jnp.asarray(goals, jnp.int32)})
+    return training.Training(training.keys(key, len(goals)), start, task, context, settings, own=(False, True))

@@ -1,4 +1,4 @@
-"""How well a reward is fitted, what it tells apart, and whether the difference of two models is a gradient at all."""
+"""Measures of a reward: its fit, its discriminability, and whether the difference of two models is a gradient."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,28 +24,28 @@ class Fit(NamedTuple):
     times: np.ndarray
     """(B + 1,) bounds of t."""
     r2: np.ndarray
-    """(B,) 1 - |grad rho - y|^2 / |y|^2, summed over the examples of a bin and the coordinates that count: 1 is
-    perfect, 0 is no reward at all.  NaN where there is no difference to explain."""
+    """(B,) 1 - |grad rho - y|^2 / |y|^2, summed over a bin's examples and the coordinates that count: 1 is a perfect
+    reward, 0 is no reward.  NaN in a bin without a difference."""
     overall: float
-    """The same over all examples."""
+    """R^2 of all examples."""
 
 
 def quality(network: Logit, rewards: Params, goals: Array, examples: Aligned, bounds: np.ndarray) -> list[Fit]:
-    """The fit of K rewards, on held-out examples, by noise level; ValueError where the bounds of t do not rise."""
+    """Measure the fit of K rewards on held-out examples, by noise level; ValueError if the bounds of t do not rise."""
     check.number("quality: change from a bound to the next", np.diff(bounds), above=0)
-    rest, size = map(np.asarray, _squares(network, rewards, jnp.asarray(goals, jnp.int32), examples))
-    where = np.digitize(np.asarray(examples.t), bounds) - 1
-    bins, everywhere = [where == b for b in range(len(bounds) - 1)], np.ones(len(where), bool)
-    share = lambda k, inside: (
-        float(1 - np.sum(rest[k][inside]) / np.sum(size[k][inside])) if size[k][inside].any() else np.nan
-    )
-    r2 = lambda k: np.array([share(k, inside) for inside in bins])
-    return [Fit(np.asarray(bounds), r2(k), share(k, everywhere)) for k in range(len(rest))]
+    errors, sizes = map(np.asarray, _squares(network, rewards, jnp.asarray(goals, jnp.int32), examples))
+    bins = np.digitize(np.asarray(examples.t), bounds) - 1
+
+    def r2(error: np.ndarray, size: np.ndarray) -> float:
+        return float(1 - np.sum(error) / np.sum(size)) if size.any() else np.nan
+
+    by_bin = lambda *arrays: np.array([r2(*(a[bins == b] for a in arrays)) for b in range(len(bounds) - 1)])
+    return [Fit(np.asarray(bounds), by_bin(*pair), r2(*pair)) for pair in zip(errors, sizes, strict=True)]
 
 
 @partial(jax.jit, static_argnums=0)
 def _squares(network: Logit, rewards: Params, goals: Array, examples: Aligned) -> tuple[Array, Array]:
-    """(K, n) squared error and squared target, over the coordinates that count."""
+    """Return the squared errors (K, n) and the squared targets (K, n), over the coordinates that count."""
 
     def of_reward(run: tuple[Params, Array]) -> tuple[Array, Array]:
         phi, goal = run
@@ -61,7 +61,7 @@ def _squares(network: Logit, rewards: Params, goals: Array, examples: Aligned) -
 
 
 def tenths(process: Process) -> np.ndarray:
-    """The bounds of t for `quality`: tenths of the steps of a discrete chain."""
+    """Return the bounds of t that cut the steps of a discrete chain into tenths, for `quality`."""
     steps = check.number("tenths: steps", process.steps or 0, at_least=1, whole=True)
     return np.unique(np.concatenate([[1], np.linspace(0, steps, 11)[1:].astype(int) + 1]))
 
@@ -76,15 +76,15 @@ def told_apart(
     latest: int,
     centred: bool,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each of K rewards, its values (n,) of the base model's data and of its expert's, noised to times 1 .. latest.
+    """Return the values (n,) of K rewards on the base model's data and on their expert's, noised to times 1 .. latest.
 
     Args:
       rewards: stacked on axis 0.
       goals: (K,), the expert of each reward; not falling.
       data: (n, *shape) of the base model, then of every expert in `goals`.
-      key: place in `data` -> key of its noise.
-      centred: less the base's mean at the same time, in units of its standard deviation there, both of the base's
-        samples 0, 2, ..  A reward is known up to a constant for each time, and has units of its own at each.
+      key: index into `data` -> key of its noise.
+      centred: subtract the base's mean at the value's time and divide by its standard deviation there, both from the
+        base's samples 0, 2, ..  A reward is known up to a constant of t, and its unit depends on t.
     """
     noisy = [_early(process, latest, key(i), jnp.asarray(x0)) for i, x0 in enumerate(data)]
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -93,8 +93,8 @@ def told_apart(
         base, expert = (np.asarray(_values(network, own, *noisy[k])) for k in (0, i))
         if centred:
             times, theirs = (np.asarray(noisy[k][1]) for k in (0, i))
-            mean, spread = by_time(base[:, ::2], times[::2], latest)
-            base, expert = (base - mean[:, times]) / spread[:, times], (expert - mean[:, theirs]) / spread[:, theirs]
+            mean, std = by_time(base[:, ::2], times[::2], latest)
+            base, expert = (base - mean[:, times]) / std[:, times], (expert - mean[:, theirs]) / std[:, theirs]
         pairs.extend(zip(base, expert, strict=True))
     return pairs
 
@@ -112,27 +112,26 @@ def _values(network: Logit, rewards: Params, x: Array, t: Array) -> Array:
 
 
 def by_time(values: np.ndarray, times: np.ndarray, latest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations (K, latest + 1) of values (K, n) at each time; 0 and 1 where there are too few."""
-    mean, spread = np.zeros((len(values), latest + 1)), np.ones((len(values), latest + 1))
+    """Return means and standard deviations (K, latest + 1) of values (K, n), time by time; 0 and 1 below two values."""
+    mean, std = np.zeros((len(values), latest + 1)), np.ones((len(values), latest + 1))
     for t in range(latest + 1):
-        now = values[:, times == t]
-        if now.shape[1] > 1:
-            mean[:, t], spread[:, t] = now.mean(1), np.maximum(now.std(1), 1e-12)
-    return mean, spread
+        at_t = values[:, times == t]
+        if at_t.shape[1] > 1:
+            mean[:, t], std[:, t] = at_t.mean(1), np.maximum(at_t.std(1), 1e-12)
+    return mean, std
 
 
 def difference(process: Process, base: Denoiser, expert: Denoiser, target: str) -> Denoiser:
-    """The field that a reward is fitted to: (x, t) -> factor(t) (expert - base)."""
-    unit = factor(process, target)
-    of = lambda model, x, t: denoise("difference", model, x, t)
-    return lambda x, t: unit(t) * (of(expert, x, t) - of(base, x, t))
+    """Return the field that a reward is fitted to: (x, t) -> factor(t) (expert - base)."""
+    unit, x0 = factor(process, target), partial(denoise, "difference")
+    return lambda x, t: unit(t) * (x0(expert, x, t) - x0(base, x, t))
 
 
 def asymmetry(field: Denoiser, x: Sample, t: Time, key: PRNGKey, probes: int = 8) -> tuple[Scalar, Scalar]:
-    """Estimates of ||J - J^T||^2 and ||J||^2 (Frobenius) of a field's Jacobian at x, by Hutchinson's random signs.
+    """Estimate ||J - J^T||^2 and ||J||^2 (Frobenius) of a field's Jacobian J at x, by Hutchinson's random signs.
 
     sqrt(sum of the first / sum of the second) / 2 is 0 for the gradient of a potential and 1 for a pure rotation.  A
-    reward can explain no more than the symmetric part.
+    reward explains at most the symmetric part.
     """
     check.number("asymmetry: probes", probes, at_least=1, whole=True)
     at = lambda x: denoise("asymmetry", field, x, t)
@@ -148,15 +147,14 @@ def asymmetry(field: Denoiser, x: Sample, t: Time, key: PRNGKey, probes: int = 8
 
 
 def line_integral(field: Denoiser, start: Sample, end: Sample, t: Time, nodes: int = 16) -> Scalar:
-    """The reward of `end` over `start`, int_0^1 <field(start + u (end - start), t), end - start> du (eq. 10).
+    """Integrate a field from `start` to `end`: int_0^1 <field(start + u (end - start), t), end - start> du (eq. 10).
 
-    By Gauss and Legendre's rule with `nodes` evaluations.  For a conservative field it does not depend on the path,
-    and a fitted rho must give the same difference: a check in low dimension.
+    Gauss-Legendre quadrature with `nodes` evaluations.  The integral over a gradient does not depend on the path and
+    equals rho(end) - rho(start), so in low dimension it checks a fitted rho.
     """
     check.number("line_integral: nodes", nodes, at_least=1, whole=True)
     check.shape("line_integral: end", end, jnp.shape(start))
     places, weights = np.polynomial.legendre.leggauss(nodes)
     direction = end - start
     along = lambda u: jnp.sum(denoise("line_integral", field, start + u * direction, t) * direction)
-    values = jax.vmap(along)(jnp.asarray((places + 1) / 2, jnp.float32))
-    return jnp.sum(jnp.asarray(weights / 2, jnp.float32) * values)
+    return jnp.sum(jnp.asarray(weights / 2, jnp.float32) * jax.vmap(along)(jnp.asarray((places + 1) / 2, jnp.float32)))

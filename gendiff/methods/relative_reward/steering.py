@@ -7,26 +7,26 @@ import jax
 from jaxtyping import Array, Bool
 
 from gendiff import check, distributed, guidance, potential, sampling
-from gendiff.denoiser import Denoiser, Model, denoise
+from gendiff.denoiser import Denoiser, denoise
 from gendiff.guidance import Guidance, Strength
-from gendiff.methods.relative_reward.targets import Switches, base_mean, factor
+from gendiff.methods.relative_reward.targets import Models, Switches, base_mean, factor
 from gendiff.potential import Logit, Potential
 from gendiff.process import Process
 from gendiff.types import Params, PRNGKey, Sample, Samples, Scalar, Time
 
 CHUNK = 64
-"""Samples at a time and device."""
+"""Samples that a device draws at a time."""
 
 
 def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
-    """How far grad rho shifts x_0: 1 / `factor`, so that a perfect reward at scale 1 turns base into expert."""
+    """Return t -> scale / `factor`(t), the shift of x_0 along grad rho; at scale 1 a perfect rho gives the expert."""
     check.number("relative reward: scale", scale)
     unit = factor(process, switches.target)
     return lambda t: scale / unit(t)
 
 
 def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | float = 1.0) -> Guidance:
-    """Steer the base model with its reward; with `at="base_mean"`, by the gradient where it was fitted."""
+    """Steer the base model with its reward; `at="base_mean"` takes the gradient at the mean of the base's step."""
     check.choice("relative reward: at", switches.at, ("x", "base_mean"))
     shift, gradient = strength(process, switches, scale), jax.grad(potential.scalar("relative reward", rho))
     if switches.at == "x":
@@ -43,27 +43,19 @@ def steer(process: Process, rho: Potential, switches: Switches, scale: Scalar | 
 
 
 def kernel(
-    process: Process,
-    model: Model,
-    network: Logit,
-    switches: Switches,
-    theta: Params,
-    phi: Params,
-    scale: Scalar | float,
-    known: Bool[Array, "*shape"],
+    models: Models, network: Logit, theta: Params, phi: Params, scale: Scalar | float, known: Bool[Array, "*shape"]
 ) -> Callable[[Sample], sampling.Kernel]:
-    """The ancestral step of the steered model, clipped to [-1, 1], of a sample whose known coordinates are held."""
+    """Return held -> the steered model's ancestral step, clipped to [-1, 1], which keeps the known coordinates."""
+    process, model, switches = models
     towards = steer(process, partial(network, phi), switches, scale)
     denoiser = guidance.chain(towards, guidance.clip(-1.0, 1.0))(partial(model, theta))
     return lambda held: sampling.pinned(sampling.ancestral(process, denoiser), held, known)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def steered(
-    process: Process,
-    model: Model,
+    models: Models,
     network: Logit,
-    switches: Switches,
     mesh: jax.sharding.Mesh | None,
     theta: Params,
     phi: Params,
@@ -72,7 +64,8 @@ def steered(
     held: Samples,
     key: PRNGKey,
 ) -> Samples:
-    """Samples of a discrete chain, one for each of `held` (n, *shape), whose known coordinates stay (see `kernel`)."""
-    of, grid = kernel(process, model, network, switches, theta, phi, scale, known), process.grid(process.steps or 100)
-    draw = lambda pair: sampling.sample(process, of(pair[1]), grid, pair[0], pair[1].shape)
+    """Draw a sample of a discrete chain for every row of `held` (n, *shape), and keep its known coordinates."""
+    process, step = models.process, kernel(models, network, theta, phi, scale, known)
+    grid = process.grid(process.steps or 100)
+    draw = lambda pair: sampling.sample(process, step(pair[1]), grid, pair[0], pair[1].shape)
     return distributed.chunked(draw, (jax.random.split(key, len(held)), held), CHUNK, mesh, cut=False)

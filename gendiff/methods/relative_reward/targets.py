@@ -1,8 +1,8 @@
-"""Examples for relative rewards: noisy samples, and the difference of two models there."""
+"""Examples for relative rewards: noisy samples with the difference of two models."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,33 +17,43 @@ from gendiff.process import Process, posterior
 from gendiff.types import Params, PRNGKey, Sample, Samples, Time
 
 Experts: TypeAlias = Callable[[Sample, Time], Float[Array, "G *shape"]]
-"""(x, t) -> x_0 of G experts, so that the base model is evaluated once for all of them."""
+"""(x, t) -> x_0 of G experts, which share one evaluation of the base model."""
+Known: TypeAlias = Bool[Array, "*shape"] | None
+"""True for the coordinates that both models get as conditions; None: there are none."""
 
 
 class Switches(NamedTuple):
-    """What is fitted.  The published code differs from the paper, and both from the exact method."""
+    """Choices of the objective.  The published code differs from the paper, and both from the exact method."""
 
     target: Literal["mean", "score", "x0", "noise"] = "mean"
-    """Which difference of expert and base the gradient matches."""
+    """The difference of expert and base that the gradient matches."""
     at: Literal["x", "base_mean"] = "x"
-    """Where the gradient is taken: at x_t, or at the mean of the base model's step, labelled t all the same."""
+    """Where to take the gradient: at x_t, or at the mean of the base model's step, with the time t in both cases."""
     masked: bool = True
-    """Coordinates that both models get as conditions keep their clean values, and do not count."""
+    """Keep the clean values of the models' conditions, and leave these coordinates out of the error."""
     strided: bool = False
-    """Windows of a trajectory are every n-th frame, not neighbours."""
+    """A window has every n-th frame of a trajectory, not neighbours."""
     activation: Literal["leaky_relu", "mish", "gelu"] = "mish"
-    """A piecewise linear one leaves the biases and the embedding of time without any gradient."""
+    """Of the reward.  A piecewise linear one gives the biases and the time embedding no gradient."""
     normaliser: Literal["shared", "own"] = "shared"
-    """Both models see data in the same units, or in units of their own, where their difference has no exact meaning."""
+    """Both models see data in the same units, or in their own, where their difference has no exact meaning."""
     weighting: Literal["target", "mean", "score", "x0", "noise"] = "target"
-    """The squared error counts as the error of this difference.  With "target" it has no weight; for means then only
-    the last few steps count."""
+    """The difference whose squared error counts.  "target" adds no weight; of means only the last steps then count."""
 
 
 PUBLISHED = Switches("mean", "base_mean", False, True, "leaky_relu", "own")
-"""What the released code runs."""
+"""The choices of the released code."""
 PRINCIPLED = Switches("noise", "x", True, False, "mish", "shared")
 """One normaliser, smooth activation, gradient at x_t, contiguous windows, conditions kept and masked."""
+
+
+class Models(NamedTuple):
+    """A base model and its experts, which share a process and a network.  Static."""
+
+    process: Process
+    model: Model
+    """(theta, x, t) -> x_0."""
+    switches: Switches = PRINCIPLED
 
 
 class Diffusion(NamedTuple):
@@ -54,11 +64,11 @@ class Diffusion(NamedTuple):
     denoiser: Denoiser
     shape: tuple[int, ...]
     normaliser: tuple[np.ndarray, np.ndarray] | None = None
-    """Lower and upper ends of the data, by coordinate; None where the model sees data as they are."""
+    """Lower and upper ends of the data by coordinate; None if the model sees raw data."""
 
 
 def check_pair(base: Diffusion, expert: Diffusion, switches: Switches = PRINCIPLED) -> None:
-    """Raise ValueError where the difference of two models means nothing: shapes, processes, units."""
+    """Raise ValueError if two models differ in shape, process or units, because their difference has no meaning."""
     names = f"relative reward: {base.name} and {expert.name}"
     for model in (base, expert):
         time = jax.ShapeDtypeStruct((), jnp.float32 if model.process.steps is None else jnp.int32)
@@ -72,84 +82,68 @@ def check_pair(base: Diffusion, expert: Diffusion, switches: Switches = PRINCIPL
     alike = not units or (len(units) == 2 and all(np.allclose(a, b) for a, b in zip(*units, strict=True)))
     if switches.normaliser == "shared" and not alike:
         raise ValueError(
-            f"{names} must have one normaliser, got two, so their outputs are in other units. Train both in the units "
-            "of one data set (preset `principled`), or ask for normaliser='own' as was published"
+            f"{names} must have one normaliser, got two, so their outputs differ in units. Train both in the units of "
+            "one data set (switches `PRINCIPLED`), or choose normaliser='own' as the released code does"
         )
 
 
 def _same(a: Process, b: Process) -> bool:
     if a.steps != b.steps:
         return False
-    times = a.grid(8 if a.steps is None else a.steps)
+    times = a.grid(a.steps or 8)
     levels = lambda p: np.stack([jax.vmap(p.alpha)(times), jax.vmap(p.sigma)(times)])
     return bool(np.allclose(levels(a), levels(b), rtol=1e-4, atol=1e-6))
 
 
-def factor(process: Process, target: str, next_time: Callable[[Time], Time] | None = None) -> Strength:
-    """t -> the factor on the difference of two denoisers.
-
-    Args:
-      next_time: for "mean", the end of the step from t; t - 1 in a discrete chain.
-    """
+def factor(process: Process, target: str) -> Strength:
+    """Return t -> the factor that turns the difference of two denoisers into that of `target`."""
     check.choice("relative reward: target", target, ("mean", "score", "x0", "noise"))
+    if target == "mean" and process.steps is None:
+        raise ValueError("relative reward: target 'mean' must have a process with steps, got continuous time")
     alpha, sigma = process.alpha, process.sigma
-    if target == "mean":
-        if next_time is None and process.steps is None:
-            raise ValueError("relative reward: target 'mean' must have next_time in continuous time, got None")
-        after = next_time or (lambda t: t - 1)
-        return lambda t: posterior(process, jnp.zeros(()), jnp.ones(()), t, after(t))[0]  # c_1: mean = c_1 x_0 + c_2 x
-    factors: dict[str, Strength] = {"x0": lambda t: jnp.ones(()), "noise": lambda t: alpha(t) / sigma(t)}
-    factors["score"] = lambda t: alpha(t) / sigma(t) ** 2
+    factors: dict[str, Strength] = {
+        "mean": lambda t: posterior(process, jnp.zeros(()), jnp.ones(()), t, t - 1)[0],  # c_1: mean = c_1 x_0 + c_2 x
+        "x0": lambda t: jnp.ones(()),
+        "noise": lambda t: alpha(t) / sigma(t),
+        "score": lambda t: alpha(t) / sigma(t) ** 2,
+    }
     return factors[target]
 
 
 def aligned(
-    process: Process,
-    base: Denoiser,
-    experts: Experts,
-    switches: Switches,
-    x: Sample,
-    t: Time,
-    known: Bool[Array, "*shape"] | None = None,
+    process: Process, base: Denoiser, experts: Experts, switches: Switches, x: Sample, t: Time, known: Known = None
 ) -> Aligned:
-    """The example of a noisy sample, with targets (G, *shape).
-
-    Args:
-      known: coordinates that both models get as conditions; `switches.masked` leaves them out.
+    """Make the example of a noisy sample, with targets (G, *shape); `switches.masked` leaves out known coordinates.
 
     Raises:
-      ValueError: a model, or `known`, has another shape than x, or a switch is none of its values.
+      ValueError: a model's x_0, or `known`, differs from x in shape, or a switch has no such value.
     """
     check.choice("relative reward: at", switches.at, ("x", "base_mean"))
     if known is not None:
         check.shape("relative reward: known", known, jnp.shape(x))
-    first, unit = denoise("relative reward: base", base, x, t), factor(process, switches.target)(t)
-    others = check.shape("relative reward: x_0 of the experts", experts(x, t), (None, *jnp.shape(x)))
-    at = base_mean(process, x, first, t) if switches.at == "base_mean" else x
+    x0, unit = denoise("relative reward: base", base, x, t), factor(process, switches.target)(t)
+    x0_experts = check.shape("relative reward: x_0 of the experts", experts(x, t), (None, *jnp.shape(x)))
+    at = base_mean(process, x, x0, t) if switches.at == "base_mean" else x
     counts = ~known if switches.masked and known is not None else jnp.ones(x.shape, bool)
-    relative = 1.0 if switches.weighting == "target" else (factor(process, switches.weighting)(t) / unit) ** 2
-    return Aligned(at, t, unit * (others - first[None]), relative * counts.astype(jnp.float32))
+    weight = 1.0 if switches.weighting == "target" else (factor(process, switches.weighting)(t) / unit) ** 2
+    return Aligned(at, t, unit * (x0_experts - x0[None]), weight * counts.astype(jnp.float32))
 
 
 def base_mean(process: Process, x: Sample, x0: Sample, t: Time) -> Sample:
-    """The mean of one step of a discrete chain from x, at the base model's x_0."""
+    """Return the mean of the base model's step from x in a discrete chain, with its x_0."""
     if process.steps is None:
-        raise ValueError("relative reward: at 'base_mean' needs a process with steps, got one in continuous time")
+        raise ValueError("relative reward: at 'base_mean' needs a process with steps, got continuous time: use at='x'")
     return posterior(process, x, x0, t, t - 1)[0]
 
 
-def _with_known(x: Sample, x0: Sample, known: Bool[Array, "*shape"] | None) -> Sample:
+def _with_known(x: Sample, x0: Sample, known: Known) -> Sample:
     return x if known is None else jnp.where(known, x0, x)
 
 
 def examples(
-    process: Process,
-    base: Denoiser,
-    experts: Experts,
-    switches: Switches,
-    known: Bool[Array, "*shape"] | None = None,
+    process: Process, base: Denoiser, experts: Experts, switches: Switches, known: Known = None
 ) -> Callable[[PRNGKey, Sample], Aligned]:
-    """(key, x_0) -> an example at a random time: Algorithm 1, with data of either model or of both."""
+    """Return (key, x_0) -> an example at a random time (Algorithm 1); the data may be those of either model."""
 
     def example(key: PRNGKey, x0: Sample) -> Aligned:
         x, t = losses.noised(process, key, x0)
@@ -167,13 +161,13 @@ def along_paths(
     switches: Switches,
     grid: Float[Array, " steps+1"],
     shape: tuple[int, ...],
-    known: Bool[Array, "*shape"] | None = None,
+    known: Known = None,
 ) -> Callable[[PRNGKey, Sample], Aligned]:
-    """(key, clean) -> the examples at every step of one path of a sampler, on axis 0: Algorithm 2, which needs no data.
+    """Return (key, clean) -> the examples at all steps of a sampler's path, on axis 0 (Algorithm 2, without data).
 
     Args:
-      walker: the model that draws the path (ancestral), `base` or an expert.
-      known: coordinates that the models get as conditions, at the values of `clean` (else it is not read).
+      walker: the model that draws the path by ancestral sampling: `base` or an expert.
+      known: coordinates with the values of `clean`, which nothing else uses.
     """
     kernel = sampling.ancestral(process, walker)
 
@@ -187,18 +181,13 @@ def along_paths(
 
 
 def pool_of_models(
-    base: Diffusion,
-    experts: Sequence[Diffusion],
-    switches: Switches,
-    key: PRNGKey,
-    x0: Samples,
-    known: Bool[Array, "*shape"] | None = None,
+    base: Diffusion, experts: Sequence[Diffusion], switches: Switches, key: PRNGKey, x0: Samples, known: Known = None
 ) -> Aligned:
-    """One of `pools` for models of several networks, whose parameters become constants of the compiled program.
+    """Compute a pool from models of several networks, whose parameters become constants of the compiled program.
 
     Raises:
-      ValueError: two models do not fit together (see `check_pair`), there is no expert, a target is not finite, or x0
-        is empty, not finite, or of another shape.
+      ValueError: `check_pair` refuses two models, experts are missing, a target is not finite, or x0 is empty, not
+        finite, or of another shape.
     """
     check.number("relative reward: experts", len(experts), at_least=1, whole=True)
     for expert in experts:
@@ -207,51 +196,46 @@ def pool_of_models(
     of_experts = lambda x, t: jnp.stack([expert.denoiser(x, t) for expert in experts])
     example = examples(base.process, base.denoiser, of_experts, switches, known)
     program = jax.jit(lambda keys, x0: distributed.chunked(lambda pair: example(*pair), (keys, x0), 64))
-    found = program(jax.random.split(key, len(x0)), jnp.asarray(x0))
-    check.number("relative reward: targets, differences of the models' x_0,", np.asarray(found.target))
-    return found
+    pool = program(jax.random.split(key, len(x0)), jnp.asarray(x0))
+    check.number("relative reward: targets, differences of the models' x_0,", np.asarray(pool.target))
+    return pool
 
 
-def _check_data(x0: Samples, shape: Sequence[int | None]) -> None:
-    """Raise ValueError where data are empty, not finite, or of another shape, because targets would be in a few
-    examples."""
+def _check_data(x0: Samples, shape: Sequence[int]) -> None:
     check.shape("relative reward: x0", x0, (None, *shape))
     check.number("relative reward: number of x0", len(x0), at_least=1, whole=True)
     check.number("relative reward: x0", x0)
 
 
 class PoolRequest(NamedTuple):
-    """The pool that one run asks for."""
+    """The pool of a run."""
 
     theta: Params
-    """The base model's parameters."""
+    """Parameters of the base model."""
     thetas: Params
-    """Of G experts, stacked on axis 0."""
-    known: Bool[Array, "*shape"] | None
-    """Coordinates that the models get as conditions."""
+    """Parameters of G experts, stacked on axis 0."""
+    known: Known
     key: PRNGKey
     x0: Samples
     """(n, *shape) data."""
 
 
 def pools(
-    process: Process,
-    model: Model,
-    switches: Switches,
+    models: Models,
     requests: Sequence[PoolRequest],
     piece: int = 1024,
     mesh: jax.sharding.Mesh | None = None,
     report: Callable[[int], None] = lambda examples: None,
 ) -> list[Aligned]:
-    """For each run, examples (n) with the targets of all experts (n, G, *shape), computed once for all its rewards.
+    """Compute n examples with the targets of all experts (n, G, *shape) for every run, once for all its rewards.
 
-    The published code computes targets anew for every reward and step, which takes 98 % of its time.  Runs whose
+    The published code computes the targets again for every reward and step, which takes 98 % of its time.  Runs whose
     arrays agree in shape share a program.
 
     Args:
-      model: network of the base model and of the experts, with parameters first.
-      requests: with data of one size.
-      piece: examples of one call of the compiled program, which pools of any size share; >= 1.
+      requests: of runs, with data of one size.
+      piece: examples of a call of the compiled program, which pools of any size share; >= 1.
+      report: called with the number of finished examples.
 
     Raises:
       ValueError: x0 is empty or not finite, or piece < 1.
@@ -259,36 +243,29 @@ def pools(
     parts: list[list[Aligned]] = []
     n = len(requests[0].x0)
     for of_runs in zip(*(_pieces(request, piece) for request in requests), strict=True):
-        found = runs.call(pooled, (process, model, switches), mesh, of_runs)
-        parts.append([distributed.gather(part, piece) for part in found])
+        pieces = runs.call(pooled, (models,), mesh, of_runs)
+        parts.append([distributed.gather(examples, piece) for examples in pieces])
         report(min(len(parts) * piece, n))
     join = lambda *arrays: np.concatenate(arrays)[:n]
     return [jax.tree.map(join, *of_run) for of_run in zip(*parts, strict=True)]
 
 
 def _pieces(request: PoolRequest, piece: int) -> list[PoolRequest]:
-    """The request piece by piece, each with a key for every example; the last is padded."""
+    """Cut a request into pieces with a key for every example, and pad the last piece."""
     x0 = np.asarray(request.x0)
     _check_data(x0, x0.shape[1:])
     check.number("relative reward: piece", piece, at_least=1, whole=True)
     keys = jax.random.split(request.key, len(x0))
     rows = [np.minimum(np.arange(i, i + piece), len(x0) - 1) for i in range(0, len(x0), piece)]
-    return [request._replace(key=keys[chosen], x0=x0[chosen]) for chosen in rows]
+    return [request._replace(key=keys[indices], x0=x0[indices]) for indices in rows]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1))
 def pooled(
-    process: Process,
-    model: Model,
-    switches: Switches,
-    mesh: jax.sharding.Mesh | None,
-    theta: Params,
-    thetas: Params,
-    known: Bool[Array, "*shape"] | None,
-    keys: PRNGKey,
-    x0: Samples,
+    models: Models, mesh: Any, theta: Params, thetas: Params, known: Known, keys: PRNGKey, x0: Samples
 ) -> Aligned:
-    """The compiled program of `pools`, for one piece."""
+    """Compute a piece of a pool: the compiled program of `pools`."""
+    process, model, switches = models
     experts = lambda x, t: potential.over_members(lambda phi: model(phi, x, t), thetas)
     example = examples(process, partial(model, theta), experts, switches, known)
     return distributed.chunked(lambda pair: example(*pair), (keys, x0), 64, mesh, cut=False)
