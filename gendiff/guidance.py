@@ -237,10 +237,10 @@ def classifier_free(other: Denoiser, scale: Scalar | float, within: Interval | N
 class Draws(NamedTuple):
     """K points of a standard normal distribution with weights, fixed and symmetric, for `accepted`."""
 
-    points: Float[Array, "K *shape"]
+    points: Float[np.ndarray, "K *shape"]
     """Their weighted mean is 0 and their weighted variance 1 in every coordinate."""
-    weights: Float[Array, " K"]
-    """>= 0."""
+    weights: Float[np.ndarray, " K"]
+    """>= 0, sum 1."""
 
 
 def normal_draws(n: int, shape: tuple[int, ...], wide: float = 1.0, seed: int = 0) -> Draws:
@@ -267,7 +267,7 @@ def normal_draws(n: int, shape: tuple[int, ...], wide: float = 1.0, seed: int = 
     log_wide = -0.5 * np.sum(points**2, 1) / wide**2 - size * np.log(wide)
     weights = np.exp(log_normal - np.logaddexp(log_normal, log_wide))
     points /= np.sqrt(np.average(points**2, axis=0, weights=weights))
-    return Draws(jnp.float32(points.reshape(n, *shape)), jnp.float32(weights / weights.sum()))
+    return Draws(points.reshape(n, *shape).astype(np.float32), (weights / weights.sum()).astype(np.float32))
 
 
 @by_value
@@ -288,8 +288,8 @@ def accepted(
     Args:
       oracle: traceable by JAX (wrap one of the host in `jax.pure_callback`); asked K draws for each sample and step.
       draws: see `normal_draws`; of the shape of a sample.
-      within: the times of low noise, such as `lambda t: process.sigma(t) < 0.1`.  Samples of a sampler share t, so the
-        others cost nothing.
+      within: the times of low noise, such as `potential.low_noise(process, 0.1)`.  Samples of a sampler share t, so
+        the others cost nothing.
       otherwise: the guidance at other times, and where no draw is accepted: classifiers.
       variance: "diagonal", that of dD/dx by a derivative for each coordinate; or "identity", in its place.
 

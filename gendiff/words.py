@@ -10,9 +10,11 @@ from gendiff.denoiser import (
     Denoiser as Denoiser,
     Model as Model,
     from_edm as from_edm,
+    from_data_time as from_data_time,
     from_epsilon as from_epsilon,
     from_score as from_score,
     from_v as from_v,
+    from_velocity as from_velocity,
     to_epsilon as to_epsilon,
     to_score as to_score,
     to_v as to_v,
@@ -20,18 +22,22 @@ from gendiff.denoiser import (
 )
 from gendiff.guidance import (
     Guidance as Guidance,
+    accepted as accepted,
     backward as backward,
     chain as chain,
+    classifier_free as classifier_free,
     clip as clip,
     guide as guide,
     guide_mean as guide_mean,
     inpaint as inpaint,
+    normal_draws as normal_draws,
     steer as steer,
     universal as universal,
 )
 from gendiff.potential import (
     Potential as Potential,
     limited as limited,
+    low_noise as low_noise,
     log_probability as log_probability,
     scaled as scaled,
     stack as stack,
@@ -39,12 +45,15 @@ from gendiff.potential import (
 )
 from gendiff.process import (
     Process as Process,
+    continuous as continuous,
     cosine_betas as cosine_betas,
     ddpm as ddpm,
     edm as edm,
+    flow as flow,
     linear_betas as linear_betas,
     perturb as perturb,
     sqrt_linear_betas as sqrt_linear_betas,
+    zero_terminal as zero_terminal,
 )
 from gendiff.sampling import (
     Kernel as Kernel,

@@ -23,6 +23,7 @@ from experiments.genneg.checkerboard_problem import (
     classifier_network,
     classifier_training,
     initialised,
+    judged_problem,
     problem,
     student_network,
     student_training,
@@ -31,7 +32,7 @@ from experiments.lab import figures
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
 from experiments.lab.table import Column, Row
-from gendiff import likelihood, static
+from gendiff import likelihood, potential, static
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Lesson, Points
 from gendiff.metrics import rates
@@ -49,6 +50,8 @@ COLUMNS = (
     Column("oracle_calls", "oracle calls", digits=0),
     Column("seconds", "seconds", digits=1),
 )
+FIRST = ("baseline", "round-1/draws", "round-1/classifier")
+"""The phases of the first round's model."""
 PAPER = {"round-1-unweighted": {"infraction_rate": 0.0003, "elbo": -1.42}}
 NOTES = """\
 Intervals are 95 %: Wilson's for rates, Student's for means; with several seeds, Student's over the seeds.
@@ -58,9 +61,11 @@ noise); after one round it is ideally -ln(alpha). `rejection` and `smc` sample p
 baseline's minus ln(alpha). For `rejection` alpha is the Heun sampler's; for `smc` SMC estimates it for its ancestral
 chain. outer density: density of a filled cell's frame, 5 % of its width on each side, relative to uniform.
 evaluations: of a network as large as the baseline, (1 + 3 K) for one evaluation of K classifiers' guidance, divided by
-the share of accepted samples; for `smc` by its effective number of samples. oracle calls and seconds: to make the model
-and all models that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw the
-samples. Seeds run side by side, so their seconds are the time of all seeds. `-`: not reported."""
+the share of accepted samples; for `smc` by its effective number of samples. `accepted`: round 1's classifier, and at
+low noise the oracle itself, which judges draws of x_0 (ours, not the paper's). oracle calls and seconds: to make the
+model and all models that it builds on (training, synthetic data, compilation); for `rejection` and `smc` also to draw
+the samples, for `accepted` the calls alone. Seeds run side by side, so their seconds are the time of all seeds.
+`-`: not reported."""
 
 
 def table(lab: Lab) -> None:
@@ -108,6 +113,8 @@ def table(lab: Lab) -> None:
     phases = ("baseline", *(f"round-{i}/{part}" for i in numbers for part in ("draws", "classifier")), "replay")
     evaluate(lab, "replay", setup, rows.steered("replay"), phases)
 
+    evaluate(lab, "accepted", judged_problem(config), rows.steered("round-1/classifier"), FIRST)
+
     lab.once("smc", partial(smc_samples, lab, setup._replace(steps=config.smc.length(config.sampler_steps))))
     lab.each(add_smc)
 
@@ -151,12 +158,22 @@ def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model
     def metrics(run: Run) -> dict[str, Estimate]:
         evaluation = run[f"evaluate/{name}"]
         n, good, _ = map(int, evaluation.counts)
-        calls = (1 + 3 * model(run).members) * (2 * run.config.sampler_steps - 1)
+        judged = judged_evaluations(setup, run.config.judged.below)
+        calls = (1 + 3 * model(run).members) * (2 * run.config.sampler_steps - 1) + 2 * judged
         bounds = rates.mean(evaluation.elbo), rates.mean(evaluation.elbo - run["evaluate/baseline"].elbo)
         cost = rates.exact(calls * n / max(good, 1), n)
-        return sampled(evaluation.counts, bounds, cost, oracle_calls(run, phases), run.seconds(*phases))
+        asked = oracle_calls(run, phases) + n * judged * run.config.judged.draws
+        return sampled(evaluation.counts, bounds, cost, asked, run.seconds(*phases))
 
     measures.evaluate(lab, name, setup, model, evaluations, Evaluation, metrics, PAPER.get(name))
+
+
+def judged_evaluations(setup: genneg.OracleProblem, below: float) -> int:
+    """Evaluations of a sample in which the oracle guides; each takes two derivatives of the denoiser more."""
+    if setup.last_steps is None:
+        return 0
+    times = setup.process.grid(setup.steps)[1:-1]  # Heun evaluates twice at a time between two steps
+    return 2 * int(np.sum(potential.low_noise(setup.process, below)(times)))
 
 
 def evaluations(subject: measures.Subject) -> list[Evaluation]:
@@ -240,7 +257,7 @@ def add_smc(run: Run) -> None:
     result, config = run["smc"], run.config
     counts, steps = tally(config, result["samples"]), config.smc.length(config.sampler_steps)
     bounds = measures.conditioned(run["evaluate/baseline"].elbo, measures.alpha_of(result))
-    phases, n = ("baseline", "round-1/draws", "round-1/classifier", "smc"), int(counts[0])
+    phases, n = (*FIRST, "smc"), int(counts[0])
     cost = rates.exact(4 * steps * n / float(result["effective"]), n)
     run.add("smc", sampled(counts, bounds, cost, oracle_calls(run, phases) + n, run.seconds(*phases)))
 
@@ -297,7 +314,7 @@ def row_names(config: CheckerboardConfig) -> list[str]:
     for number in range(1, config.rounds + 1):
         rounds += ["round-1-unweighted"] * (number == 1) + [f"round-{number}"]
         rounds += [f"distilled-{number}"] * (config.mode == "stack" and number in (1, config.rounds))
-    return ["data", "baseline", *rounds, "rejection", "refit", "replay", "smc"]
+    return ["data", "baseline", *rounds, "rejection", "refit", "replay", "accepted", "smc"]
 
 
 EXPERIMENT = Experiment(

@@ -18,10 +18,10 @@ from jaxtyping import Array
 from experiments.genneg import programs as plan
 from experiments.genneg.measures import Smc
 from experiments.genneg.rows import Draws
-from experiments.lab.config import Between, Config, SameProgram, Training, Validated, replaced
+from experiments.lab.config import Between, Config, ConfigError, SameProgram, Training, Validated, replaced
 from experiments.lab.phases import Run
 from experiments.lab.programs import KEY, Program, abstract, planned, trained
-from gendiff import denoiser, likelihood, losses, nets, potential, process, sampling, training
+from gendiff import denoiser, guidance, likelihood, losses, nets, potential, process, sampling, static, training
 from gendiff.data import checkerboard as data
 from gendiff.methods import genneg
 from gendiff.nets.mlp import MLPClassifier, ResidualMLP
@@ -41,6 +41,22 @@ class Network:
     """Width."""
     depth: Annotated[int, Between(1, 64)] = 3
     """Residual blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """The oracle as guidance at low noise."""
+
+    draws: Annotated[int, Between(4, 1_000_000)] = 64
+    """Draws of x_0 that the oracle judges, for each sample and evaluation; a multiple of 4."""
+    wide: Annotated[float, Between(1.0, 100.0)] = 3.0
+    """Standard deviation of half of the draws, in units of x_0's."""
+    below: Annotated[float, Between(0.0, 80.0)] = 0.1
+    """Noise level below which the oracle guides."""
+
+    def __post_init__(self) -> None:
+        if self.draws % 4:
+            raise ConfigError(f"--judged.draws must be a multiple of 4, got {self.draws}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +103,8 @@ class CheckerboardConfig(Config):
     """Heun steps, for synthetic data and evaluation alike."""
     smc: Smc = Smc(100)
     """Of the row `smc`."""
+    judged: Judged = Judged()
+    """The row `accepted`."""
     samples: Annotated[int, Between(100, 1_000_000_000)] = 100_000
     """Samples of a model for its infraction rate."""
     elbo_points: Annotated[int, Between(10, 100_000_000)] = 50_000
@@ -105,7 +123,7 @@ PRESETS = {
         preset="smoke", rounds=1, network=Network(32, 1), classifier_network=Network(32, 1),
         baseline=Validated(300, batch=1000, patience=300), draws=Draws(500, 8000),
         classifier=Validated(150, batch=256, rate=5e-3), student=Training(150, batch=1000), stored=4096,
-        sampler_steps=8, smc=Smc(12, 128, 4), samples=4000, elbo_points=500, elbo_levels=8,
+        sampler_steps=8, smc=Smc(12, 128, 4), judged=Judged(16), samples=4000, elbo_points=500, elbo_levels=8,
     ),
     "default": CheckerboardConfig(),
     "paper": CheckerboardConfig(
@@ -168,6 +186,14 @@ def problem(config: CheckerboardConfig, student: bool = False) -> genneg.OracleP
         weight=losses.edm_weight(DATA_STD),
         classifier_time=process.classifier_time(),
     )
+
+
+def judged_problem(config: CheckerboardConfig) -> genneg.OracleProblem:
+    """The problem with the oracle as guidance in the last steps."""
+    setup, group = problem(config), config.judged
+    draws = guidance.normal_draws(group.draws, setup.shape, group.wide)
+    within = potential.low_noise(setup.process, group.below)
+    return setup._replace(last_steps=static.partial(guidance.accepted, setup.process, setup.oracle, draws, within))
 
 
 # Trainings.

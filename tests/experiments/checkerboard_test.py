@@ -38,7 +38,7 @@ TINY = [
     "--sampler-steps", "8",
 ]  # fmt: skip
 NAMES = ["data", "baseline", "round-1-unweighted", "round-1", "distilled-1", "round-2", "distilled-2", "rejection",
-         "refit", "replay", "smc"]  # fmt: skip
+         "refit", "replay", "accepted", "smc"]  # fmt: skip
 
 
 def start(*arguments: str) -> subprocess.Popen:

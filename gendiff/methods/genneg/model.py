@@ -44,6 +44,8 @@ class OracleProblem(NamedTuple):
     """The same for phi; the network may then give m logits."""
     within: potential.Interval | None = None
     """Where classifiers guide; None: at all noise levels."""
+    last_steps: Callable[[guidance.Guidance], guidance.Guidance] | None = None
+    """The classifiers' guidance -> the guidance in its place, such as `static.partial(guidance.accepted, ..)`."""
 
 
 class Guided(NamedTuple):
@@ -82,7 +84,8 @@ def denoiser(problem: OracleProblem, guided: Guided, scale: float = 1.0) -> Deno
     if guided.classifiers is None:
         return plain
     log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
-    return guidance.guide(problem.process, log_c, scale, problem.within)(plain)
+    steering = guidance.guide(problem.process, log_c, scale, problem.within)
+    return (steering if problem.last_steps is None else problem.last_steps(steering))(plain)
 
 
 def twist(problem: OracleProblem, guided: Guided) -> Potential:
