@@ -19,7 +19,7 @@ CHUNK = 64
 
 
 def strength(process: Process, switches: Switches, scale: Scalar | float = 1.0) -> Strength:
-    """Return t -> scale / `factor`(t), the shift of x_0 along grad rho; at scale 1 a perfect rho gives the expert."""
+    """Return the shift of x_0 along grad rho, scale divided by `factor`; at scale 1 a perfect rho gives the expert."""
     check.number("relative reward: scale", scale)
     unit = factor(process, switches.target)
     return lambda t: scale / unit(t)
