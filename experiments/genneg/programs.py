@@ -6,7 +6,7 @@ from typing import Any
 from experiments.lab.programs import KEY, NUMBER, Lower, Program, abstract, many, sampler, trained
 from gendiff import training
 from gendiff.methods import genneg
-from gendiff.methods.genneg import ClassifierTraining, Guided, OracleProblem, Request, Synthetic
+from gendiff.methods.genneg import ClassifierTraining, Fit, Guided, OracleProblem, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 
@@ -25,9 +25,8 @@ def classifier(
 
     def asked(batch: int) -> training.Training:
         settings = how._replace(half=batch // 2)
-        make = lambda key, conditions: genneg.classifier_training(
-            problem, judged, judged, new(key), settings, key, conditions=conditions
-        )
+        fit = lambda key, conditions: Fit(judged, judged, new(key), key, conditions=conditions)
+        make = lambda key, conditions: genneg.classifier_training(problem, fit(key, conditions), settings)
         return abstract(make, KEY, conditions)
 
     return trained(what, unit, 2 * how.half, asked, pool=True)

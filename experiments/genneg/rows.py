@@ -7,15 +7,14 @@ them (`measures`).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
-import numpy as np
 
 from experiments.lab.config import Between
 from experiments.lab.phases import Lab, Run
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, OracleProblem, Points, Request, Synthetic
+from gendiff.methods.genneg import Fit, Guided, OracleProblem, Points, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 Model = Callable[[Run], Guided]
@@ -78,16 +77,6 @@ def draws(
     return name
 
 
-class Fit(NamedTuple):
-    """A classifier that a run fits."""
-
-    train: Synthetic
-    held_out: Synthetic
-    start: Params
-    key: PRNGKey
-    density: tuple[np.ndarray, np.ndarray] | None = None
-
-
 def classifier(
     lab: Lab,
     phase: str,
@@ -101,9 +90,8 @@ def classifier(
     fits: dict[Run, Fit] = {}
 
     def asked(run: Run) -> Any:
-        fits[run] = found = fit(run)
-        train, held_out, start, key, density = found
-        return genneg.classifier_training(problem, train, held_out, start, settings, key, density, conditions)
+        fits[run] = fit(run)._replace(conditions=conditions)
+        return genneg.classifier_training(problem, fits[run], settings)
 
     result = lambda run, state: genneg.fitted(state, fits[run].train, settings)
     lab.train(phase, asked, result, mesh)
