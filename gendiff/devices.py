@@ -1,10 +1,9 @@
 """The places of a training's arrays: its mesh, and the arrays that are split over it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gendiff import check, distributed
@@ -95,8 +94,3 @@ def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     runs = check.rows("devices: runs", tree)
     rows = np.minimum(np.arange(padded_runs(mesh, runs)), runs - 1)
     return distributed.put(jax.tree.map(lambda a: a[rows], tree), over_replicas(mesh))
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """Stack trees of equal structure and shapes on a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)

@@ -58,7 +58,7 @@ def _joined(trees: Sequence[Any]) -> tuple[Any, tuple[bool, ...]]:
     leaves, structure = jax.tree.flatten(trees[0])
     columns = list(zip(leaves, *(jax.tree.leaves(tree) for tree in trees[1:]), strict=True))
     own = tuple(not np.ndim(column[0]) or any(leaf is not column[0] for leaf in column) for column in columns)
-    joined = [devices.stack(column) if mine else column[0] for column, mine in zip(columns, own, strict=True)]
+    joined = [potential.stacked(*column) if mine else column[0] for column, mine in zip(columns, own, strict=True)]
     return jax.tree.unflatten(structure, joined), own
 
 
@@ -112,7 +112,7 @@ def _train(members: Sequence[Training]) -> list[State]:
             if of_run is not None:
                 host.report(step, of_run)
 
-    keys, params = devices.stack([(member.key, member.params) for member in members])
+    keys, params = potential.stacked(*((member.key, member.params) for member in members))
     context, flags = _joined([member.context for member in members])
     own = jax.tree.unflatten(jax.tree.structure(context), flags)
     host = Host(checkpoints=None if none else _Several(checkpoints), report_runs=report)
@@ -137,7 +137,7 @@ class _Several:
                 checkpoints.save(step, _of_run(state, k))
 
     def restore(self, state: State, data: None = None) -> State:
-        return devices.stack([checkpoints.restore(_of_run(state, k)) for k, checkpoints in enumerate(self.of_runs)])
+        return potential.stacked(*(kept.restore(_of_run(state, k)) for k, kept in enumerate(self.of_runs)))
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:
