@@ -111,18 +111,16 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     return jax.NamedSharding(mesh, jax.P())
 
 
-def fully_sharded(mesh: jax.sharding.Mesh, tree: Any, least: int = 2**14) -> Any:
-    """Shardings that split every large array (FSDP) along the longest axis that `data` divides.
+def fully_sharded(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Shardings that split arrays of 2^14 numbers or more (FSDP) along the longest axis that `data` divides.
 
-    Args:
-      tree: of arrays or their shapes.
-      least: smallest size of an array that is split, in elements.
+    The tree may have shapes in place of arrays.
     """
     devices = mesh.shape["data"]
 
     def sharding(leaf: Any) -> jax.NamedSharding:
         axes = [(size, -axis) for axis, size in enumerate(leaf.shape) if size % devices == 0]
-        if not axes or leaf.size < least or is_key(leaf):
+        if not axes or leaf.size < 2**14 or is_key(leaf):
             return replicated(mesh)
         return jax.NamedSharding(mesh, jax.P(*[None] * -max(axes)[1], "data"))
 

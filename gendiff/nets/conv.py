@@ -109,8 +109,8 @@ def _window(w: Any) -> Sizes:
 
 ad.defbilinear(
     correlate_p,
-    lambda y, x, w, **how: spread(y, w, **how, space=_space(x)),
-    lambda y, x, w, **how: gather(x, y, **how, window=_window(w)),
+    lambda y, x, w, **geometry: spread(y, w, **geometry, space=_space(x)),
+    lambda y, x, w, **geometry: gather(x, y, **geometry, window=_window(w)),
 )
 ad.defbilinear(
     spread_p,
@@ -127,14 +127,14 @@ ad.defbilinear(
 # `vmap`: examples of a common kernel extend n, all other mapped axes extend m.
 
 
-def _mapped(primitive: Primitive, shared: bool, operands: Any, axes: Any, **how: Any) -> tuple[Array, int]:
+def _mapped(primitive: Primitive, shared: bool, operands: Any, axes: Any, **geometry: Any) -> tuple[Array, int]:
     a, b = operands
     size = next(array.shape[axis] for array, axis in zip(operands, axes, strict=True) if axis is not None)
     if shared and axes[1] is None:  # m, size n, ...
         a = jnp.moveaxis(a, axes[0], 1)
-        out = primitive.bind(a.reshape(a.shape[0], -1, *a.shape[3:]), b, **how)
+        out = primitive.bind(a.reshape(a.shape[0], -1, *a.shape[3:]), b, **geometry)
         return out.reshape(out.shape[0], size, -1, *out.shape[2:]), 1
-    out = primitive.bind(*(_joined(array, axis, size) for array, axis in zip(operands, axes, strict=True)), **how)
+    out = primitive.bind(*(_joined(array, axis, size) for array, axis in zip(operands, axes, strict=True)), **geometry)
     return out.reshape(size, -1, *out.shape[1:]), 0
 
 
@@ -176,10 +176,10 @@ def _lax_gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Si
 
 
 def _by_member(function: Callable[..., Array]) -> Callable[..., Array]:
-    def of_members(a: Array, b: Array, **how: Any) -> Array:
+    def of_members(a: Array, b: Array, **geometry: Any) -> Array:
         if a.shape[0] == 1:
-            return function(a[0], b[0], **how)[None]
-        return lax.map(lambda pair: function(*pair, **how), (a, b))
+            return function(a[0], b[0], **geometry)[None]
+        return lax.map(lambda pair: function(*pair, **geometry), (a, b))
 
     return of_members
 
@@ -259,8 +259,8 @@ class ConvTranspose(nn.Module):
         kernel = self.param("kernel", initial, (*self.window, self.features, y.shape[-1]))
         lengths = zip(y.shape[:-1], self.window, strict=True)
         space = tuple((length - 1) * self.stride - 2 * self.padding + k for length, k in lengths)
-        how = (self.stride,) * len(space), ((self.padding,) * 2,) * len(space)
-        x = spread(y[None, None], kernel[None], *how, space)[0, 0]
+        geometry = (self.stride,) * len(space), ((self.padding,) * 2,) * len(space)
+        x = spread(y[None, None], kernel[None], *geometry, space)[0, 0]
         return x + _bias(self, initial, x) if self.bias else x
 
 

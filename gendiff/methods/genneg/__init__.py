@@ -1,6 +1,6 @@
-"""Gen-neG: guide a diffusion model away from what an oracle calls bad (2307.16463, Algorithm 1).
+"""Gen-neG: guide a diffusion model away from samples that an oracle rejects (2307.16463, Algorithm 1).
 
-`run` is the algorithm.  With the Bayes classifier the guided model is p(x | y = 1): each data point gains exactly
+`run` is the algorithm.  With the Bayes classifier the guided model is p(x | y = 1): a data point gains exactly
 -log(alpha_i) nats in round i, with alpha_i the share of good samples.
 """
 

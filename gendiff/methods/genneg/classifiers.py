@@ -27,7 +27,7 @@ class ClassifierTraining(NamedTuple):
     """importance: eq. 12, weights 2 alpha and 2 (1 - alpha).  shift: no weights, and guidance adds
     log(alpha / (1 - alpha)) to the logit; the same optimum.  none: the paper's ablation without importance sampling."""
     select: Literal["all", "balanced"] = "all"
-    """balanced: the paper's N samples of each class.  all: all samples; the same optimum, less variance."""
+    """balanced: the paper's N samples of a class.  all: all samples; the same optimum, less variance."""
     held_out: float = 0.1
     """Share of a class for validation and calibration, in [0, 1), but at least one sample."""
     validation: int = 4096

@@ -65,8 +65,8 @@ def distill(
     Raises:
       ValueError: the lesson has no points, a point is not finite, or batch < 1.
     """
-    (asked,) = distill_trainings(problem, [lesson], settings, mesh)
-    return training.train(*asked._replace(host=host)).best
+    (arguments,) = distill_trainings(problem, [lesson], settings, mesh)
+    return training.train(*arguments._replace(host=host)).best
 
 
 def distill_trainings(
@@ -135,20 +135,13 @@ def teach(
     return distributed.chunked(example, (jax.random.split(key, len(x0)), x0, rows), problem.chunk, mesh)
 
 
-def refit(
-    problem: OracleProblem,
-    points: Points,
-    start: Params,
-    settings: StudentTraining,
-    key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
-) -> Params:
+def refit(problem: OracleProblem, points: Points, start: Params, settings: StudentTraining, key: PRNGKey) -> Params:
     """Train a denoiser on valid samples by the denoising loss, without classifiers or guidance.
 
     Raises:
       ValueError: there is no point, a point is not finite, or batch < 1.
     """
-    return training.train(*refit_training(problem, points, start, settings, key)._replace(host=host)).best
+    return training.train(*refit_training(problem, points, start, settings, key)).best
 
 
 def refit_training(
