@@ -151,28 +151,22 @@ for primitive, shared in ((correlate_p, True), (spread_p, True), (gather_p, Fals
 # On accelerators.
 
 
-def _lax(x: Array, w: Array, stride: Sizes, padding: Sides) -> Array:
+def _lax_correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
     return lax.conv_general_dilated(x, w, stride, padding, dimension_numbers=conv_cpu.labels(len(stride)))
 
 
-def _lax_correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
-    return jax.vmap(partial(_lax, stride=stride, padding=padding))(x, w)
+def _lax_spread(y: Array, w: Array, *, space: Sizes, **geometry: Any) -> Array:
+    x = jax.ShapeDtypeStruct((y.shape[0], *space, w.shape[-2]), y.dtype)
+    return jax.linear_transpose(lambda x: _lax_correlate(x, w, **geometry), x)(y)[0]
 
 
-def _lax_spread(y: Array, w: Array, *, stride: Sizes, padding: Sides, space: Sizes) -> Array:
-    def of_member(y: Array, w: Array) -> Array:
-        x = jax.ShapeDtypeStruct((y.shape[0], *space, w.shape[-2]), y.dtype)
-        return jax.linear_transpose(lambda x: _lax(x, w, stride, padding), x)(y)[0]
-
-    return jax.vmap(of_member)(y, w)
+def _lax_gather(x: Array, y: Array, *, window: Sizes, **geometry: Any) -> Array:
+    w = jax.ShapeDtypeStruct((*window, x.shape[-1], y.shape[-1]), y.dtype)
+    return jax.linear_transpose(lambda w: _lax_correlate(x, w, **geometry), w)(y)[0]
 
 
-def _lax_gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Sizes) -> Array:
-    def of_member(x: Array, y: Array) -> Array:
-        w = jax.ShapeDtypeStruct((*window, x.shape[-1], y.shape[-1]), y.dtype)
-        return jax.linear_transpose(lambda w: _lax(x, w, stride, padding), w)(y)[0]
-
-    return jax.vmap(of_member)(x, y)
+def _by_vmap(function: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda a, b, **geometry: jax.vmap(partial(function, **geometry))(a, b)
 
 
 def _by_member(function: Callable[..., Array]) -> Callable[..., Array]:
@@ -189,7 +183,7 @@ for primitive, everywhere, cpu in (
     (spread_p, _lax_spread, conv_cpu.spread),
     (gather_p, _lax_gather, conv_cpu.gather),
 ):
-    mlir.register_lowering(primitive, mlir.lower_fun(everywhere, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(_by_vmap(everywhere), multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(_by_member(cpu), multiple_results=False), platform="cpu")
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=("stride", "padding", "space", "window")))
 
