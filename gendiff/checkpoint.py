@@ -29,7 +29,7 @@ Tree = TypeVar("Tree")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; those before it are untouched."""
+    """A checkpoint cannot be written or read; earlier checkpoints are untouched."""
 
 
 def save(folder: Path, tree: Any, **notes: Any) -> None:
@@ -149,10 +149,10 @@ class Checkpoints:
         wanted = manifest.named(state)
         stored = _read(folder, order=list(wanted))
         _check_like(folder, stored, state)
-        found = manifest.named(stored.tree)
+        arrays = manifest.named(stored.tree)
         if stored.notes.get("data") is not None and hasattr(data, "set_state"):
             data.set_state(stored.notes["data"])
-        leaves = [_as(found[name], leaf) for name, leaf in wanted.items()]
+        leaves = [_as(arrays[name], leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def latest(self) -> int | None:

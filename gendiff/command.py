@@ -61,7 +61,7 @@ def starting() -> None:
 
 
 def _heeded() -> list[signal.Signals]:
-    """The signals that stop a command, without those that its parent ignores (`nohup`, `&`)."""
+    """The signals that stop a command, except the signals that its parent ignores (`nohup`, `&`)."""
     return [number for number in STATUS if signal.getsignal(number) is not signal.SIG_IGN]
 
 

@@ -1,13 +1,12 @@
 """The places of a training's arrays: its mesh, and the arrays that are split over it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gendiff import check, distributed
+from gendiff import check, distributed, potential
 
 
 class Placement(NamedTuple):
@@ -55,6 +54,18 @@ class Placement(NamedTuple):
         own, shared = self.divide(context)
         return self.join(jax.tree.structure(context), spread(self.mesh, own), distributed.replicate(self.mesh, shared))
 
+    def over_runs(self, function: Callable[[Any, Any], Any], rows: Any, context: Any) -> Any:
+        """Inside `jit`: `function(rows of a run, context of a run)`, for all runs on their devices."""
+        own, shared = self.divide(context)
+
+        def on_device(runs: tuple, shared: list) -> Any:
+            of_run = lambda run: function(run[0], self.join(jax.tree.structure(context), run[1], shared))
+            return potential.over_members(of_run, runs)
+
+        axis = jax.P("replica")
+        mapped = jax.shard_map(on_device, mesh=self.mesh, in_specs=(axis, jax.P()), out_specs=axis, check_vma=False)
+        return mapped((rows, own), shared)
+
 
 def over_replicas(mesh: jax.sharding.Mesh) -> jax.NamedSharding:
     """Sharding of arrays with a row a run: axis 0 over the mesh's axis `replica`."""
@@ -95,8 +106,3 @@ def spread(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     runs = check.rows("devices: runs", tree)
     rows = np.minimum(np.arange(padded_runs(mesh, runs)), runs - 1)
     return distributed.put(jax.tree.map(lambda a: a[rows], tree), over_replicas(mesh))
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """Stack trees of equal structure and shapes on a new leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *trees)

@@ -17,7 +17,7 @@ AROUND = np.array([(1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1),
 
 
 def outline(boxes: Boxes, corners_only: bool = False) -> Points:
-    """Points in order around each box, (8, 2): corners alternating with middles of edges; or the corners, (4, 2).
+    """Points in order around a box, (8, 2): corners alternating with middles of edges; or the corners, (4, 2).
 
     Raises:
       ValueError: the last axis of the boxes does not have length 6.

@@ -40,7 +40,8 @@ def check_containers(tree: Any, where: str = "") -> None:
     """
     if isinstance(tree, dict):
         for key, value in tree.items():
-            if not isinstance(key, str) or not _encodes(key):
+            # No file system stores a lone surrogate, which `encode` drops here.
+            if not isinstance(key, str) or key != key.encode(errors="ignore").decode():
                 raise ValueError(f"checkpoint: keys of {where or 'the tree'} must be text, got {key!r}: use str(key)")
             check_containers(value, f"{where}.{key}" if where else key)
     elif type(tree) is list:
@@ -115,15 +116,6 @@ def _same(read: Any, notes: Any) -> bool:
     return bool(read == notes or (read != read and notes != notes))
 
 
-def _encodes(key: str) -> bool:
-    """Return True for valid Unicode, because no file system stores a lone surrogate."""
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _storable(dtype: np.dtype) -> bool:
     if not dtype.isnative or dtype.names or dtype.kind in "OSUMm":
         return False
@@ -154,19 +146,19 @@ def verify(tree: Any, written: Any, order: list[str] | None = None) -> Stored:
     Raises:
       Damaged: they differ.  A damaged `written` may also raise any other exception.
     """
-    found = named(tree)
+    arrays = named(tree)
     if written.get("format", 0) < FORMAT:
-        return _verify_1(tree, written, list(found) if order is None else order)
+        return _verify_1(tree, written, list(arrays) if order is None else order)
     if zlib.crc32(written["manifest"].encode()) != written["crc32"]:
         raise Damaged
     held = json.loads(written["manifest"])
-    if {*found} != {*held["arrays"]}:
+    if {*arrays} != {*held["arrays"]}:
         raise Damaged
     for name, (dtype, shape, checksum) in held["arrays"].items():
-        leaf = found[name] = found[name] if 0 not in shape else np.zeros(shape, found[name].dtype)
+        leaf = arrays[name] = arrays[name] if 0 not in shape else np.zeros(shape, arrays[name].dtype)
         if [str(leaf.dtype), list(leaf.shape), _checksum(leaf)] != [dtype, shape, checksum]:
             raise Damaged
-    return Stored(jax.tree.unflatten(jax.tree.structure(tree), found.values()), held["notes"], held["keys"])
+    return Stored(jax.tree.unflatten(jax.tree.structure(tree), arrays.values()), held["notes"], held["keys"])
 
 
 def _verify_1(tree: Any, written: dict[str, Any], order: list[str]) -> Stored:
@@ -174,9 +166,9 @@ def _verify_1(tree: Any, written: dict[str, Any], order: list[str]) -> Stored:
     empty = written.get("empty", {})
     shaped = lambda path, leaf: np.zeros(empty[path], leaf.dtype) if path in empty else leaf
     tree = jax.tree_util.tree_map_with_path(lambda path, leaf: shaped(jax.tree_util.keystr(path), leaf), tree)
-    found = named(tree)
+    arrays = named(tree)
     # The checksums of a state with other names cannot be compared; `difference` refuses it.
-    if {*order} == {*found} and written["checksums"] != [_checksum(found[name]) for name in order]:
+    if {*order} == {*arrays} and written["checksums"] != [_checksum(arrays[name]) for name in order]:
         raise Damaged
     own = ("format", "checksums", "empty")
     return Stored(tree, {name: value for name, value in written.items() if name not in own}, None)
@@ -187,9 +179,9 @@ def difference(stored: Stored, like: Any) -> str:
     own = keys(like)
     wanted = {name: _described(leaf, own.get(name)) for name, leaf in named(like).items()}
     known = own if stored.keys is None else stored.keys
-    found = {name: _described(leaf, known.get(name)) for name, leaf in named(stored.tree).items()}
-    names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    lines = [f"{name} must be {wanted.get(name, 'absent')}, got {found.get(name, 'none')}" for name in names[:3]]
+    arrays = {name: _described(leaf, known.get(name)) for name, leaf in named(stored.tree).items()}
+    names = [name for name in {**wanted, **arrays} if wanted.get(name) != arrays.get(name)]
+    lines = [f"{name} must be {wanted.get(name, 'absent')}, got {arrays.get(name, 'none')}" for name in names[:3]]
     return "; ".join(lines) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -130,7 +130,7 @@ def leading_size(params: Params) -> int:
 
 @jax.jit
 def stacked(*members: Params) -> Params:
-    """Stack trees of equal structure on a new leading axis, for `stack`."""
+    """Stack trees of equal structure and shapes on a new leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from gendiff import distributed, potential
+from gendiff import distributed
 from gendiff.devices import Placement
 from gendiff.steps import Metrics, Settings, State, Task, adam, init, make_drawn_step, make_step, repeated, select
 from gendiff.types import Params, PRNGKey
@@ -97,16 +97,7 @@ def _over_runs(placement: Placement, of_run: Callable, state: State, context: An
     """`of_run(state, context, rows)`, over all runs."""
     if not placement.runs:
         return of_run(state, context, rows)
-    structure = jax.tree.structure(context)
-    own, shared = placement.divide(context)
-
-    def on_device(runs: tuple, shared: list) -> Any:
-        run = lambda arrays: of_run(arrays[0], placement.join(structure, arrays[1], shared), arrays[2])
-        return potential.over_members(run, runs)
-
-    replica, mesh = jax.P("replica"), placement.mesh
-    spread = jax.shard_map(on_device, mesh=mesh, in_specs=(replica, jax.P()), out_specs=replica, check_vma=False)
-    return spread((state, own, rows), shared)
+    return placement.over_runs(lambda run, context: of_run(run[0], context, run[1]), (state, rows), context)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,4 +1,4 @@
-"""Several runs (seeds, configurations) at once: those that agree are one program, over the mesh's axis `replica`.
+"""Several runs (seeds, configurations) at once: runs that agree share a program, over the mesh's axis `replica`.
 
 Runs agree if their functions, settings, shapes and types are equal; other runs go one after the other.  A run gives the
 numbers that it gives alone.
@@ -33,37 +33,31 @@ def call(program: Any, static: tuple, mesh: jax.sharding.Mesh | None, arguments:
         joined, own = _joined([(np.int32(k), arguments[k]) for k in group])  # a number, if runs share the rest
         placement = Placement(over, True, own)
         placed = placement.put_context(joined)
-        found = distributed.gather(_side_by_side(program.__wrapped__, static, placement, placed))
+        outputs = distributed.gather(_side_by_side(program.__wrapped__, static, placement, placed))
         for row, k in enumerate(group):
-            results[k] = jax.tree.map(lambda a: a[row], found)  # noqa: B023 (used at once)
+            results[k] = jax.tree.map(lambda a: a[row], outputs)  # noqa: B023 (used at once)
     return results
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _side_by_side(function: Callable[..., Any], static: tuple, placement: Placement, arguments: tuple) -> Any:
-    def here(own: list, shared: list) -> Any:
-        whole = lambda mine: placement.join(jax.tree.structure(arguments), mine, shared)[1]
-        return potential.over_members(lambda mine: function(*static, None, *whole(mine)), own)
-
-    axis = jax.P("replica")
-    mapped = jax.shard_map(here, mesh=placement.mesh, in_specs=(axis, jax.P()), out_specs=axis, check_vma=False)
-    return mapped(*placement.divide(arguments))
+    return placement.over_runs(lambda _, arguments: function(*static, None, *arguments[1]), (), arguments)
 
 
 def _joined(trees: Sequence[Any]) -> tuple[Any, tuple[bool, ...]]:
-    """Stack the trees of several runs, and say which leaves have a row for each run.
+    """Stack the trees of several runs, and flag the leaves that have a row a run.
 
-    An array that is one object in all runs, such as a data set, is there once.
+    An array that is one object in all runs, such as a data set, stays single.
     """
     leaves, structure = jax.tree.flatten(trees[0])
     columns = list(zip(leaves, *(jax.tree.leaves(tree) for tree in trees[1:]), strict=True))
     own = tuple(not np.ndim(column[0]) or any(leaf is not column[0] for leaf in column) for column in columns)
-    joined = [devices.stack(column) if mine else column[0] for column, mine in zip(columns, own, strict=True)]
+    joined = [potential.stacked(*column) if mine else column[0] for column, mine in zip(columns, own, strict=True)]
     return jax.tree.unflatten(structure, joined), own
 
 
 def train(trainings: Sequence[Training]) -> list[State]:
-    """Train all runs; those that differ only in keys, parameters, contexts and hosts share a program.
+    """Train all runs; runs that differ only in keys, parameters, contexts and hosts share a program.
 
     Raises:
       ValueError: only some of the runs have checkpoints; see also `training.train`.
@@ -78,12 +72,12 @@ def train(trainings: Sequence[Training]) -> list[State]:
     return results
 
 
-def _likeness(asked: Training) -> Hashable:
+def _likeness(member: Training) -> Hashable:
     """A value that is equal for trainings that can share a program."""
-    if asked.data is not None or asked.host.fully_sharded or np.ndim(asked.key) > 0:
+    if member.data is not None or member.host.fully_sharded or np.ndim(member.key) > 0:
         return object()
-    stands = int(asked.params.step) if isinstance(asked.params, State) else 0  # runs go on from one step
-    return asked.task, asked.settings, stands, shapes((asked.params, asked.context))
+    stands = int(member.params.step) if isinstance(member.params, State) else 0  # runs go on from one step
+    return member.task, member.settings, stands, shapes((member.params, member.context))
 
 
 def _groups(likenesses: Sequence[Hashable]) -> list[list[int]]:
@@ -112,7 +106,7 @@ def _train(members: Sequence[Training]) -> list[State]:
             if of_run is not None:
                 host.report(step, of_run)
 
-    keys, params = devices.stack([(member.key, member.params) for member in members])
+    keys, params = potential.stacked(*((member.key, member.params) for member in members))
     context, flags = _joined([member.context for member in members])
     own = jax.tree.unflatten(jax.tree.structure(context), flags)
     host = Host(checkpoints=None if none else _Several(checkpoints), report_runs=report)
@@ -137,7 +131,7 @@ class _Several:
                 checkpoints.save(step, _of_run(state, k))
 
     def restore(self, state: State, data: None = None) -> State:
-        return devices.stack([checkpoints.restore(_of_run(state, k)) for k, checkpoints in enumerate(self.of_runs)])
+        return potential.stacked(*(kept.restore(_of_run(state, k)) for k, kept in enumerate(self.of_runs)))
 
     @contextlib.contextmanager
     def written(self) -> Iterator[None]:

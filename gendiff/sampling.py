@@ -155,7 +155,7 @@ def recurrent(process: Process, kernel: Kernel, times: int | Int[Array, ""]) -> 
 def pinned(kernel: Kernel, known: Sample, mask: Bool[Array, "*shape"]) -> Kernel:
     """Hold the coordinates in `mask` at the clean values `known` in every state (Janner et al. 2022, section 3.1).
 
-    For models that were trained with clean values there; `guidance.inpaint` holds x_0 alone.
+    For models that were trained with these values clean; `guidance.inpaint` holds x_0 alone.
     """
 
     def hold(x: Sample) -> Sample:

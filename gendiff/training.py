@@ -100,7 +100,8 @@ def train(
         state, first = _initial(arguments, placement)
         going, done = _progress(state, settings, runs)
         context = placement.put_context(arguments.context)
-        batches = None if data is None else _batches(data, done)
+        # An iterator continues from its own position, which `restore` has set.
+        batches = data if data is None or isinstance(data, Iterator) else (data[i] for i in range(done, len(data)))
         host.report(done, {})
         host.report_runs(done, [{}] * runs)
         while going.any():
@@ -276,13 +277,6 @@ def _save(host: Host, done: int, placement: Placement, runs: int, state: State, 
 
 def _stop(host: Host, done: int) -> NoReturn:
     distributed.stop("every phase that was finished" if host.checkpoints is None else f"step {done}")
-
-
-def _batches(data: Sequence | Iterator, start: int) -> Iterator:
-    """Batches of a sequence from step `start`; an iterator continues from its own position."""
-    if isinstance(data, Iterator):
-        return data
-    return (data[i] for i in range(start, len(data)))
 
 
 # Keys and batches.

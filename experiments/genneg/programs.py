@@ -6,7 +6,7 @@ from typing import Any
 from experiments.lab.programs import KEY, NUMBER, Lower, Program, abstract, many, sampler, trained
 from gendiff import training
 from gendiff.methods import genneg
-from gendiff.methods.genneg import ClassifierTraining, Guided, OracleProblem, Request, Synthetic
+from gendiff.methods.genneg import ClassifierTraining, Fit, Guided, OracleProblem, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 
@@ -25,9 +25,8 @@ def classifier(
 
     def job(batch: int) -> training.Training:
         sized = settings._replace(half=batch // 2)
-        make = lambda key, conditions: genneg.classifier_training(
-            problem, pool, pool, new(key), sized, key, conditions=conditions
-        )
+        fit = lambda key, conditions: Fit(pool, pool, new(key), key, conditions=conditions)
+        make = lambda key, conditions: genneg.classifier_training(problem, fit(key, conditions), sized)
         return abstract(make, KEY, conditions)
 
     return trained(what, unit, 2 * settings.half, job, pool=True)

@@ -7,16 +7,15 @@ them (`measures`).
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
-import numpy as np
 
 from experiments.lab.config import Between
 from experiments.lab.phases import Lab, Run
 from gendiff import training
 from gendiff.methods import genneg
-from gendiff.methods.genneg import Guided, OracleProblem, Points, Request, Synthetic
+from gendiff.methods.genneg import Fit, Guided, OracleProblem, Points, Request, Synthetic
 from gendiff.types import Params, PRNGKey
 
 Model = Callable[[Run], Guided]
@@ -82,16 +81,6 @@ def draws(
     return name
 
 
-class Fit(NamedTuple):
-    """The samples, start and key of a classifier's training."""
-
-    train: Synthetic
-    held_out: Synthetic
-    start: Params
-    key: PRNGKey
-    density: tuple[np.ndarray, np.ndarray] | None = None
-
-
 def classifier(
     lab: Lab, phase: str, problem: OracleProblem, settings: genneg.ClassifierTraining, fit: Callable[[Run], Fit],
     conditions: Any = None, mesh: jax.sharding.Mesh | None = None,
@@ -100,8 +89,8 @@ def classifier(
     fits: dict[Run, Fit] = {}
 
     def job(run: Run) -> training.Training:
-        train, held_out, start, key, density = fits[run] = fit(run)
-        return genneg.classifier_training(problem, train, held_out, start, settings, key, density, conditions)
+        fits[run] = fit(run)._replace(conditions=conditions)
+        return genneg.classifier_training(problem, fits[run], settings)
 
     lab.train(phase, job, lambda run, state: genneg.fitted(state, fits[run].train, settings), mesh)
 

@@ -26,7 +26,7 @@ from gendiff.denoiser import Denoiser, Model
 from gendiff.losses import Weight
 from gendiff.methods import genneg
 from gendiff.nets.scene_network import SceneNetwork
-from gendiff.nets.scene_transformer import Head
+from gendiff.nets.scene_transformer import Head, SceneTransformer
 from gendiff.oracles import traffic as oracle
 from gendiff.process import Process
 from gendiff.types import PRNGKey, Sample, Scalar
@@ -209,11 +209,12 @@ def splits_of(config: TrafficConfig) -> dict[str, data.Scenes]:
 
 def denoiser_network(config: TrafficConfig) -> SceneNetwork:
     """The network of the baseline and of every student."""
-    return SceneNetwork(UNITS, "denoise", **dataclasses.asdict(config.network))
+    return SceneNetwork(SceneTransformer(UNITS, "denoise", **dataclasses.asdict(config.network)))
 
 
 def classifier_network(config: TrafficConfig, head: Head) -> SceneNetwork:
-    return SceneNetwork(UNITS, head, **dataclasses.asdict(config.classifier_network))
+    """The network of a classifier."""
+    return SceneNetwork(SceneTransformer(UNITS, head, **dataclasses.asdict(config.classifier_network)))
 
 
 def chain(config: TrafficConfig) -> Process:

@@ -103,7 +103,7 @@ def classifier_of(config: TrafficConfig) -> SceneNetwork:
 def fields(net: SceneNetwork) -> dict[str, Any]:
     """What the rival needs of a network's fields."""
     names = ("head", "width", "layers", "heads", "expansion", "hidden")
-    return {name: getattr(net, name) for name in names}
+    return {name: getattr(net.trunk, name) for name in names}
 
 
 def shaped(shape: tuple[int, ...], kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -45,14 +45,10 @@ def calibrate(
     """Noise held-out samples to the times, and compare C = probability(params, x_t, t) with their labels.
 
     Args:
-      process: the diffusion process.
-      probability: C, of one noisy sample.
-      params: parameters of C.
       positives, negatives: held-out samples (n, *shape); their total weights are alpha and 1 - alpha.
       alpha: share of positives among the model's samples, in (0, 1).
-      key: key of the noise.
       times: one or more times, in the units of the process.
-      bins: number of bins of C, 1 or more.
+      bins: number of bins of C, >= 1.
 
     Raises:
       ValueError: a class has no samples, shapes or numbers are out of range, or C is not one number in [0, 1] a sample.

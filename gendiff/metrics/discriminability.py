@@ -21,8 +21,6 @@ def accuracy(
     slope has an L2 penalty with C = 1.
 
     Args:
-      base: rewards of the base's samples.
-      expert: rewards of the expert's samples.
       held_out: True: fit on even values and score on odd ones.  False: fit and score on all, like the published code.
       tails: share of the fitted values to clip at either end, in [0, 0.5).
 

@@ -46,8 +46,7 @@ def precision_recall(real: Features, generated: Features, k: int = 3) -> Diversi
     The intervals cover the variance of the tested points, but treat the manifold as fixed; `by_splits` covers both.
 
     Args:
-      real: features (n, d) of real samples.
-      generated: features (m, d) of generated samples.
+      real, generated: features (n, d) and (m, d) of samples.
       k: rank of the neighbour that sets a ball's radius; 3 in the paper, up to 5 for less variance.
 
     Raises:
@@ -67,22 +66,17 @@ def by_splits(real: Features, generated: Features, k: int = 3, splits: int = 5, 
     split is smaller: compare it only with equal splits of equal sizes.
 
     Args:
-      real: features (n, d) of real samples.
-      generated: features (m, d) of generated samples.
-      k: see `precision_recall`.
-      splits: number of splits, 2 or more.
-      seed: seed of the splits, 0 or more.
-
-    Raises:
-      ValueError: see `precision_recall`, for a split.
+      real, generated, k: see `precision_recall`, also for the errors of a split.
+      splits: number of splits, >= 2.
+      seed: >= 0.
     """
     check.number("diversity: splits", splits, at_least=2, whole=True)
     check.number("diversity: seed", seed, at_least=0, whole=True)
     rng = np.random.default_rng(seed)
     parts = lambda a: (a[rows] for rows in np.array_split(rng.permutation(len(a)), splits))
     pairs = zip(parts(np.asarray(real)), parts(np.asarray(generated)), strict=True)
-    found = [precision_recall(*pair, k) for pair in pairs]
-    return Diversity(*(rates.over_seeds(estimates) for estimates in zip(*found, strict=True)))
+    of_splits = [precision_recall(*pair, k) for pair in pairs]
+    return Diversity(*(rates.over_seeds(estimates) for estimates in zip(*of_splits, strict=True)))
 
 
 def radii(points: Features, k: int) -> Squares:
@@ -94,11 +88,8 @@ def radii(points: Features, k: int) -> Squares:
 
 def inside(points: Features, centres: Features, squared_radii: Squares) -> Bool[np.ndarray, " n"]:
     """Return True for points (n, d) in a closed ball around any of the centres (m, d)."""
-    hits = []
-    for rows in _chunks(points):
-        # The slack keeps the border inside in spite of rounding.
-        hits.append(np.any(squared_distances(rows, centres) <= squared_radii * (1 + SLACK), 1))
-    return np.concatenate(hits)
+    edges = squared_radii * (1 + SLACK)  # the slack keeps the border inside in spite of rounding
+    return np.concatenate([np.any(squared_distances(rows, centres) <= edges, 1) for rows in _chunks(points)])
 
 
 def squared_distances(rows: Float[np.ndarray, "r d"], points: Features) -> Float[np.ndarray, "r n"]:

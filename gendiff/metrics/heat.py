@@ -31,7 +31,6 @@ def heat(
 
     Args:
       points: (x, y) in cells; the middle of the maze's cell (0, 0) is the origin.
-      values: the rewards at the points.
       extent: numbers of cells along x and y, 1 or more.
       bins: bins along a cell's side, 1 or more.
       least: least number of values of a bin, 1 or more.
@@ -87,7 +86,7 @@ def highest(field: Heat, width: float = 2.0) -> tuple[float, float]:
     return tuple(o + (k + 0.5) * field.size for o, k in zip(field.origin, (i, j), strict=True))  # type: ignore[return-value]
 
 
-def recovered(field: Heat, goal: tuple[float, float], within: float = 1.0, width: float = 2.0) -> bool:
+def recovered(field: Heat, goal: tuple[float, float], within: float = 1.0) -> bool:
     """Return True if the maximum lies within `within` cells of the goal; 1 in arXiv 2306.01804, section 5.1.
 
     Raises:
@@ -96,4 +95,4 @@ def recovered(field: Heat, goal: tuple[float, float], within: float = 1.0, width
     check.shape("heat: goal", goal, (2,))
     check.number("heat: goal", goal)
     check.number("heat: within", within, at_least=0)
-    return bool(np.hypot(*np.subtract(highest(field, width), goal)) <= within)
+    return bool(np.hypot(*np.subtract(highest(field), goal)) <= within)

@@ -74,10 +74,9 @@ def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed:
     because it has no spread between groups.
 
     Args:
-      values: finite numbers (n,), n >= 1.
-      groups: groups of the values (n,).
-      resamples: number of resamples, 1 or more.
-      seed: seed of the bootstrap, 0 or more.
+      values, groups: finite numbers (n,) and their groups (n,), n >= 1.
+      resamples: of the bootstrap, >= 1.
+      seed: of the bootstrap, >= 0.
 
     Raises:
       ValueError: shapes differ, a value is not finite, a group is NaN, or a number is out of range.
@@ -103,13 +102,9 @@ def clustered(values: ArrayLike, groups: ArrayLike, resamples: int = 2000, seed:
 
 
 def paired(first: ArrayLike, second: ArrayLike, groups: ArrayLike) -> Estimate:
-    """Return the share of trials with `first` minus the share with `second`, in [-1, 1], for grouped trials.
+    """Return the share of trials with `first` minus the share with `second`, in [-1, 1], as `clustered` does.
 
-    If they agree in all trials, the interval is Wilson's bound for 0 differing groups, to both sides.  A single group
-    has no bounds.
-
-    Raises:
-      ValueError: see `clustered`.
+    If they agree in all trials, the interval is Wilson's bound for 0 differing groups, to both sides.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     check.shape("paired: second", second, first.shape)

@@ -39,7 +39,6 @@ def marginals(
 
     Args:
       vehicles: see `gendiff.data.traffic.Scenes`; present vehicles are finite.
-      present: True for rows with a vehicle.
       distance: signed distances to the edge of the drivable area, for x and y in [-half, half].
       half: half the width of the map, in metres.
 
@@ -115,18 +114,17 @@ def distances(
     """Return "speed_distance", "heading_distance" and "gap_distance" to real marginals, without scenes that are not
     finite."""
     finite = np.isfinite(vehicles).all((1, 2))
-    found = marginals(vehicles[finite], present[finite], distance[finite], half)
-    return {
-        f"{name}_distance": rates.exact(value, len(found[name])) for name, value in differences(found, real).items()
-    }
+    generated = marginals(vehicles[finite], present[finite], distance[finite], half)
+    values = differences(generated, real).items()
+    return {f"{name}_distance": rates.exact(value, len(generated[name])) for name, value in values}
 
 
 def infraction_rates(holds: Bool[np.ndarray, "s m"], maps: Int[np.ndarray, " s"]) -> dict[str, Estimate]:
     """Return the shares of scenes with an overlap, with a vehicle off the road, and with either.
 
     Args:
-      holds: the constraints that each scene keeps (`gendiff.oracles.traffic.constraints`).
-      maps: number of each scene's map; intervals are the bootstrap over maps.
+      holds: the constraints of the scenes (`gendiff.oracles.traffic.constraints`).
+      maps: numbers of the scenes' maps; intervals are the bootstrap over maps.
     """
     return {name: rates.clustered(~good, maps) for name, good in zip(RATES, kept(holds), strict=True)}
 

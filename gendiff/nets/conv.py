@@ -109,8 +109,8 @@ def _window(w: Any) -> Sizes:
 
 ad.defbilinear(
     correlate_p,
-    lambda y, x, w, **how: spread(y, w, **how, space=_space(x)),
-    lambda y, x, w, **how: gather(x, y, **how, window=_window(w)),
+    lambda y, x, w, **geometry: spread(y, w, **geometry, space=_space(x)),
+    lambda y, x, w, **geometry: gather(x, y, **geometry, window=_window(w)),
 )
 ad.defbilinear(
     spread_p,
@@ -127,14 +127,14 @@ ad.defbilinear(
 # `vmap`: examples of a common kernel extend n, all other mapped axes extend m.
 
 
-def _mapped(primitive: Primitive, shared: bool, operands: Any, axes: Any, **how: Any) -> tuple[Array, int]:
+def _mapped(primitive: Primitive, shared: bool, operands: Any, axes: Any, **geometry: Any) -> tuple[Array, int]:
     a, b = operands
     size = next(array.shape[axis] for array, axis in zip(operands, axes, strict=True) if axis is not None)
     if shared and axes[1] is None:  # m, size n, ...
         a = jnp.moveaxis(a, axes[0], 1)
-        out = primitive.bind(a.reshape(a.shape[0], -1, *a.shape[3:]), b, **how)
+        out = primitive.bind(a.reshape(a.shape[0], -1, *a.shape[3:]), b, **geometry)
         return out.reshape(out.shape[0], size, -1, *out.shape[2:]), 1
-    out = primitive.bind(*(_joined(array, axis, size) for array, axis in zip(operands, axes, strict=True)), **how)
+    out = primitive.bind(*(_joined(array, axis, size) for array, axis in zip(operands, axes, strict=True)), **geometry)
     return out.reshape(size, -1, *out.shape[1:]), 0
 
 
@@ -151,35 +151,29 @@ for primitive, shared in ((correlate_p, True), (spread_p, True), (gather_p, Fals
 # On accelerators.
 
 
-def _lax(x: Array, w: Array, stride: Sizes, padding: Sides) -> Array:
+def _lax_correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
     return lax.conv_general_dilated(x, w, stride, padding, dimension_numbers=conv_cpu.labels(len(stride)))
 
 
-def _lax_correlate(x: Array, w: Array, *, stride: Sizes, padding: Sides) -> Array:
-    return jax.vmap(partial(_lax, stride=stride, padding=padding))(x, w)
+def _lax_spread(y: Array, w: Array, *, space: Sizes, **geometry: Any) -> Array:
+    x = jax.ShapeDtypeStruct((y.shape[0], *space, w.shape[-2]), y.dtype)
+    return jax.linear_transpose(lambda x: _lax_correlate(x, w, **geometry), x)(y)[0]
 
 
-def _lax_spread(y: Array, w: Array, *, stride: Sizes, padding: Sides, space: Sizes) -> Array:
-    def of_member(y: Array, w: Array) -> Array:
-        x = jax.ShapeDtypeStruct((y.shape[0], *space, w.shape[-2]), y.dtype)
-        return jax.linear_transpose(lambda x: _lax(x, w, stride, padding), x)(y)[0]
-
-    return jax.vmap(of_member)(y, w)
+def _lax_gather(x: Array, y: Array, *, window: Sizes, **geometry: Any) -> Array:
+    w = jax.ShapeDtypeStruct((*window, x.shape[-1], y.shape[-1]), y.dtype)
+    return jax.linear_transpose(lambda w: _lax_correlate(x, w, **geometry), w)(y)[0]
 
 
-def _lax_gather(x: Array, y: Array, *, stride: Sizes, padding: Sides, window: Sizes) -> Array:
-    def of_member(x: Array, y: Array) -> Array:
-        w = jax.ShapeDtypeStruct((*window, x.shape[-1], y.shape[-1]), y.dtype)
-        return jax.linear_transpose(lambda w: _lax(x, w, stride, padding), w)(y)[0]
-
-    return jax.vmap(of_member)(x, y)
+def _by_vmap(function: Callable[..., Array]) -> Callable[..., Array]:
+    return lambda a, b, **geometry: jax.vmap(partial(function, **geometry))(a, b)
 
 
 def _by_member(function: Callable[..., Array]) -> Callable[..., Array]:
-    def of_members(a: Array, b: Array, **how: Any) -> Array:
+    def of_members(a: Array, b: Array, **geometry: Any) -> Array:
         if a.shape[0] == 1:
-            return function(a[0], b[0], **how)[None]
-        return lax.map(lambda pair: function(*pair, **how), (a, b))
+            return function(a[0], b[0], **geometry)[None]
+        return lax.map(lambda pair: function(*pair, **geometry), (a, b))
 
     return of_members
 
@@ -189,7 +183,7 @@ for primitive, everywhere, cpu in (
     (spread_p, _lax_spread, conv_cpu.spread),
     (gather_p, _lax_gather, conv_cpu.gather),
 ):
-    mlir.register_lowering(primitive, mlir.lower_fun(everywhere, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(_by_vmap(everywhere), multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(_by_member(cpu), multiple_results=False), platform="cpu")
     primitive.def_impl(jax.jit(primitive.bind, static_argnames=("stride", "padding", "space", "window")))
 
@@ -259,8 +253,8 @@ class ConvTranspose(nn.Module):
         kernel = self.param("kernel", initial, (*self.window, self.features, y.shape[-1]))
         lengths = zip(y.shape[:-1], self.window, strict=True)
         space = tuple((length - 1) * self.stride - 2 * self.padding + k for length, k in lengths)
-        how = (self.stride,) * len(space), ((self.padding,) * 2,) * len(space)
-        x = spread(y[None, None], kernel[None], *how, space)[0, 0]
+        geometry = (self.stride,) * len(space), ((self.padding,) * 2,) * len(space)
+        x = spread(y[None, None], kernel[None], *geometry, space)[0, 0]
         return x + _bias(self, initial, x) if self.bias else x
 
 

@@ -237,8 +237,8 @@ class Tiles(NamedTuple):
 
 def _toom_cook(m: int, k: int, points: Sequence[Fraction | int]) -> Tiles:
     """Construct F(m, k) from m + k - 2 points and infinity (Toom 1963; Cook 1966)."""
-    one = np.array([Fraction(1)])
-    polynomial = lambda roots: reduce(np.polymul, [[Fraction(1), -root] for root in roots], one)[::-1]
+    unit = np.array([Fraction(1)])
+    polynomial = lambda roots: reduce(np.polymul, [[Fraction(1), -root] for root in roots], unit)[::-1]
     powers = lambda point, count: [Fraction(point) ** i for i in range(count)]
     rest = [[other for other in points if other != point] for point in points]
     image = [[*polynomial(others), 0] for others in rest] + [list(polynomial(points))]

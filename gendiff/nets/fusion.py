@@ -18,18 +18,11 @@ def apart(x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
     return apart_p.bind(x)
 
 
-def _product(x: Array) -> Array:
-    return jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=lax.Precision.HIGHEST)
-
-
-def _mapped(operands: tuple[Array], axes: tuple[int]) -> tuple[Array, int]:
-    return apart(jnp.moveaxis(operands[0], axes[0], 0)), 0
-
-
 apart_p = Primitive("apart")
+product = lambda x: jnp.dot(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=lax.Precision.HIGHEST)
 apart_p.def_abstract_eval(lambda x: x)
 apart_p.def_impl(jax.jit(apart_p.bind))
 ad.deflinear2(apart_p, lambda y, x: [apart(y)])
-batching.primitive_batchers[apart_p] = _mapped
+batching.primitive_batchers[apart_p] = lambda operands, axes: (apart(jnp.moveaxis(operands[0], axes[0], 0)), 0)
 mlir.register_lowering(apart_p, lambda context, x: [x])
-mlir.register_lowering(apart_p, mlir.lower_fun(_product, multiple_results=False), platform="cpu")
+mlir.register_lowering(apart_p, mlir.lower_fun(product, multiple_results=False), platform="cpu")

@@ -50,16 +50,13 @@ class BatchNorm(nn.Module):
         count = lax.psum(x.shape[0] * x.shape[1], BATCH)
         if count < 2:
             raise ValueError("BatchNorm: x must have 2 or more values of a channel in a training batch, got 1")
-        self.sow("moments", "mean", now, reduce_fn=_newest)
-        self.sow("moments", "var", spread, reduce_fn=_newest)
+        newest = lambda _, new: new
+        self.sow("moments", "mean", now, reduce_fn=newest)
+        self.sow("moments", "var", spread, reduce_fn=newest)
         keep = 1 - self.momentum
         mean.value = keep * mean.value + self.momentum * lax.stop_gradient(now)
         variance.value = keep * variance.value + self.momentum * lax.stop_gradient(spread) * (count / (count - 1))
         return _affine(x, now, spread + self.eps, scale, bias)
-
-
-def _newest(_: Any, new: Array) -> Array:
-    return new
 
 
 def _affine(x: Image, mean: Array, variance: Array, scale: Array, bias: Array) -> Image:

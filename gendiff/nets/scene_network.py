@@ -6,30 +6,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gendiff.nets.scene_transformer import Head, MapEncoder, Place, SceneTransformer, Units
+from gendiff.nets.scene_transformer import MapEncoder, Place, SceneTransformer
 from gendiff.types import Params, Scalar
 
 
 class SceneNetwork(NamedTuple):
     """Map encoder and transformer as a network: `init`, `bind` the parameters to a place, `apply`."""
 
-    units: Units
-    head: Head = "denoise"
-    width: int = 128
-    layers: int = 4
-    heads: int = 8
-    expansion: int = 2
-    hidden: int = 32
+    trunk: SceneTransformer
+    """Module for the vehicles."""
 
     @property
     def encoder(self) -> MapEncoder:
         """Module for the map."""
-        return MapEncoder(self.width, self.heads)
-
-    @property
-    def trunk(self) -> SceneTransformer:
-        """Module for the vehicles."""
-        return SceneTransformer(self.units, self.head, self.width, self.layers, self.heads, self.expansion, self.hidden)
+        return MapEncoder(self.trunk.width, self.trunk.heads)
 
     def init(self, key: Array, place: Place) -> Params:
         """Draw initial parameters {"map": .., "scene": ..}."""
@@ -40,11 +30,8 @@ class SceneNetwork(NamedTuple):
 
     def bind(self, params: Params, place: Place) -> Params:
         """Return parameters for a place, with the encoded map, which does not depend on vehicles or noise."""
-        return {
-            "scene": params["scene"],
-            "place": place,
-            "memory": self.encoder.apply(params["map"], place.distance),
-        }
+        memory = self.encoder.apply(params["map"], place.distance)
+        return {"scene": params["scene"], "place": place, "memory": memory}
 
     def apply(self, bound: Params, u: Float[Array, "k 7"], c_noise: Scalar) -> Array:
         """Return the head's output, for parameters bound to a place."""
@@ -59,16 +46,15 @@ class SceneNetwork(NamedTuple):
 
 
 def begin_from(theta: Params, fresh: Params) -> Params:
-    """Return a classifier's fresh parameters with those of a denoiser in their place: all but the head, of as many
-    layers as the classifier has; those of another shape stay fresh."""
+    """Replace a classifier's fresh parameters by a denoiser's, except the head and other shapes."""
     known = dict(jax.tree_util.tree_flatten_with_path(theta)[0])
 
     def begin(path: Any, leaf: Array) -> Array:
-        found, name = known.get(path), jax.tree_util.keystr(path)
-        if found is None or "output" in name:
+        source, name = known.get(path), jax.tree_util.keystr(path)
+        if source is None or "output" in name:
             return leaf
-        # The relative encodings of all layers stand side by side in one matrix.
-        cut = found[..., : leaf.shape[-1]] if "relat" in name else found
+        # Cut, because one matrix has the relative encodings of all layers, and the classifier may have fewer.
+        cut = source[..., : leaf.shape[-1]] if "relat" in name else source
         return jnp.asarray(cut) if cut.shape == leaf.shape else leaf
 
     return jax.tree_util.tree_map_with_path(begin, fresh)

@@ -184,11 +184,11 @@ def roadside(vehicles: Float[Array, "k 7"], distance: Float[Array, "c c"], half:
 
 RINGS = (2.0, 5.0, 10.0, 20.0)
 """Radii in metres."""
-_ANGLES = np.arange(8) * np.pi / 4
-AROUND = np.concatenate(
-    [np.zeros((1, 2)), *(radius * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1) for radius in RINGS)]
-)
+CIRCLE = np.stack([np.cos(np.arange(8) * np.pi / 4), np.sin(np.arange(8) * np.pi / 4)], 1)
+AROUND = np.concatenate([np.zeros((1, 2)), *(radius * CIRCLE for radius in RINGS)])
 """The centre, and eight places per ring."""
+SMALL = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+"""Initialiser of the last layer of a part."""
 
 
 class SceneTransformer(nn.Module):
@@ -297,8 +297,7 @@ class FeedForward(nn.Module):
     def __call__(self, h: Float[Array, "k d"]) -> Float[Array, "k d"]:
         """Apply the layer."""
         d = h.shape[-1]
-        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        return nn.Dense(d, kernel_init=small)(nn.gelu(nn.Dense(self.expansion * d)(h)))
+        return nn.Dense(d, kernel_init=SMALL)(nn.gelu(nn.Dense(self.expansion * d)(h)))
 
 
 class CrossAttention(nn.Module):
@@ -314,8 +313,7 @@ class CrossAttention(nn.Module):
         keys, values = memory
         logits = jnp.einsum("ihe,hme->him", q, keys) / q.shape[-1] ** 0.5
         mixed = jnp.einsum("him,hme->ihe", jax.nn.softmax(logits, -1), values)
-        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        return nn.Dense(d, kernel_init=small, name="out")(mixed.reshape(k, d))
+        return nn.Dense(d, kernel_init=SMALL, name="out")(mixed.reshape(k, d))
 
 
 class RelativeAttention(nn.Module):
@@ -338,12 +336,11 @@ class RelativeAttention(nn.Module):
         size = d // self.heads
         q, key, v = (nn.Dense(d, use_bias=False, name=name)(h).reshape(k, self.heads, size) for name in ("q", "k", "v"))
         read = [self.param(f"read_{name}", nn.initializers.zeros, (self.heads, size, r.shape[-1])) for name in "qkv"]
-        asked, offered = (jnp.einsum("ihe,hef->ihf", *pair) for pair in ((q, read[0]), (key, read[1])))
+        queries, offers = (jnp.einsum("ihe,hef->ihf", *pair) for pair in ((q, read[0]), (key, read[1])))
         logits = jnp.einsum("ihe,jhe->hij", q, key)
-        logits += jnp.einsum("ihf,ijf->hij", asked, r) + jnp.einsum("jhf,jif->hij", offered, r)
+        logits += jnp.einsum("ihf,ijf->hij", queries, r) + jnp.einsum("jhf,jif->hij", offers, r)
         logits = jnp.where(present[None, None], logits / size**0.5, -1e9)
         share = jax.nn.softmax(logits, -1)
         mixed = jnp.einsum("hij,jhe->ihe", share, v)
         mixed += jnp.einsum("ihf,hef->ihe", jnp.einsum("hij,ijf->ihf", share, r), read[2])
-        small = nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
-        return nn.Dense(d, kernel_init=small, name="out")(mixed.reshape(k, d))
+        return nn.Dense(d, kernel_init=SMALL, name="out")(mixed.reshape(k, d))

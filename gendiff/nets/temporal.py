@@ -40,21 +40,14 @@ def _gate(x: Array) -> tuple[Array, Array, Array]:
     return u * (u + 2) * rest / 2, rest**2 * rise, rest**2 * (rise + u**2 - 2 * rest * rise**2)
 
 
-def _mish(x: Array) -> Array:
-    return x * _gate(x)[0]
-
-
-def _mish_slope(x: Array) -> Array:
-    value, slope, _ = _gate(x)
-    return value + x * slope
-
-
-def _mish_curvature(x: Array) -> Array:
-    _, slope, curvature = _gate(x)
-    return 2 * slope + x * curvature
-
-
-mish = with_slope(_mish, with_slope(_mish_slope, _mish_curvature))
+_of_gate = lambda formula: lambda x: formula(x, *_gate(x))
+mish = with_slope(
+    _of_gate(lambda x, gate, slope, curvature: x * gate),
+    with_slope(
+        _of_gate(lambda x, gate, slope, curvature: gate + x * slope),
+        _of_gate(lambda x, gate, slope, curvature: 2 * slope + x * curvature),
+    ),
+)
 """x tanh(softplus(x)) (Misra 2019)."""
 
 

@@ -238,22 +238,17 @@ class Trunk(nn.Module):
                 h = self.residual(multiplier * self.width, f"{name}_0")(maps[-1], e, train)
                 maps.append(self.attend(h.shape[-1], f"{name}_1")(h) if h.shape[0] in self.attention else h)
             if level < len(self.multipliers) - 1:
-                maps.append(self.down(maps[-1], e, train, f"input_{len(maps)}_0"))
+                maps.append(self.resample(maps[-1], e, train, f"input_{len(maps)}_0", "down"))
         h = self.residual(maps[-1].shape[-1], "middle_0")(maps[-1], e, train)
         h = self.attend(h.shape[-1], "middle_1")(h)
         return [*maps, self.residual(h.shape[-1], "middle_2")(h, e, train)]
 
-    def down(self, h: Image, e: Embedding, train: bool, name: str) -> Image:
-        """Halve the extents."""
+    def resample(self, h: Image, e: Embedding, train: bool, name: str, way: str) -> Image:
+        """Halve ("down") or double ("up") the extents."""
         if self.resample_blocks:
-            return self.residual(h.shape[-1], name, "down")(h, e, train)
-        return Conv(h.shape[-1], stride=2, name=name)(h)
-
-    def up(self, h: Image, e: Embedding, train: bool, name: str) -> Image:
-        """Double the extents."""
-        if self.resample_blocks:
-            return self.residual(h.shape[-1], name, "up")(h, e, train)
-        return Conv(h.shape[-1], name=name)(doubled(h))
+            return self.residual(h.shape[-1], name, way)(h, e, train)
+        conv = Conv(h.shape[-1], stride=2 if way == "down" else 1, name=name)
+        return conv(h if way == "down" else doubled(h))
 
 
 class UNet(Trunk):
@@ -269,8 +264,6 @@ class UNet(Trunk):
         """Predict at time t, a scalar in the network's own steps (0 .. T - 1 for public checkpoints).
 
         Args:
-          x: image (h, w, c).
-          t: time.
           label: class, an integer, if and only if the network has classes.
           train: turn dropout on, with the key `rngs={"dropout": key}`.
 
@@ -288,7 +281,7 @@ class UNet(Trunk):
                 attentive = h.shape[0] in self.attention
                 h = self.attend(h.shape[-1], f"{name}_1")(h) if attentive else h
                 if level and block == self.blocks:
-                    h = self.up(h, e, train, f"{name}_{1 + attentive}")
+                    h = self.resample(h, e, train, f"{name}_{1 + attentive}", "up")
                 index += 1
         h = nn.silu(GroupNorm(self.least, name="out_0")(h))
         return Conv(self.channels, initial=zeros, name="out_2")(h)

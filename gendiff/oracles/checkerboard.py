@@ -48,11 +48,7 @@ def in_outer_band(x: Float[Array, "*n 2"], cells: int = 4, half_width: float = 1
 
 @by_value
 def checkerboard(cells: int = 4, half_width: float = 1.0) -> Oracle:
-    """Return the oracle of a board, for a batch of points (n, 2).
-
-    Raises:
-      ValueError: see `position`; the oracle itself checks the points.
-    """
+    """Return the oracle of a board, for a batch of points (n, 2); arguments and errors are those of `position`."""
     _board(cells, half_width)
     return lambda samples: on_board(jnp.asarray(samples), cells, half_width)
 

@@ -57,8 +57,8 @@ def distance_at(distance: Float[Array, "h w"], points: Float[Array, "*n 2"], hal
     rows, columns = distance.shape
     place = lambda axis, cells: (points[..., axis] / half + 1) * (cells / 2) - 0.5
     within = jnp.all(jnp.abs(points) <= half, -1)
-    found = map_coordinates(distance, [place(1, rows), place(0, columns)], order=1, mode="nearest")
-    return jnp.where(within, found, jnp.inf)
+    values = map_coordinates(distance, [place(1, rows), place(0, columns)], order=1, mode="nearest")
+    return jnp.where(within, values, jnp.inf)
 
 
 def off_road(

@@ -38,13 +38,9 @@ def infractions(
 
     Args:
       vehicles: x, y, length, width in metres, cos and sin of the yaw; further columns are ignored.
-      present: True for rows with a vehicle.
       distance: signed distance to the edge of the drivable area, for x and y in [-half, half].
       half: half the width of the map, in metres.
       tolerance: metres that a vehicle may stand off the drivable area.
-
-    Raises:
-      ValueError: see `boxes.collisions` and `drivable.off_road`.
     """
     vehicles = wide(vehicles)
     shapes = boxes.mended(vehicles[:, :6])
@@ -77,14 +73,14 @@ def of_scenes(
     return distributed.chunked(of_scene, (jnp.asarray(vehicles), present, distance), chunk, mesh)
 
 
-def constraints(found: Infractions) -> Bool[Array, "*s m"]:
+def constraints(of_scene: Infractions) -> Bool[Array, "*s m"]:
     """Return m = k (k - 1) / 2 + k constraints, True if they hold.
 
     First come the pairs i < j, in the order of `numpy.triu_indices`: True if they do not overlap.  Then come the
     vehicles: True if they are on the drivable area.
     """
-    rows, columns = np.triu_indices(found.collides.shape[-1], 1)
-    return jnp.concatenate([~found.pairs[..., rows, columns], ~found.off_road], -1)
+    rows, columns = np.triu_indices(of_scene.collides.shape[-1], 1)
+    return jnp.concatenate([~of_scene.pairs[..., rows, columns], ~of_scene.off_road], -1)
 
 
 def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
@@ -102,7 +98,7 @@ def by_agent(holds: Bool[np.ndarray, "*s m"]) -> Bool[np.ndarray, "*s k"]:
 
 
 def parts(holds: Bool[np.ndarray, "*s m"]) -> tuple[Bool[np.ndarray, "*s p"], Bool[np.ndarray, "*s k"]]:
-    """Return the constraints of pairs of vehicles and those of vehicles.
+    """Return the constraints of pairs, and the constraints of vehicles.
 
     Raises:
       ValueError: m is not k (k + 1) / 2 for any k.

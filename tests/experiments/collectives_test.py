@@ -12,7 +12,7 @@ import pytest
 from experiments.censoring import mnist
 from experiments.genneg import checkerboard_problem, traffic_problem
 from experiments.relative_reward import maze2d, trajectories
-from gendiff import devices, distributed, losses, programs, training
+from gendiff import devices, distributed, losses, potential, programs, training
 from gendiff.data import scenes, traffic
 from gendiff.data.windows import Windows
 from gendiff.devices import Placement
@@ -59,7 +59,8 @@ def steps_text(task, theta, context, fully_sharded=False):
 
 def classifier_text(setup, phi, synthetic, conditions):
     how = genneg.ClassifierTraining(SETTINGS, half=8, validation=8)
-    context = genneg.classifier_context(synthetic, synthetic, how, jax.random.key(4), conditions=conditions)
+    fit = genneg.Fit(synthetic, synthetic, phi, jax.random.key(4), conditions=conditions)
+    context = genneg.classifier_context(fit, how)
     return steps_text(genneg.classifier_task(setup, how.half, how.validation), phi, context)
 
 
@@ -135,7 +136,7 @@ def of_checkerboard():
 def runs_text(task, params, context, own):
     mesh, flags = devices.runs_mesh(), tuple(jax.tree.leaves(jax.tree.broadcast(own, context)))
     placement = Placement(mesh, True, flags)
-    state = programs.begin(SETTINGS, training.keys(jax.random.key(0), 8), devices.stack([params] * 8))
+    state = programs.begin(SETTINGS, training.keys(jax.random.key(0), 8), potential.stacked(*[params] * 8))
     state, counts = devices.spread(mesh, (state, np.full(8, 2, np.int32)))
     lowered = programs.steps_at_once.lower(task, SETTINGS, placement, state, placement.put_context(context), counts)
     return lowered.compile().as_text()

@@ -11,7 +11,7 @@ from scipy.special import expit
 from gendiff import distributed, losses, process, sampling
 from gendiff.checkpoint import Archive, CheckpointError
 from gendiff.methods import genneg
-from gendiff.methods.genneg import ClassifierTraining, Guided, OracleProblem, Rounds, Synthetic
+from gendiff.methods.genneg import ClassifierTraining, Fit, Guided, OracleProblem, Rounds, Synthetic
 from gendiff.training import Settings
 
 EDGE = 1.0
@@ -116,10 +116,10 @@ def test_collect_keeps_to_its_budget(problem):
     assert drawn.good + drawn.bad <= 3000
 
 
-@pytest.mark.parametrize(("verdict", "missing"), [(True, "negative"), (False, "positive")])
+@pytest.mark.parametrize(("verdict", "missing"), [(True, "invalid"), (False, "valid")])
 def test_collect_needs_both_classes(problem, verdict, missing):
     one_sided = problem._replace(oracle=lambda samples: np.full(len(samples), verdict))
-    with pytest.raises(ValueError, match=rf"no {missing} within the draw budget: .* given 0 of 2000 draws"):
+    with pytest.raises(ValueError, match=rf"draws must hold an {missing} sample, got 0 of 2000: raise the budget"):
         genneg.collect(one_sided, Guided(THETA), jax.random.key(0), 10, 2000, 2000)
 
 
@@ -180,7 +180,7 @@ def test_split_selects_uniformly(gaussian):
 
 def test_split_needs_two_of_each(gaussian):
     whole = synthetic(50, gaussian)
-    with pytest.raises(ValueError, match="at least 2 samples of each class, given 1"):
+    with pytest.raises(ValueError, match="a class must have at least 2 samples, got 1"):
         genneg.split(whole._replace(negatives=whole.negatives[:1]), CLASSIFIER, jax.random.key(0))
 
 
@@ -251,7 +251,7 @@ def parts(gaussian) -> tuple[Synthetic, Synthetic]:
 def test_weighting_sets_the_prior(problem, parts):
     fits = {
         weighting: genneg.fit_classifier(
-            problem, *parts, PHI, CLASSIFIER._replace(weighting=weighting), jax.random.key(2)
+            problem, Fit(*parts, PHI, jax.random.key(2)), CLASSIFIER._replace(weighting=weighting)
         )
         for weighting in ("importance", "shift", "none")
     }
@@ -280,7 +280,7 @@ def test_density_decides_what_is_drawn(problem, parts):
         density.append(np.where(bad, 0.0, 1.0))
     train = train._replace(positives=poisoned[0], negatives=poisoned[1])
     fit = lambda density: genneg.fit_classifier(
-        problem, train, held_out, PHI, CLASSIFIER, jax.random.key(3), density=density
+        problem, Fit(train, held_out, PHI, jax.random.key(3), density), CLASSIFIER
     )
     assert np.isfinite(fit(tuple(density))["net"]["a"])
     with pytest.raises(FloatingPointError):
@@ -328,17 +328,18 @@ def test_refit_learns_what_was_accepted(problem):
 
 @pytest.mark.parametrize("method", ["distill", "refit"])
 def test_nothing_to_learn_from(method, problem):
-    arguments = (Guided(THETA),) if method == "distill" else ()
-    points = genneg.Points(np.zeros((0, 1), np.float32))
+    points, key = genneg.Points(np.zeros((0, 1), np.float32)), jax.random.key(0)
+    lesson = genneg.Lesson(Guided(THETA), points, THETA, key)
+    arguments = (lesson, STUDENT) if method == "distill" else (points, THETA, STUDENT, key)
     with pytest.raises(ValueError, match="number of samples must be >= 1 and whole, got 0"):
-        getattr(genneg, method)(problem, *arguments, points, THETA, STUDENT, jax.random.key(0))
+        getattr(genneg, method)(problem, *arguments)
 
 
 def test_accepted_are_good(problem):
     samples = genneg.accepted(problem, Guided(THETA), jax.random.key(6), 2500, ROUNDS.budget, ROUNDS.batch)
     assert len(samples) >= 2500
     assert (samples < EDGE).all()
-    with pytest.raises(ValueError, match="expected 6000 good samples within 6000 draws"):
+    with pytest.raises(ValueError, match="6000 draws must hold 6000 valid samples, got "):
         genneg.accepted(problem, Guided(THETA), jax.random.key(6), 6000, ROUNDS.budget, ROUNDS.batch)
 
 
@@ -513,9 +514,8 @@ def test_scene_weights_leave_the_loss_of_each_label_unbiased(conditional, labell
     found = {}
     for weighting in ("importance", "none"):
         how = CLASSIFIER._replace(weighting=weighting, validation=8)
-        context = genneg.classifier_context(
-            labelled, labelled, how, jax.random.key(1), conditions=jax.tree.map(jnp.asarray, MEANS)
-        ) | {"shift": jnp.float32(0)}
+        fit = Fit(labelled, labelled, phi, jax.random.key(1), conditions=jax.tree.map(jnp.asarray, MEANS))
+        context = genneg.classifier_context(fit, how) | {"shift": jnp.float32(0)}
         task = genneg.classifier_task(setup, 32, 8)(context)
 
         def batch_loss(key, task=task):
@@ -533,10 +533,9 @@ def test_scene_weights_leave_the_loss_of_each_label_unbiased(conditional, labell
 def test_shifted_odds_are_of_one_label(conditional, labelled):
     train, held_out = genneg.split(labelled, CLASSIFIER, jax.random.key(0))
     how = CLASSIFIER._replace(weighting="shift")
-    with pytest.raises(ValueError, match="expected 'importance' or 'none' with several labels a sample, given 'shift'"):
-        genneg.fit_classifier(
-            conditional, train, held_out, np.zeros(2, np.float32), how, jax.random.key(1), conditions=MEANS
-        )
+    fit = Fit(train, held_out, np.zeros(2, np.float32), jax.random.key(1), conditions=MEANS)
+    with pytest.raises(ValueError, match="must be 'importance' or 'none' for samples with several labels, got 'shift'"):
+        genneg.fit_classifier(conditional, fit, how)
 
 
 def test_relabelled_changes_labels_alone(labelled):
@@ -551,9 +550,8 @@ def test_a_classifier_of_several_constraints_keeps_most_of_them(conditional, lab
     train, held_out = genneg.split(labelled, CLASSIFIER, jax.random.key(0))
     settings = CLASSIFIER._replace(validation=200)
     start = np.array([0.0, 0.0], np.float32)
-    classifier = genneg.fit_classifier(
-        conditional, train, held_out, start, settings, jax.random.key(1), conditions=jax.tree.map(jnp.asarray, MEANS)
-    )
+    fit = Fit(train, held_out, start, jax.random.key(1), conditions=jax.tree.map(jnp.asarray, MEANS))
+    classifier = genneg.fit_classifier(conditional, fit, settings)
     guided = genneg.append(Guided(THETA_0), classifier)
     rows = np.repeat(np.arange(3), 2000)
     given = {"mean": MEANS["mean"][rows]}
@@ -575,7 +573,7 @@ def test_the_teacher_answers_for_the_sample_s_own_condition(conditional, gaussia
 
 
 def test_conditions_without_bind_are_an_error(problem):
-    with pytest.raises(ValueError, match="conditions: expected a problem with bind"):
+    with pytest.raises(ValueError, match="problem must have bind and bind_network for conditions"):
         genneg.bound(problem, Guided(THETA), {"mean": 0.0})
     with pytest.raises(ValueError, match="verdicts must be m Booleans a sample"):
         genneg.collect(
@@ -625,7 +623,9 @@ def test_a_classifier_of_another_network_is_refused_and_kept(problem, tmp_path):
             "refit: accepted must",
         ),
         (
-            lambda p, g, key: genneg.distill(p, g, genneg.Points(np.array([[1.0], [np.inf]])), THETA, STUDENT, key),
+            lambda p, g, key: genneg.distill(
+                p, genneg.Lesson(g, genneg.Points(np.array([[1.0], [np.inf]])), THETA, key), STUDENT
+            ),
             "x0 must be",
         ),
     ],
@@ -649,7 +649,7 @@ def test_settings_of_a_classifier_are_checked(changes, message, problem, gaussia
     how = CLASSIFIER._replace(**changes)
     with pytest.raises(ValueError, match=message):
         genneg.fit_classifier(
-            problem, *genneg.split(synthetic(50, gaussian), how, jax.random.key(0)), PHI, how, jax.random.key(1)
+            problem, Fit(*genneg.split(synthetic(50, gaussian), how, jax.random.key(0)), PHI, jax.random.key(1)), how
         )
 
 
@@ -659,10 +659,10 @@ def test_a_density_is_finite(bad, message, problem, parts):
     density = [np.ones(len(pool)) for pool in (parts[0].positives, parts[0].negatives)]
     density[1][3] = bad
     with pytest.raises(ValueError, match=f"genneg: density of the negatives must be >= 0, {message} among"):
-        genneg.fit_classifier(problem, *parts, PHI, CLASSIFIER, jax.random.key(3), density=tuple(density))
+        genneg.fit_classifier(problem, Fit(*parts, PHI, jax.random.key(3), tuple(density)), CLASSIFIER)
     for wrong in (density[0][:-1], 0 * density[0]):
         with pytest.raises(ValueError, match="density of the positives must "):
-            genneg.fit_classifier(problem, *parts, PHI, CLASSIFIER, jax.random.key(3), density=(wrong, density[0]))
+            genneg.fit_classifier(problem, Fit(*parts, PHI, jax.random.key(3), (wrong, density[0])), CLASSIFIER)
 
 
 @pytest.mark.parametrize("wrong", [lambda x: jnp.zeros((3, 1)), lambda x: jnp.zeros(1), lambda x: x[:2]])

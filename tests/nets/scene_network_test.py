@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gendiff.nets.scene_network import SceneNetwork, begin_from
-from gendiff.nets.scene_transformer import Place, Units
+from gendiff.nets.scene_transformer import Place, SceneTransformer, Units
 
 UNITS = Units((0.0, 0.0, 4.8, 1.9, 0.0, 0.0, 5.0), (25.0, 25.0, 1.2, 0.25, 1.0, 1.0, 5.0), 50.0)
 PLACE = Place(jnp.zeros((32, 32)), jnp.ones(3, bool))
 
 
 def parameters(head: str, layers: int, seed: int, width: int = 16) -> tuple[SceneNetwork, dict]:
-    network = SceneNetwork(UNITS, head, width, layers, heads=2, hidden=4)
+    network = SceneNetwork(SceneTransformer(UNITS, head, width, layers, heads=2, hidden=4))
     return network, network.init(jax.random.key(seed), PLACE)
 
 

@@ -12,6 +12,7 @@ from gendiff.nets.scene_transformer import (
     ABSENT,
     Place,
     RelativeAttention,
+    SceneTransformer,
     Units,
     relations,
     roadside,
@@ -27,7 +28,7 @@ K = 5
 
 
 def network(head: str) -> SceneNetwork:
-    return SceneNetwork(UNITS, head, width=16, layers=2, heads=2, hidden=4)
+    return SceneNetwork(SceneTransformer(UNITS, head, width=16, layers=2, heads=2, hidden=4))
 
 
 def scene(seed: int = 0) -> tuple[jax.Array, Place]:

@@ -133,14 +133,11 @@ def pieces() -> dict[str, Any]:
     rewards = relative_reward.PairProblem(DDPM, reward, 8)
     goals = np.int32([0, 1, 0, 1])
     return {
-        "classifier": genneg.fit_classifier(problem(), train, held_out, np.float32(0.5), how, key)["net"],
+        "classifier": genneg.fit_classifier(problem(), genneg.Fit(train, held_out, np.float32(0.5), key), how)["net"],
         "student": genneg.distill(
             problem(),
-            guided,
-            genneg.Points(DATA[:45, :2]),
-            np.float32([0.3, 0.2]),
+            genneg.Lesson(guided, genneg.Points(DATA[:45, :2]), np.float32([0.3, 0.2]), key),
             genneg.StudentTraining(settings, 8),
-            key,
             mesh=mesh,
         ),
         "censoring": censoring.fit(

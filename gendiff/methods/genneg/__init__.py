@@ -1,6 +1,6 @@
-"""Gen-neG: guide a diffusion model away from what an oracle calls bad (2307.16463, Algorithm 1).
+"""Gen-neG: guide a diffusion model away from samples that an oracle rejects (2307.16463, Algorithm 1).
 
-`run` is the algorithm.  With the Bayes classifier the guided model is p(x | y = 1): each data point gains exactly
+`run` is the algorithm.  With the Bayes classifier the guided model is p(x | y = 1): a data point gains exactly
 -log(alpha_i) nats in round i, with alpha_i the share of good samples.
 """
 
@@ -15,6 +15,7 @@ from gendiff.checkpoint import Archive
 from gendiff.methods.genneg.base import base_task
 from gendiff.methods.genneg.classifiers import (
     ClassifierTraining,
+    Fit,
     Round,
     calibration,
     classifier_context,
@@ -57,69 +58,30 @@ from gendiff.methods.genneg.students import (
 from gendiff.types import Params, PRNGKey
 
 __all__ = [
-    "ClassifierTraining",
-    "Guided",
-    "Lesson",
-    "OracleProblem",
-    "Points",
-    "Report",
-    "Request",
-    "Round",
-    "Rounds",
-    "StudentTraining",
-    "Synthetic",
-    "accepted",
-    "append",
-    "base_task",
-    "bound",
-    "calibration",
-    "classifier_context",
-    "classifier_loss",
-    "classifier_task",
-    "classifier_training",
-    "collect",
-    "collect_all",
-    "denoiser",
-    "denoising_loss",
-    "distill",
-    "distill_trainings",
-    "draw",
-    "draw_all",
-    "drawn",
-    "fit_classifier",
-    "fitted",
-    "guided_share",
-    "host",
-    "logit",
-    "mixture",
-    "probability",
-    "refit",
-    "refit_training",
-    "replay",
-    "run",
-    "split",
-    "student_task",
-    "teach",
-    "twist",
-    "verdicts",
+    "ClassifierTraining", "Fit", "Guided", "Lesson", "OracleProblem", "Points", "Report", "Request", "Round",
+    "Rounds", "StudentTraining", "Synthetic", "accepted", "append", "base_task", "bound", "calibration",
+    "classifier_context", "classifier_loss", "classifier_task", "classifier_training", "collect", "collect_all",
+    "denoiser", "denoising_loss", "distill", "distill_trainings", "draw", "draw_all", "drawn", "fit_classifier",
+    "fitted", "guided_share", "logit", "mixture", "probability", "refit", "refit_training", "replay", "run",
+    "split", "student_task", "teach", "twist", "verdicts",
 ]  # fmt: skip
 
 Report = Callable[[str, int, int, dict[str, float]], None]
-"""(phase, done, of, metrics): called as work goes on."""
+"""(phase, done, of, metrics), called during a phase."""
 
 
 class Rounds(NamedTuple):
-    """How the rounds go."""
+    """Settings of the rounds."""
 
     rounds: int
     per_class: int
-    """N, the samples of each class that a round wants."""
+    """N, the samples of a class that a round wants."""
     budget: int
-    """The most samples that a round may draw for them."""
+    """Largest number of samples that a round draws."""
     classifier: ClassifierTraining
     mode: Literal["stack", "distill"] = "stack"
     student: StudentTraining | None = None
-    """How a round's student is trained, in mode "distill"."""
+    """Settings of a round's student, in mode "distill"."""
     stored: int = 2**18
     """Answers of the teacher that a student learns from."""
     batch: int = 16384
@@ -136,10 +98,10 @@ def run(
     mesh: jax.sharding.Mesh | None = None,
     report: Report = lambda phase, done, of, metrics: None,
 ) -> Iterator[Round]:
-    """Algorithm 1: yields each round as it ends.  Phases that the archive holds are not run again::
+    """Algorithm 1: yield the rounds as they end; phases that the archive holds are read::
 
         theta_0 <- a diffusion model of the data;  model_0 <- [theta_0; no classifiers]
-        for each round i:
+        for i in rounds:
             draw from model_i, ask the oracle               `collect`         -> positives, negatives
             alpha_i <- share of positives among all draws   `Synthetic.alpha`
             phi_i <- weighted cross-entropy                 `fit_classifier`  -> C_i(x_t, t) = p(y = 1 | x_t)
@@ -149,8 +111,7 @@ def run(
     Args:
       theta: parameters of the model that was trained on data.
       initial_classifier: key -> phi.
-      mesh: the devices that sample; classifiers and students train on one.
-      report: called as work goes on.
+      mesh: the devices that sample; training uses `distributed.training_mesh`.
 
     Raises:
       ValueError: a setting is out of range; see also `collect`.
@@ -176,18 +137,23 @@ def one_round(
     mesh: jax.sharding.Mesh | None,
     report: Report,
 ) -> Round:
-    """Draw from the current model, fit a classifier to the oracle's answers, and stack or distil it."""
-    name, how = f"round-{number}", settings.classifier
+    """Draw from the current model, fit a classifier to the oracle's verdicts, and stack or distil it."""
+    name, fitting = f"round-{number}", settings.classifier
     draw_key, split_key, start_key, fit_key, student_key = keys
     wanted, budget, batch = settings.per_class, settings.budget, settings.batch
     count = lambda done, of, metrics: report(f"{name} draws", done, of, metrics)
+
+    def host(phase: str, steps: int) -> training.Host:
+        note = lambda step, metrics: report(phase, step, steps, metrics)
+        return training.Host(checkpoints=archive.steps(phase), report=note)
+
     draws = lambda: collect(problem, guided, draw_key, wanted, budget, batch, mesh=mesh, report=count)
     synthetic = archive.once(f"{name}/draws", draws, Synthetic)
 
-    train, held_out = split(synthetic, how, split_key)
-    start, place = initial_classifier(start_key), host(archive, report, f"{name}/classifier", how.training.steps)
-    fit = lambda: fit_classifier(problem, train, held_out, start, how, fit_key, place)
-    classifier = archive.once(f"{name}/classifier", fit, like={"net": start, "shift": jnp.float32(0)})
+    train, held_out = split(synthetic, fitting, split_key)
+    fit = Fit(train, held_out, initial_classifier(start_key), fit_key)
+    phi = lambda: fit_classifier(problem, fit, fitting, host(f"{name}/classifier", fitting.training.steps))
+    classifier = archive.once(f"{name}/classifier", phi, like={"net": fit.start, "shift": jnp.float32(0)})
 
     stack = append(guided, classifier)
     if settings.mode == "stack":
@@ -195,19 +161,12 @@ def one_round(
     if settings.student is None:
         raise ValueError("genneg: student must say how to train a student in mode 'distill', got None")
     pool_key, mixture_key, distill_key = jax.random.split(student_key, 3)
-    student, place = settings.student, host(archive, report, f"{name}/student", settings.student.training.steps)
+    student, place = settings.student, host(f"{name}/student", settings.student.training.steps)
 
     def teach_student() -> Params:
         good = accepted(problem, stack, pool_key, wanted, budget, batch, mesh)
         points = Points(mixture(good, synthetic.negatives, settings.stored, mixture_key))
-        return distill(problem, stack, points, guided.theta, student, distill_key, place, mesh)
+        return distill(problem, Lesson(stack, points, guided.theta, distill_key), student, place, mesh)
 
     psi = archive.once(f"{name}/student", teach_student, like=guided.theta)
     return Round(number, Guided(psi), classifier, train, held_out)
-
-
-def host(
-    archive: Archive, report: Report, phase: str, steps: int, mesh: jax.sharding.Mesh | None = None
-) -> training.Host:
-    """Where a phase of training keeps its checkpoints and whom it reports to."""
-    return training.Host(mesh, archive.steps(phase), lambda step, metrics: report(phase, step, steps, metrics))

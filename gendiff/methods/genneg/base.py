@@ -1,4 +1,4 @@
-"""The model that Gen-neG begins with, of samples that have conditions: denoising score matching with validation."""
+"""The baseline of samples with conditions: denoising score matching with validation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +14,19 @@ from gendiff.static import by_value
 from gendiff.types import Params, PRNGKey, Scalar
 
 APART = 2**31
-"""A child of a key that `split` does not give."""
+"""Number of a child key that `split` does not return."""
 
 
 @by_value
 def base_task(
     problem: OracleProblem, batch: int, change: Callable[[PRNGKey, Any], Any]
 ) -> Callable[[Any], training.Task]:
-    """The task of a baseline; its context is training examples, validation examples, and keys for these.
+    """Return the task of a baseline, of the context (training examples, validation examples, keys of validation).
 
-    An example is (condition, x_0).  Without training examples batches come from the host.
+    An example is (condition, x_0).  If the training examples are None, batches come from the host.
 
     Args:
-      change: (key, example) -> example, by value: augmentation in training.
+      change: augmentation in training, (key, example) -> example, by value.
     """
     assert problem.bind is not None
     loss = losses.conditional(denoising_loss(problem), problem.bind)
@@ -39,7 +39,7 @@ def base_task(
             return jax.vmap(change)(keys, training.minibatch(key, train, batch))
 
         def validate(theta: Params) -> Array:
-            # The same noise at every validation, on purpose.
+            # The same noise at every validation, so that losses compare.
             examples = (jax.random.clone(keys), held_out)
             return jnp.mean(distributed.chunked(lambda example: loss(theta, *example), examples, 64))
 

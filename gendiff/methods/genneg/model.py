@@ -17,7 +17,7 @@ from gendiff.types import Params, PRNGKey, Sample, Samples, Time
 
 
 class OracleProblem(NamedTuple):
-    """What is steered, and by whom.  Static: two equal problems share their compiled programs."""
+    """A model, its sampler and an oracle.  Static: two equal problems share their compiled programs."""
 
     process: Process
     model: Model
@@ -29,27 +29,27 @@ class OracleProblem(NamedTuple):
     shape: tuple[int, ...]
     """Of one sample."""
     kernel: Callable[[Process, Denoiser], sampling.Kernel]
-    """The sampler, the same for synthetic data and for evaluation: another one has another alpha."""
+    """The sampler of synthetic data and of evaluation, because alpha depends on it."""
     steps: int
     weight: losses.Weight
-    """Of the denoising loss, for distillation and refitting."""
+    """Weight of the denoising loss, in distillation and refitting."""
     classifier_time: Callable[[PRNGKey], Time]
     """Draws the noise levels that classifiers train on."""
     chunk: int = 1024
-    """Samples at a time and device."""
+    """Samples that a device draws at a time."""
     bind: losses.Bind | None = None
-    """Where samples have conditions (maps, texts): binds theta to one.  The oracle is then asked (samples, conditions)
-    and may answer with several labels a sample, (n, m); a sample is good if all of them are True."""
+    """Binds theta to a sample's condition (map, text).  The oracle is then a function of (samples, conditions) and
+    returns labels (n, m); a sample is good if all of its labels are True."""
     bind_network: losses.Bind | None = None
-    """The same for phi; the network may then give m logits."""
+    """Binds phi to a condition; the network may then return m logits."""
     within: potential.Interval | None = None
-    """Where classifiers guide; None: at all noise levels."""
+    """Times at which classifiers guide; None: all."""
     last_steps: Callable[[guidance.Guidance], guidance.Guidance] | None = None
     """The classifiers' guidance -> the guidance in its place, such as `static.partial(guidance.accepted, ..)`."""
 
 
 class Guided(NamedTuple):
-    """The current model: a denoiser's parameters and K >= 0 classifiers, stacked on axis 0 (None for K = 0)."""
+    """A denoiser's parameters and K >= 0 classifiers, stacked on axis 0 (None for K = 0)."""
 
     theta: Params
     classifiers: Params = None
@@ -61,48 +61,51 @@ class Guided(NamedTuple):
 
 
 def bound(problem: OracleProblem, guided: Guided, condition: Any) -> Guided:
-    """The model for one condition; for None, the model itself."""
+    """Bind a model to a condition; None changes nothing."""
     bind, bind_network = problem.bind, problem.bind_network
     if condition is None:
         return guided
     if bind is None or bind_network is None:
-        raise ValueError("genneg: conditions: expected a problem with bind and bind_network, given None for them")
+        raise ValueError("genneg: problem must have bind and bind_network for conditions, got None")
     if guided.classifiers is None:
         return Guided(bind(guided.theta, condition))
-    each = lambda classifier: classifier | {"net": bind_network(classifier["net"], condition)}
-    return Guided(bind(guided.theta, condition), potential.over_members(each, guided.classifiers))
+    member = lambda classifier: classifier | {"net": bind_network(classifier["net"], condition)}
+    return Guided(bind(guided.theta, condition), potential.over_members(member, guided.classifiers))
 
 
 def logit(problem: OracleProblem) -> Logit:
-    """The logit of a classifier {"net": phi, "shift": scalar}, shift the prior's log-odds or 0."""
+    """Return the logit of a classifier {"net": phi, "shift": the prior's log-odds, or 0}."""
     return lambda classifier, x, t: problem.network(classifier["net"], x, t) + classifier["shift"]
 
 
 def denoiser(problem: OracleProblem, guided: Guided, scale: float = 1.0) -> Denoiser:
-    """The guided denoiser, D + sigma^2 / alpha sum_k grad log C_k (eq. 8)."""
+    """Return the guided denoiser, D + sigma^2 / alpha sum_k grad log C_k (eq. 8)."""
     plain = partial(problem.model, guided.theta)
     if guided.classifiers is None:
         return plain
-    log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
-    steering = guidance.guide(problem.process, log_c, scale, problem.within)
+    steering = guidance.guide(problem.process, _log_c(problem, guided), scale, problem.within)
     return (steering if problem.last_steps is None else problem.last_steps(steering))(plain)
 
 
 def twist(problem: OracleProblem, guided: Guided) -> Potential:
-    """sum_k log C_k(x, t) where classifiers guide, 0 elsewhere: for `gendiff.smc`."""
-    log_c = potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
+    """Return sum_k log C_k(x, t) where classifiers guide, and 0 elsewhere, for `gendiff.smc`."""
+    log_c = _log_c(problem, guided)
     return log_c if problem.within is None else potential.limited(log_c, problem.within)
 
 
+def _log_c(problem: OracleProblem, guided: Guided) -> Potential:
+    return potential.stack(potential.log_probability(logit(problem)), guided.classifiers)
+
+
 def guided_share(problem: OracleProblem) -> float:
-    """The share of the sampler's steps that classifiers guide."""
+    """Return the share of the sampler's steps that classifiers guide."""
     if problem.within is None:
         return 1.0
     return float(np.mean(jax.vmap(problem.within)(problem.process.grid(problem.steps)[:-1])))
 
 
 def append(guided: Guided, classifier: Params) -> Guided:
-    """The model with one more classifier."""
+    """Add a classifier to a model."""
     if guided.classifiers is None:
         return guided._replace(classifiers=potential.stacked(classifier))
     return guided._replace(classifiers=_joined(guided.classifiers, classifier))
@@ -114,14 +117,14 @@ def _joined(classifiers: Params, classifier: Params) -> Params:
 
 
 class Request(NamedTuple):
-    """The samples that one run asks for."""
+    """The arguments of `draw` that a run has for itself."""
 
     guided: Guided
     key: PRNGKey
     scale: Any = 1.0
     """Factor on the guidance."""
     conditions: Any = None
-    """A pytree of arrays with a row for each sample; of `collect`, rows to choose from."""
+    """A pytree of arrays with a row a sample; in `collect`, with rows to choose from."""
 
 
 def draw(
@@ -133,11 +136,11 @@ def draw(
     scale: float = 1.0,
     conditions: Any = None,
 ) -> np.ndarray:
-    """n samples of a model, whole on every process; `conditions`, a pytree with n rows, one for each.
+    """Draw n samples (n, *shape) of a model, on every process; `conditions` is a pytree with n rows.
 
     Raises:
-      ValueError: n < 1, `problem.steps` or `problem.chunk` is out of range, the scale is not finite, there are not n
-        conditions, or the model gives another shape than that of a sample.
+      ValueError: n < 1, `problem.steps` or `problem.chunk` is out of range, the scale is not finite, the conditions do
+        not have n rows, or the model returns another shape than a sample's.
     """
     return draw_all(problem, [Request(guided, key, scale, conditions)], n, mesh)[0]
 
@@ -145,7 +148,7 @@ def draw(
 def draw_all(
     problem: OracleProblem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None = None
 ) -> list[np.ndarray]:
-    """`draw` for each of several runs; those whose models agree in shape share a program."""
+    """`draw` for several runs; runs whose models have equal shapes share a program."""
     check.number("genneg.draw: n", n, at_least=1, whole=True)
     for request in requests:
         check.number("genneg.draw: scale", request.scale)
@@ -160,12 +163,12 @@ def draw_all(
 def drawn(
     problem: OracleProblem, n: int, mesh: Any, guided: Guided, key: PRNGKey, scale: float, conditions: Any
 ) -> Samples:
-    """The compiled program of `draw`."""
+    """Compile `draw`."""
     grid = problem.process.grid(problem.steps)
 
-    def one(given: tuple[PRNGKey, Any]) -> Sample:
-        key, condition = given
+    def sample(arguments: tuple[PRNGKey, Any]) -> Sample:
+        key, condition = arguments
         kernel = problem.kernel(problem.process, denoiser(problem, bound(problem, guided, condition), scale))
         return sampling.sample(problem.process, kernel, grid, key, problem.shape)
 
-    return distributed.chunked(one, (jax.random.split(key, n), conditions), problem.chunk, mesh, cut=False)
+    return distributed.chunked(sample, (jax.random.split(key, n), conditions), problem.chunk, mesh, cut=False)

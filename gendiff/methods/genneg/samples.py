@@ -1,4 +1,4 @@
-"""Labelled samples of a model: drawn and judged, split, mixed, and kept for one classifier of all rounds."""
+"""Labelled samples of a model: drawing, the oracle's verdicts, rejection, and mixtures."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,15 +8,15 @@ import jax
 import numpy as np
 
 from gendiff import check, distributed
-from gendiff.methods.genneg.model import Guided, OracleProblem, Request, draw, draw_all
+from gendiff.methods.genneg.model import Guided, OracleProblem, Request, draw_all
 from gendiff.oracles.oracle import label
 from gendiff.types import PRNGKey, Samples, Valid
 
 
 class Synthetic(NamedTuple):
-    """Labelled samples of one model: arrays, or, where they have conditions, dicts of arrays.
+    """Labelled samples of one model, as arrays (n, *shape).
 
-    Then "x" are the samples, "row" (n,) the rows of their conditions, "labels" (n, m) the oracle's.
+    Samples with conditions are dicts of "x" (n, *shape), "row" (n,), the rows of their conditions, and "labels" (n, m).
     """
 
     positives: Any
@@ -32,14 +32,15 @@ class Synthetic(NamedTuple):
 
     @property
     def label_rate(self) -> float:
-        """Share of good labels among all of all draws: alpha, where a sample has one."""
+        """Share of good labels among the labels of all draws; alpha if a sample has one label."""
         if not isinstance(self.negatives, dict):
             return self.alpha
         return self.alpha + (1 - self.alpha) * float(np.mean(self.negatives["labels"]))
 
     def relabelled(self, change: Callable[[Any], Any]) -> "Synthetic":
-        """The same samples with other labels: `change` of (n, m) Booleans, (n, l) or (n,)."""
-        positives, negatives = (each | {"labels": change(each["labels"])} for each in (self.positives, self.negatives))
+        """Apply `change` to the labels: Booleans (n, m) -> (n, l) or (n,)."""
+        classes = (self.positives, self.negatives)
+        positives, negatives = (samples | {"labels": change(samples["labels"])} for samples in classes)
         return self._replace(positives=positives, negatives=negatives)
 
 
@@ -55,13 +56,13 @@ def collect(
     report: Callable[[int, int, dict[str, float]], None] = lambda done, of, metrics: None,
     conditions: Any = None,
 ) -> Synthetic:
-    """Draws batches until both classes have `per_class` samples, or `budget` samples have been drawn.
+    """Draw batches until both classes have `per_class` samples, or until `budget` samples are drawn.
 
     Args:
-      conditions: a pytree of arrays with one leading axis; each sample has one of its rows, at random.
+      conditions: a pytree of arrays with one leading axis; a sample gets a random row.
 
     Raises:
-      ValueError: the budget gave no sample of one class; or per_class, budget or batch is < 1.
+      ValueError: a class has no sample within the budget; or per_class, budget or batch is < 1.
       FloatingPointError: a sample is not finite.
     """
     of_run = lambda run, done, of, metrics: report(done, of, metrics)
@@ -79,7 +80,7 @@ def collect_all(
     mesh: jax.sharding.Mesh | None = None,
     report: Callable[[int, int, int, dict[str, float]], None] = lambda run, done, of, metrics: None,
 ) -> list[Synthetic]:
-    """`collect` for each of several runs, which draw together until each has enough; `report` has the run's place."""
+    """`collect` for several runs, which draw together; `report` gets the run's index first."""
     for name, value in (("per_class", per_class), ("budget", budget), ("batch", batch)):
         check.number(f"genneg.collect: {name}", value, at_least=1, whole=True)
     for request in requests:
@@ -89,7 +90,8 @@ def collect_all(
     pools = [_Pool(budget) for _ in requests]
     for k in range(len(pools)):
         report(k, 0, budget, {})
-    while waiting := [k for k, pool in enumerate(pools) if pool.least < per_class and pool.drawn < budget]:
+    wants = lambda pool: min(pool.counts.values()) < per_class and pool.drawn < budget
+    while waiting := [k for k, pool in enumerate(pools) if wants(pool)]:
         batches = [requests[k]._replace(key=jax.random.fold_in(requests[k].key, pools[k].drawn)) for k in waiting]
         for k, (samples, good) in zip(waiting, _labelled(problem, batches, batch, mesh), strict=True):
             pools[k].add(samples, good)
@@ -98,7 +100,7 @@ def collect_all(
 
 
 class _Pool:
-    """The labelled samples of one run."""
+    """The labelled samples of a run."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -110,30 +112,20 @@ class _Pool:
         """Number of samples, within the budget."""
         return sum(self.counts.values())
 
-    @property
-    def least(self) -> int:
-        """Number of samples of the smaller class."""
-        return min(self.counts.values())
-
     def add(self, samples: Any, good: np.ndarray) -> None:
-        """Take a batch, as far as the budget goes."""
+        """Add a batch, as far as the budget goes."""
         samples, good = jax.tree.map(lambda a: a[: self.budget - self.drawn], (samples, good))
         for value, kept in self.kept.items():
             kept.append(jax.tree.map(lambda a: a[good == value], samples))  # noqa: B023 (used at once)
             self.counts[value] += int((good == value).sum())
 
     def synthetic(self) -> Synthetic:
-        """All samples.
-
-        Raises:
-          ValueError: a class has none.
-        """
-        for value, name, called in ((True, "positive", "good"), (False, "negative", "bad")):
+        """Return all samples; raises ValueError if a class has none."""
+        for value, name in ((True, "valid"), (False, "invalid")):
             if self.counts[value] == 0:
                 raise ValueError(
-                    f"genneg: no {name} within the draw budget: expected at least one sample that the oracle calls "
-                    f"{called}, given 0 of {self.drawn} draws (budget {self.budget}): take fewer rounds, or a larger "
-                    "budget"
+                    f"genneg: draws must hold an {name} sample, got 0 of {self.drawn}: raise the budget "
+                    f"({self.budget}) or run fewer rounds"
                 )
         join = lambda kept: jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
         return Synthetic(join(self.kept[True]), join(self.kept[False]), self.counts[True], self.counts[False])
@@ -142,44 +134,36 @@ class _Pool:
 def _labelled(
     problem: OracleProblem, requests: Sequence[Request], n: int, mesh: jax.sharding.Mesh | None
 ) -> list[tuple[Any, np.ndarray]]:
-    """n samples for each run, as `Synthetic` holds them, and which are good."""
-    rows: list[np.ndarray | None] = [_rows(request, n) for request in requests]
-    bound = [
-        request if row is None else request._replace(conditions=jax.tree.map(lambda a: a[row], request.conditions))  # noqa: B023
-        for request, row in zip(requests, rows, strict=True)
-    ]
-    found: list[tuple[Any, np.ndarray]] = []
-    for request, row, samples in zip(bound, rows, draw_all(problem, bound, n, mesh), strict=True):
+    """Draw n samples a run, in the form of `Synthetic`, and which are good (n,)."""
+    chosen: list[tuple[Request, np.ndarray | None]] = []
+    for request in requests:
+        rows = None
+        if request.conditions is not None:
+            choice = np.random.default_rng(np.asarray(jax.random.key_data(request.key)))
+            rows = choice.integers(0, size_of(request.conditions), n)
+            request = request._replace(conditions=jax.tree.map(lambda a: a[rows], request.conditions))  # noqa: B023
+        chosen.append((request, rows))
+    labelled: list[tuple[Any, np.ndarray]] = []
+    draws = draw_all(problem, [request for request, _ in chosen], n, mesh)
+    for (request, rows), samples in zip(chosen, draws, strict=True):
         if not np.isfinite(samples).all():
-            raise FloatingPointError(f"genneg: samples: expected finite numbers, given {_not_finite(samples)}")
+            bad = (~np.isfinite(samples)).reshape(n, -1).any(1).sum()
+            raise FloatingPointError(f"genneg: samples must be finite, got NaN or infinity in {bad} of {n} samples")
         labels = verdicts(problem.oracle, samples, request.conditions)
-        if row is None:
-            found.append((samples, labels))
+        if rows is None:
+            labelled.append((samples, labels))
         else:
-            found.append(({"x": samples, "row": row, "labels": labels}, np.asarray(labels.all(1))))
-    return found
-
-
-def _rows(request: Request, n: int) -> np.ndarray | None:
-    """n rows of the conditions, at random; None if there are no conditions."""
-    if request.conditions is None:
-        return None
-    choice = np.random.default_rng(np.asarray(jax.random.key_data(request.key)))
-    return choice.integers(0, size_of(request.conditions), n)
+            labelled.append(({"x": samples, "row": rows, "labels": labels}, np.asarray(labels.all(1))))
+    return labelled
 
 
 def verdicts(oracle: Callable[..., Valid], samples: Samples, conditions: Any = None) -> np.ndarray:
-    """`oracles.oracle.label`, each process its share of the samples."""
+    """Call `oracles.oracle.label`; every process labels its share of the samples."""
     return distributed.by_process(partial(label, oracle), samples, *(() if conditions is None else (conditions,)))
 
 
-def _not_finite(samples: np.ndarray) -> str:
-    bad = (~np.isfinite(samples)).reshape(len(samples), -1).any(1).sum()
-    return f"NaN or infinity in {bad} of {len(samples)} samples"
-
-
 def size_of(samples: Any) -> int:
-    """Number of samples of an array, or of a dict of arrays as in `Synthetic`."""
+    """Return the number of samples of an array, or of a dict of arrays as in `Synthetic`."""
     return check.rows("genneg: samples", samples)
 
 
@@ -192,32 +176,31 @@ def accepted(
     batch: int = 16384,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Samples:
-    """At least n samples of a model that the oracle calls good: rejection sampling.
+    """Draw at least n valid samples of a model, by rejection.
 
     Raises:
-      ValueError: n, the budget or the batch is < 1, a sample is not finite, or the budget does not give n.
+      ValueError: n, the budget or the batch is < 1, or the budget does not give n valid samples.
+      FloatingPointError: a sample is not finite.
     """
     for name, value in (("n", n), ("budget", budget), ("batch", batch)):
         check.number(f"genneg.accepted: {name}", value, at_least=1, whole=True)
     kept: list[np.ndarray] = []
     for i in range(-(-budget // batch)):
-        samples = draw(problem, guided, jax.random.fold_in(key, i), batch, mesh)
-        if not np.isfinite(samples).all():
-            raise ValueError(f"genneg: expected finite samples, given NaN or infinite ones in draw {i + 1}")
-        kept.append(samples[verdicts(problem.oracle, samples)])
+        ((samples, good),) = _labelled(problem, [Request(guided, jax.random.fold_in(key, i))], batch, mesh)
+        kept.append(samples[good])
         if sum(map(len, kept)) >= n:
             return np.concatenate(kept)
-    raise ValueError(f"genneg: expected {n} good samples within {budget} draws, given {sum(map(len, kept))}")
+    count = sum(map(len, kept))
+    raise ValueError(f"genneg: {budget} draws must hold {n} valid samples, got {count}: raise the budget")
 
 
 def mixture(good: Any, bad: Any, n: int, key: PRNGKey, share: float = 0.25) -> Any:
-    """n points for `distill`, with replacement, `share` of them bad; arrays, or dicts of arrays as in `Synthetic`.
+    """Draw n points for `distill`, with replacement, a `share` of them bad; arrays or dicts as in `Synthetic`.
 
-    A student that is asked about good samples alone never sees the regions that the teacher pushes samples out of, and
-    what strays there stays there.
+    Bad points are needed, because a student of good samples alone does not learn where the teacher pushes samples out.
 
     Raises:
-      ValueError: n < 1, share is not in [0, 1), or there is no good sample, or no bad one where share > 0.
+      ValueError: n < 1, share is not in [0, 1), or a class with a share > 0 has no sample.
     """
     check.number("mixture: n", n, at_least=1, whole=True)
     check.number("mixture: share", share, at_least=0, below=1)

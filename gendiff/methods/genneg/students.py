@@ -1,4 +1,4 @@
-"""One network in place of a stack of classifiers: distilled (eq. 13), or refitted on samples that are good."""
+"""One network in place of a stack of classifiers: distilled (eq. 13), or refitted on valid samples."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,64 +16,63 @@ from gendiff.types import Params, PRNGKey, Sample, Samples, Time
 
 
 class Points(NamedTuple):
-    """Points that a student learns from, with their conditions if samples have such."""
+    """The points that a student learns from."""
 
     x: Samples
     """(n, *shape)."""
     rows: Any = None
-    """(n,) rows of `conditions`."""
+    """(n,), the rows of `conditions`; None without conditions."""
     conditions: Any = None
     """A pytree of arrays with one leading axis."""
 
 
 class StudentTraining(NamedTuple):
-    """How a student is trained."""
+    """Settings of a student's training."""
 
     training: training.Settings
     batch: int = 1024
-    """Examples a step, >= 1."""
+    """Examples of a step, >= 1."""
     model: Model | None = None
-    """(psi, x, t) -> x_0; None: the problem's own."""
+    """(psi, x, t) -> x_0; None: the problem's model."""
+
+
+class Lesson(NamedTuple):
+    """The arguments of `distill` that a run has for itself."""
+
+    teacher: Guided
+    points: Points
+    """Clean points, such as those of `mixture`."""
+    start: Params
+    """psi to begin from: theta, or the parameters of `StudentTraining.model`."""
+    key: PRNGKey
 
 
 def distill(
     problem: OracleProblem,
-    teacher: Guided,
-    points: Points,
-    start: Params,
+    lesson: Lesson,
     settings: StudentTraining,
-    key: PRNGKey,
     host: training.Host = training.Host(),  # noqa: B008 (immutable)
     mesh: jax.sharding.Mesh | None = None,
 ) -> Params:
-    """psi whose denoiser matches the guided one (eq. 13), so that one network evaluation replaces 1 + 3 K.
+    """Return psi whose denoiser matches the guided one (eq. 13): 1 network evaluation instead of 1 + 3 K.
+
+    The teacher answers once a point.  Its answers have no Monte Carlo noise, so training may reuse them, at the same
+    cost for any K.
 
     Args:
-      points: what is noised (see `mixture`).  The teacher is asked once about each point: its answers have no Monte
-        Carlo noise, so they bear being used again, and training costs the same for any number of classifiers.
-      start: psi to begin from: theta, or the parameters of a new network with its `settings.model`.
-      mesh: the devices that ask the teacher.
+      mesh: the devices of the teacher.
 
     Raises:
-      ValueError: a point is missing or not finite, or batch < 1.
+      ValueError: the lesson has no points, a point is not finite, or batch < 1.
     """
-    asked = distill_trainings(problem, [Lesson(teacher, points, start, key)], settings, mesh)[0]
-    return training.train(*asked._replace(host=host)).best
-
-
-class Lesson(NamedTuple):
-    """The arguments of `distill` that each run has for itself."""
-
-    teacher: Guided
-    points: Points
-    start: Params
-    key: PRNGKey
+    (arguments,) = distill_trainings(problem, [lesson], settings, mesh)
+    return training.train(*arguments._replace(host=host)).best
 
 
 def distill_trainings(
     problem: OracleProblem, lessons: Sequence[Lesson], settings: StudentTraining, mesh: jax.sharding.Mesh | None = None
 ) -> list[training.Training]:
-    """Ask the teachers of several runs, those that agree in one program, and return the trainings of `distill`."""
+    """Ask the teachers of several runs and return the trainings of `distill`; equal teachers share a program."""
     check.number("distill: batch", settings.batch, at_least=1, whole=True)
     for lesson in lessons:
         _check("distill: x0", lesson.points.x)
@@ -92,9 +91,9 @@ def distill_trainings(
 
 @by_value
 def student_task(loss: losses.Loss, batch: int, bind: losses.Bind | None) -> Callable[[tuple], training.Task]:
-    """Batches of examples with their conditions, if any.
+    """Return the task of a student, of the context (examples, rows of their conditions, count, conditions).
 
-    The context is (examples, rows of their conditions, count, conditions); only the first `count` examples count.
+    Batches are drawn from the first `count` examples.
     """
 
     def task(context: tuple) -> training.Task:
@@ -103,8 +102,8 @@ def student_task(loss: losses.Loss, batch: int, bind: losses.Bind | None) -> Cal
             return training.Task(loss, lambda key: training.minibatch(key, examples, batch, count))
 
         def draw_batch(key: PRNGKey) -> tuple:
-            chosen, which = training.minibatch(key, (examples, rows), batch, count)
-            return jax.tree.map(lambda a: a[which], conditions), chosen
+            chosen, chosen_rows = training.minibatch(key, (examples, rows), batch, count)
+            return jax.tree.map(lambda a: a[chosen_rows], conditions), chosen
 
         return training.Task(losses.conditional(loss, bind), draw_batch)
 
@@ -121,14 +120,14 @@ def teach(
     conditions: Any = None,
     rows: Any = None,
 ) -> tuple[Samples, Array, Samples]:
-    """An example (x_t, t, guided denoiser at x_t) for each x_0.
+    """Return examples (x_t, t, guided denoiser at x_t), one an x_0.
 
-    At the problem's `classifier_time`, not the denoiser's: that is where the teacher differs from theta.
+    Times follow the problem's `classifier_time`, because the teacher differs from theta there.
     """
     process = problem.process._replace(sample_time=problem.classifier_time)
 
-    def example(given: tuple[PRNGKey, Sample, Any]) -> tuple[Sample, Time, Sample]:
-        key, x0, row = given
+    def example(arguments: tuple[PRNGKey, Sample, Any]) -> tuple[Sample, Time, Sample]:
+        key, x0, row = arguments
         condition = None if conditions is None else jax.tree.map(lambda a: a[row], conditions)
         x, t = losses.noised(process, key, x0)
         return x, t, denoise("distill: teacher", denoiser(problem, bound(problem, teacher, condition)), x, t)
@@ -136,30 +135,23 @@ def teach(
     return distributed.chunked(example, (jax.random.split(key, len(x0)), x0, rows), problem.chunk, mesh)
 
 
-def refit(
-    problem: OracleProblem,
-    points: Points,
-    start: Params,
-    settings: StudentTraining,
-    key: PRNGKey,
-    host: training.Host = training.Host(),  # noqa: B008 (immutable)
-) -> Params:
-    """Rejection, then refit: the denoising loss on samples that the oracle accepts.  No classifier, no guidance.
+def refit(problem: OracleProblem, points: Points, start: Params, settings: StudentTraining, key: PRNGKey) -> Params:
+    """Train a denoiser on valid samples by the denoising loss, without classifiers or guidance.
 
     Raises:
-      ValueError: a point is missing or not finite, or batch < 1.
+      ValueError: there is no point, a point is not finite, or batch < 1.
     """
-    return training.train(*refit_training(problem, points, start, settings, key)._replace(host=host)).best
+    return training.train(*refit_training(problem, points, start, settings, key)).best
 
 
 def refit_training(
     problem: OracleProblem, points: Points, start: Params, settings: StudentTraining, key: PRNGKey
 ) -> training.Training:
-    """The training of `refit`."""
+    """Return the training of `refit`."""
     _check("refit: accepted", points.x)
     check.number("refit: batch", settings.batch, at_least=1, whole=True)
     task = student_task(denoising_loss(problem), settings.batch, problem.bind)
-    # Padded, because the oracle accepts another number in every run: all share one program.
+    # Pad, so that runs share one program although the oracle accepts different numbers of samples.
     size = training.capacity(len(points.x))
     examples, rows = jax.tree.map(lambda a: jnp.asarray(training.padded(a, size)), (points.x, points.rows))
     context = (examples, rows, jnp.int32(len(points.x)), points.conditions)
@@ -167,11 +159,11 @@ def refit_training(
 
 
 def _check(name: str, samples: Samples) -> None:
-    """Raises ValueError where a set of samples is empty, or not finite: training would fail later, or on some seeds."""
+    """Raise ValueError if there is no sample, or one is not finite, because training would fail later."""
     check.number(f"{name}: number of samples", len(samples), at_least=1, whole=True)
     check.number(name, samples)
 
 
 def denoising_loss(problem: OracleProblem) -> losses.Loss:
-    """The loss that theta was trained with."""
+    """Return the training loss of theta."""
     return losses.denoising(problem.process, problem.model, problem.weight)
