@@ -204,15 +204,11 @@ def flow(shift: float = 1.0, mean: float = 0.0, std: float = 1.0) -> Process:
     check.number("flow: shift", shift, above=0)
     check.number("flow: mean", mean)
     check.number("flow: std", std, above=0)
-    return Process(_complement, _noise_share, _logit_normal(mean, std, shift), _shifted(shift))
+    return Process(_complement, _identity, _logit_normal(mean, std, shift), _shifted(shift))
 
 
 def _complement(t: Time) -> Scalar:
     return 1.0 - t
-
-
-def _noise_share(t: Time) -> Scalar:
-    return jnp.asarray(t, jnp.result_type(t, 0.0))
 
 
 @by_value
@@ -236,9 +232,7 @@ def _shifted(shift: float) -> Callable[[int], Array]:
 def continuous(
     alpha: Callable[[Time], Scalar], sigma: Callable[[Time], Scalar], low: float = 0.0, high: float = 1.0
 ) -> Process:
-    """Process of any signal and noise level, in continuous time from `high`, noise, to `low`, data.
-
-    Grids are even, and training times uniform: `_replace` them.
+    """Process of any signal and noise level, with even grids from `high`, noise, to `low`, data, and uniform times.
 
     Args:
       alpha, sigma: functions of a scalar t.  sigma is 0 at `low` or very small; alpha may be 0 at `high`.
