@@ -186,7 +186,7 @@ def test_papers_sizes_are_for_five_seeds() -> None:
 def test_missing_rows_presets_and_experiments_are_named(tmp_path: Path) -> None:
     make(tmp_path, rows=[row(name, 0.1) for name in ("data", "baseline", "round-1", "rejection", "refit", "smc")])
     markdown = written(tmp_path)
-    lacking = "round-1-unweighted, distilled-1, replay"
+    lacking = "round-1-unweighted, distilled-1, replay, accepted"
     assert f"rows missing of genneg.checkerboard: `{lacking}`" in markdown
     plain = re.sub(" +", " ", markdown)
     assert "| row | infraction % | the paper's | ELBO (nats) | the paper's |\n" in plain
