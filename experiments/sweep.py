@@ -210,8 +210,7 @@ def main() -> None:
         start.start()
         options, experiment, planned, folder = distributed.everywhere(parsed)
         command.agree("the sweep", planned)
-        if planned[0].config.preset == "smoke":
-            start.compile_quickly()
+        start.compile_for(planned[0].config.preset)
         distributed.first(lambda: config.make_folder(folder))
         failed = sweep(experiment, planned, folder, options.at_once)
         table = report(folder, planned)

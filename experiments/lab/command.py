@@ -37,8 +37,7 @@ def main(config: type[C], presets: Mapping[str, C], run: Callable[[C], Results])
         start.start()
         parsed = distributed.everywhere(lambda: parse(config, presets, sys.argv[1:]))
         agree("the configuration", parsed)
-        if parsed.preset == "smoke":
-            start.compile_quickly()
+        start.compile_for(parsed.preset)
         results = run(parsed)
         if distributed.is_first():
             command.say(f"{results.table}\n\nResults, figures and checkpoints: {results.folder}")

@@ -44,9 +44,9 @@ def start() -> None:
     distributed.heed_notices()
 
 
-def compile_quickly() -> None:
-    """Compile with few optimisations, for runs of seconds; JAX_DISABLE_MOST_OPTIMIZATIONS or XLA_FLAGS go before it."""
-    if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ or os.environ.get("XLA_FLAGS"):
+def compile_for(preset: str) -> None:
+    """Compile the smoke preset with few optimisations; JAX_DISABLE_MOST_OPTIMIZATIONS or XLA_FLAGS go before it."""
+    if preset != "smoke" or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ or os.environ.get("XLA_FLAGS"):
         return
     with contextlib.suppress(AttributeError):  # of a JAX without this option
         jax.config.update("jax_disable_most_optimizations", True)
