@@ -85,7 +85,9 @@ def from_velocity(process: Process, predict: Predictor) -> Predictor:
 
     def formula(x: Sample, t: Time, velocity: Sample) -> Sample:
         t = jnp.asarray(t, jnp.result_type(t, 0.0))
-        (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(lambda t: (process.alpha(t), process.sigma(t)), (t,), (t * 0 + 1,))
+        (alpha, sigma), (d_alpha, d_sigma) = jax.jvp(
+            lambda t: (process.alpha(t), process.sigma(t)), (t,), (jnp.ones_like(t),)
+        )
         return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - sigma * d_alpha)
 
     return _denoiser("from_velocity", predict, formula)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy  # loads `scipy.stats`, which takes over a second, at its first use
 from jaxtyping import Array, Bool, Float
-from scipy import stats
 
 from gendiff import check
 from gendiff.denoiser import Denoiser, denoise
@@ -260,8 +260,8 @@ def normal_draws(n: int, shape: tuple[int, ...], wide: float = 1.0, seed: int = 
     size = math.prod(shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a balance that only powers of two have
-        uniform = stats.qmc.Sobol(size, rng=np.random.default_rng(seed)).random(n // 2)
-    half = stats.norm.ppf(np.clip(uniform, 1e-9, 1 - 1e-9)) * np.where(np.arange(n // 2) % 2, wide, 1.0)[:, None]
+        uniform = scipy.stats.qmc.Sobol(size, rng=np.random.default_rng(seed)).random(n // 2)
+    half = scipy.stats.norm.ppf(np.clip(uniform, 1e-9, 1 - 1e-9)) * np.where(np.arange(n // 2) % 2, wide, 1.0)[:, None]
     points = np.concatenate([half, -half])
     log_normal = -0.5 * np.sum(points**2, 1)
     log_wide = -0.5 * np.sum(points**2, 1) / wide**2 - size * np.log(wide)
@@ -288,7 +288,7 @@ def accepted(
     Args:
       oracle: traceable by JAX (wrap one of the host in `jax.pure_callback`); asked K draws for each sample and step.
       draws: see `normal_draws`; of the shape of a sample.
-      within: the times of low noise, such as `potential.low_noise(process, 0.1)`.  Samples of a sampler share t, so
+      within: the times of low noise, such as `potential.clear(process, 0.995)`.  Samples of a sampler share t, so
         the others cost nothing.
       otherwise: the guidance at other times, and where no draw is accepted: classifiers.
       variance: "diagonal", that of dD/dx by a derivative for each coordinate; or "identity", in its place.

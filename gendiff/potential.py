@@ -65,12 +65,6 @@ def clear(process: Process, least: float) -> Interval:
 
 
 @by_value
-def low_noise(process: Process, most: float) -> Interval:
-    """The times at which sigma / alpha is below `most`."""
-    return lambda t: process.sigma(t) < most * process.alpha(t)
-
-
-@by_value
 def limited(potential: Potential, within: Interval) -> Potential:
     """log r where `within(t)` holds, else 0.  If all samples share t, log r is not evaluated outside."""
     log_r = scalar("limited", potential)

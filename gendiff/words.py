@@ -36,8 +36,8 @@ from gendiff.guidance import (
 )
 from gendiff.potential import (
     Potential as Potential,
+    clear as clear,
     limited as limited,
-    low_noise as low_noise,
     log_probability as log_probability,
     scaled as scaled,
     stack as stack,

@@ -24,6 +24,7 @@ from experiments.genneg.checkerboard_problem import (
     classifier_training,
     initialised,
     judged_problem,
+    judged_times,
     problem,
     student_network,
     student_training,
@@ -32,7 +33,7 @@ from experiments.lab import figures
 from experiments.lab.experiment import Experiment, Paper
 from experiments.lab.phases import Lab, Run
 from experiments.lab.table import Column, Row
-from gendiff import likelihood, potential, static
+from gendiff import likelihood, static
 from gendiff.methods import genneg
 from gendiff.methods.genneg import Lesson, Points
 from gendiff.metrics import rates
@@ -158,7 +159,7 @@ def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model
     def metrics(run: Run) -> dict[str, Estimate]:
         evaluation = run[f"evaluate/{name}"]
         n, good, _ = map(int, evaluation.counts)
-        judged = judged_evaluations(setup, run.config.judged.below)
+        judged = judged_evaluations(run.config, setup)
         calls = (1 + 3 * model(run).members) * (2 * run.config.sampler_steps - 1) + 2 * judged
         bounds = rates.mean(evaluation.elbo), rates.mean(evaluation.elbo - run["evaluate/baseline"].elbo)
         cost = rates.exact(calls * n / max(good, 1), n)
@@ -168,12 +169,12 @@ def evaluate(lab: Lab, name: str, setup: genneg.OracleProblem, model: rows.Model
     measures.evaluate(lab, name, setup, model, evaluations, Evaluation, metrics, PAPER.get(name))
 
 
-def judged_evaluations(setup: genneg.OracleProblem, below: float) -> int:
+def judged_evaluations(config: CheckerboardConfig, setup: genneg.OracleProblem) -> int:
     """Evaluations of a sample in which the oracle guides; each takes two derivatives of the denoiser more."""
     if setup.last_steps is None:
         return 0
     times = setup.process.grid(setup.steps)[1:-1]  # Heun evaluates twice at a time between two steps
-    return 2 * int(np.sum(potential.low_noise(setup.process, below)(times)))
+    return 2 * int(np.sum(judged_times(config)(times)))
 
 
 def evaluations(subject: measures.Subject) -> list[Evaluation]:

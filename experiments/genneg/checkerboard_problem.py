@@ -188,12 +188,17 @@ def problem(config: CheckerboardConfig, student: bool = False) -> genneg.OracleP
     )
 
 
+def judged_times(config: CheckerboardConfig) -> potential.Interval:
+    """The times at which the oracle guides."""
+    return potential.clear(process.edm(), (1 + config.judged.below**2) ** -0.5)
+
+
 def judged_problem(config: CheckerboardConfig) -> genneg.OracleProblem:
     """The problem with the oracle as guidance in the last steps."""
-    setup, group = problem(config), config.judged
-    draws = guidance.normal_draws(group.draws, setup.shape, group.wide)
-    within = potential.low_noise(setup.process, group.below)
-    return setup._replace(last_steps=static.partial(guidance.accepted, setup.process, setup.oracle, draws, within))
+    setup = problem(config)
+    draws = guidance.normal_draws(config.judged.draws, setup.shape, config.judged.wide)
+    last_steps = static.partial(guidance.accepted, setup.process, setup.oracle, draws, judged_times(config))
+    return setup._replace(last_steps=last_steps)
 
 
 # Trainings.
